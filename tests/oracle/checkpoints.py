@@ -108,7 +108,7 @@ PRO_TINY = tiny_config(
     swiglu_limit=0.7,
     vocab_size=157,
 )
-# Every contracted size is a multiple of 128, as in the released models: the quantised kernels apply.
+# Every contracted size is a multiple of 128, as in the released models.
 RELEASED_TINY = tiny_config(
     [0, 0, 4, 128, 4],
     hidden_size=256,

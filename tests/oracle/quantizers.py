@@ -147,7 +147,7 @@ def encode_scales(scales):
 
 
 def decode_scales(scales):
-    """Returns scales as float32 from E8M0, from exponent bytes (uint8), or from floats as stored."""
+    """Returns scales as float32 from E8M0, exponent bytes (uint8) or floats."""
     scales = np.asarray(scales)
     if scales.dtype in (np.dtype(E8M0), np.dtype(np.uint8)):
         return np.ldexp(np.float32(1), scales.view(np.uint8).astype(np.int32) - 127)
