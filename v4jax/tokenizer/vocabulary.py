@@ -1,0 +1,105 @@
+"""The control tokens of the V4 wire format, and what every vocabulary with them can do.
+
+A control token is matched whole in trusted text and has one id. Its literal is ordinary text to
+anyone who types it, so a document from outside is encoded with `specials=False`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from v4jax.errors import RequestError
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+LATEST_REMINDER = "<｜latest_reminder｜>"
+THINK_START = "<think>"
+THINK_END = "</think>"
+DSML = "｜DSML｜"  # one token; the `<`, `</` and tag names around it are ordinary text
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_END = "<｜fim▁end｜>"
+EXTRACTED_URL = "<｜extracted_url｜>"
+
+# Quick-instruction tasks: the token that asks for each.
+TASKS = {
+    "action": "<｜action｜>",
+    "query": "<｜query｜>",
+    "authority": "<｜authority｜>",
+    "domain": "<｜domain｜>",
+    "title": "<｜title｜>",
+    "read_url": "<｜read_url｜>",
+}
+
+_WORD_JOINER = "\u2060"  # invisible, and part of no control token
+
+
+class Vocabulary:
+    """Ids of tokens and back: the half of a tokenizer that does not depend on how text is split.
+
+    Attributes:
+      controls: literal → id of every control token.
+      vocab_size: number of ids, and of rows of the embedding.
+      bos_id, eos_id, pad_id: ids of `BOS`, `EOS` and `PAD`.
+    """
+
+    def __init__(self, controls: Mapping[str, int], vocab_size: int):
+        self.controls = dict(controls)
+        self.vocab_size = vocab_size
+        self.bos_id, self.eos_id, self.pad_id = (self.controls[text] for text in (BOS, EOS, PAD))
+        self._control_ids = frozenset(self.controls.values())
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes one id stands for (part of a character, often)."""
+        raise NotImplementedError
+
+    def decode_bytes(self, tokens: Iterable[int], *, specials: bool = True) -> bytes:
+        """Returns the bytes of `tokens`; `specials=False` leaves the control tokens out.
+
+        Raises:
+          RequestError: an id lies outside the vocabulary.
+        """
+        kept = (t for t in tokens if specials or t not in self._control_ids)
+        return b"".join(map(self.token_bytes, kept))
+
+    def decode(self, tokens: Iterable[int], *, specials: bool = True) -> str:
+        """Returns the text of `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(tokens, specials=specials).decode("utf-8", errors="replace")
+
+    def is_control(self, token: int) -> bool:
+        """Says whether `token` is a control token."""
+        return token in self._control_ids
+
+    def neutralise(self, text: str) -> str:
+        """Returns `text` with every control token's literal broken by an invisible U+2060.
+
+        For untrusted text that has to travel inside a trusted prompt (a user's message): it reads
+        the same and encodes to no control id. A whole document needs no such change: encode it
+        alone with `specials=False`.
+        """
+        return self._control_start.sub(lambda start: start[0] + _WORD_JOINER, text)
+
+    @cached_property
+    def _control_start(self) -> re.Pattern:
+        # The look-ahead finds literals that overlap, too: ｜DSML｜DSML｜ holds two.
+        return re.compile(f"(?={'|'.join(map(re.escape, self.controls))}).")
+
+    def _check_id(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise RequestError(
+                f"token id must be between 0 and {self.vocab_size - 1}, got {token}; "
+                "was it produced with another tokenizer?"
+            )
+
+    @staticmethod
+    def _check_text(text: str) -> None:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text must be valid Unicode, got the lone surrogate {text[error.start]!r} at "
+                f"character {error.start}; remove it or replace it with U+FFFD"
+            ) from error
