@@ -134,8 +134,8 @@ class ReleasedModel:
         self.numerics = numerics
         self.query_block = query_block
         self._plain = {}
-        # {layer prefix: [t]}: (k-th best − next best score) / largest |score|; inf where every
-        # visible entry is selected. Filled by the last forward pass.
+        # {prefix of an indexer or a router: [t]}: (k-th best − next best score) / largest |score|;
+        # inf where nothing is left out. Filled by the last forward pass.
         self.margins = {}
 
     # ---- storage and rounding ----
@@ -298,7 +298,7 @@ class ReleasedModel:
                 index = np.concatenate([index, np.where(compressed < 0, -1, compressed + t)], 1)
             output[rows] = self.attend(query[rows], keys[index], index >= 0, sink)
         if ratio == 4:
-            self.margins[prefix] = margins
+            self.margins[prefix + "indexer."] = margins
         output = self.rope(output, positions, frequencies, -1)
         # wo_a is a bfloat16 grouped product without activation quantisation, wo_b an FP8 linear.
         groups, rank = c["o_groups"], c["o_lora_rank"]
@@ -339,7 +339,10 @@ class ReleasedModel:
             chosen = self.tensors[prefix + "gate.tid2eid"][ids]
         else:
             biased = scores + self.array(prefix + "gate.bias")
-            chosen = np.argsort(-biased, -1, kind="stable")[:, : c["num_experts_per_tok"]]
+            order, k = np.argsort(-biased, -1, kind="stable"), c["num_experts_per_tok"]
+            edge = np.take_along_axis(biased, order[:, k - 1 : k + 1], 1)
+            self.margins[prefix] = (edge[:, 0] - edge[:, 1]) / np.abs(biased).max(1)
+            chosen = order[:, :k]
         weights = np.take_along_axis(scores, chosen, -1)
         weights = weights / weights.sum(-1, keepdims=True)
         return weights * self.numerics.compute(c["routed_scaling_factor"]), chosen
