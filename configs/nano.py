@@ -1,0 +1,38 @@
+"""Nano: every mechanism of V4 in 5.6 M parameters, made to read a million tokens on a CPU.
+
+    v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl
+
+Made for this project; no released counterpart. At a million tokens the index scores of the CSA
+layers are most of the arithmetic (queries × entries × index heads), so only two layers are CSA and
+their index heads are narrow. There are 16 of them all the same: with few heads every ReLU is often
+zero at once, scores tie exactly, and the selection is not defined.
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.tokenizer = "byte"
+    config.vocab_size = 320
+    config.bos_token_id = 256
+    config.eos_token_id = 257
+    config.hidden_size = 192
+    config.num_hidden_layers = 6
+    config.num_attention_heads = 8
+    config.head_dim = 64
+    config.qk_rope_head_dim = 32
+    config.q_lora_rank = 96
+    config.o_groups = 2
+    config.o_lora_rank = 64
+    config.n_routed_experts = 16
+    config.num_experts_per_tok = 4
+    config.moe_intermediate_size = 64
+    config.index_n_heads = 16
+    config.index_head_dim = 32
+    config.index_topk = 64
+    config.routed_scaling_factor = 1.5
+    # Folds into layers 0 and 1, then [CSA, HCA] twice; the last entry is the MTP block.
+    config.compress_ratios = (0, 128) + (4, 128) * 2 + (0,)
+    config.num_hash_layers = 2
+    return config

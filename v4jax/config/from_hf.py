@@ -1,0 +1,283 @@
+"""A checkpoint's `config.json` → `ModelConfig`: the released keys and those of transformers.
+
+Every key is used, checked against what the code computes (`FIXED`), or listed as informational
+(`INFORMATIONAL`); any other key is an error, because it could change the mathematics.
+`to_hf.py` goes the other way.
+
+Source: spec A.2, A.3; transformers `DeepseekV4Config` (5.17 to 5.23).
+"""
+
+from collections.abc import Mapping, Sequence
+
+from v4jax.config.json_keys import JsonKeys
+from v4jax.config.model import LayerKind, ModelConfig, RouterKind, YarnScaling
+from v4jax.errors import ConfigError
+
+MODEL_TYPE = "deepseek_v4"
+CSA_RATIO, HCA_RATIO = 4, 128  # of both released models; a released ratio of 4 means CSA
+
+# Keys whose value the code has built in: {key: the only accepted values}. Absence means the first.
+FIXED = {
+    "model_type": (MODEL_TYPE,),
+    "architectures": (["DeepseekV4ForCausalLM"],),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "hidden_act": ("silu",),
+    "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
+    "n_shared_experts": (1,),
+    "norm_topk_prob": (True,),
+    "num_key_value_heads": (1,),
+    "scoring_func": ("sqrtsoftplus",),
+    "tie_word_embeddings": (False,),
+    "topk_method": ("noaux_tc",),
+}
+
+# The same inside `quantization_config`.
+QUANTIZATION = {
+    "quant_method": ("fp8",),
+    "activation_scheme": ("dynamic",),
+    "fmt": ("e4m3",),
+    "scale_fmt": ("ue8m0", "float"),
+}
+
+# Keys that say nothing about what the model computes: {key: what they are}.
+INFORMATIONAL = {
+    "_name_or_path": "where transformers loaded the model from",
+    "chunk_size_feed_forward": "transformers: memory saving, same result",
+    "dtype": "storage dtype; every tensor carries its own",
+    "id2label": "transformers: classification heads",
+    "label2id": "transformers: classification heads",
+    "output_attentions": "transformers: what a call returns",
+    "output_hidden_states": "transformers: what a call returns",
+    "output_router_logits": "transformers: what a call returns",
+    "pad_token_id": "padding is given by lengths here",
+    "problem_type": "transformers: classification heads",
+    "return_dict": "transformers: what a call returns",
+    "router_aux_loss_coef": "transformers: its training loss",
+    "router_jitter_noise": "transformers: its training noise",
+    "torch_dtype": "storage dtype; every tensor carries its own",
+    "transformers_version": "the version that wrote the file",
+    "use_cache": "transformers: whether a call returns a cache",
+}
+
+# Families of keys of later checkpoints, with the reason they are refused.
+_REFUSED = {
+    "dspark_": "is a key of a DSpark checkpoint, whose draft module v4jax does not implement",
+    "vision_": "is a key of a vision checkpoint; v4jax reads text models",
+    "text_config": "is a key of a nested (later or multimodal) configuration",
+}
+
+_INTEGERS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
+    "o_lora_rank n_routed_experts num_experts_per_tok moe_intermediate_size index_n_heads "
+    "index_head_dim index_topk sliding_window hc_mult hc_sinkhorn_iters num_nextn_predict_layers "
+    "max_position_embeddings"
+)
+_NUMBERS = "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps"
+_ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
+TOKENIZER_KEY = "v4jax_tokenizer"  # our own key, written only where it is not the released one
+
+
+def model_config_from_hf(raw: Mapping) -> ModelConfig:
+    """Returns the configuration that a `config.json` describes.
+
+    `compress_ratios` or `layer_types` without entries for the MTP blocks get window layers for
+    them. A missing `expert_dtype` becomes "fp4"; the checkpoint reader corrects that from the
+    tensors.
+
+    Args:
+      raw: the parsed `config.json`, released keys or those of transformers, or a mixture that
+        agrees with itself.
+
+    Raises:
+      ConfigError: a key is missing, unknown, of the wrong type, or contradicts what the code
+        computes.
+    """
+    keys = JsonKeys(raw, "config.json")
+    _refuse_later_models(keys)
+    keys.check_fixed(FIXED)
+    values = {key: _take_integer(keys, key) for key in _INTEGERS.split()}
+    values |= {key: keys.take(key, float) for key in _NUMBERS.split()}
+    values |= _rope(keys, values["head_dim"])
+    values |= _layers(keys, values["num_hidden_layers"], values["num_nextn_predict_layers"])
+    values |= _storage(keys)
+    values["initializer_range"] = keys.take("initializer_range", float, 0.02)
+    for key, default in (("bos_token_id", 0), ("eos_token_id", 1)):
+        values[key] = _take_token(keys, key, default)
+    values["tokenizer"] = keys.take(TOKENIZER_KEY, str, "v4")
+    keys.check_all_used(INFORMATIONAL)
+    return ModelConfig(**values)
+
+
+def layer_kinds(ratios: Sequence[int], csa_ratio: int = CSA_RATIO) -> tuple[LayerKind, ...]:
+    """Returns the kind of each layer from its ratio: 0 window, `csa_ratio` CSA, any other HCA."""
+    by_ratio = {0: LayerKind.WINDOW, csa_ratio: LayerKind.CSA}
+    return tuple(by_ratio.get(ratio, LayerKind.HCA) for ratio in ratios)
+
+
+def router_kinds(hash_layers: int, layers: int) -> tuple[RouterKind, ...]:
+    """Returns the router of each layer: the first `hash_layers` by table, the rest by score."""
+    if not 0 <= hash_layers <= layers:
+        raise ConfigError(
+            f"model.num_hash_layers must be between 0 and {layers}, got {hash_layers}"
+        )
+    return (RouterKind.HASH,) * hash_layers + (RouterKind.TOPK,) * (layers - hash_layers)
+
+
+def _refuse_later_models(keys: JsonKeys) -> None:
+    # First of all checks: their other keys contradict too, with less helpful messages.
+    keys.take("model_type", str)
+    for key in keys.raw:
+        for prefix, reason in _REFUSED.items():
+            if key.startswith(prefix):
+                raise ConfigError(f"{keys.path}: {key} {reason}")
+
+
+def _take_integer(keys: JsonKeys, key: str) -> int:
+    alias = _ALIASES.get(key)
+    if alias is None:
+        return keys.take(key, int)
+    other = keys.take(alias, int, None)
+    value = keys.take(key, int, ... if other is None else other)
+    _check_agree(keys.path, **{key: value, alias: other})
+    return value
+
+
+def _take_token(keys: JsonKeys, key: str, default: int) -> int:
+    if isinstance(keys.raw.get(key), list):
+        ids = keys.take_list(key, int)
+        if len(ids) != 1:
+            raise ConfigError(f"{keys.path}: {key} must be one token id, got {ids}")
+        return ids[0]
+    return keys.take(key, int, default)
+
+
+def _check_agree(path: str, **values) -> None:
+    """Raises unless all values that are not None are equal."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if any(value != next(iter(given.values())) for value in given.values()):
+        raise ConfigError(
+            f"{path}: " + " and ".join(f"{k} = {v}" for k, v in given.items()) + " contradict"
+        )
+
+
+def _rope(keys: JsonKeys, head_dim: int) -> dict:
+    """Reads both rotations: flat keys as released, `rope_parameters` as transformers."""
+    factor = keys.take("partial_rotary_factor", float, None)
+    dim = keys.take("qk_rope_head_dim", int, ... if factor is None else round(factor * head_dim))
+    _check_rotated(keys, factor, dim, head_dim)
+    released = _scaling(keys.take_object("rope_scaling", None), dim, head_dim)
+    nested = keys.take_object("rope_parameters", None) or JsonKeys({}, keys.path)
+    main = _scaling(nested.take_object("main", None), dim, head_dim)
+    compress = _scaling(nested.take_object("compress", None), dim, head_dim)
+    nested.check_all_used()
+    _check_agree(keys.path, rope_scaling=released[0], rope_parameters=compress[0])
+    if main[0] is not None:
+        raise ConfigError(f"{nested.path}.main must be 'default': window layers have no YaRN")
+    values = {"qk_rope_head_dim": dim, "rope_scaling": released[0] or compress[0]}
+    for key, inner in (("rope_theta", main[1]), ("compress_rope_theta", compress[1])):
+        values[key] = keys.take(key, float, ... if inner is None else inner)
+        _check_agree(keys.path, **{key: values[key], "rope_parameters": inner})
+    return values
+
+
+def _check_rotated(keys: JsonKeys, factor: float | None, dim: int, head_dim: int) -> None:
+    # transformers takes int(head_dim × factor), so a factor may sit a little above dim / head_dim.
+    if factor is not None and not dim - 0.01 < factor * head_dim < dim + 1:
+        raise ConfigError(
+            f"{keys.path}: partial_rotary_factor = {factor} contradicts {dim} rotated channels of "
+            f"head_dim = {head_dim}"
+        )
+
+
+def _scaling(
+    keys: JsonKeys | None, dim: int, head_dim: int
+) -> tuple[YarnScaling | None, float | None]:
+    """Reads one rope object: its scaling and its theta, where it has them."""
+    if keys is None:
+        return None, None
+    kinds = {keys.take(key, str, None) for key in ("type", "rope_type")} - {None}
+    theta = keys.take("rope_theta", float, None)
+    _check_rotated(keys, keys.take("partial_rotary_factor", float, None), dim, head_dim)
+    # YaRN's magnitude factor does not exist in V4 (spec H.2); its ramp has whole ends (spec B.5).
+    keys.check_fixed({"attention_factor": (1.0,), "truncate": (True,)})
+    if kinds not in ({"yarn"}, {"default"}):
+        raise ConfigError(f"{keys.path}: type must be 'yarn' or 'default', got {sorted(kinds)}")
+    scaling = None
+    if kinds == {"yarn"}:
+        numbers = {key: keys.take(key, float) for key in ("factor", "beta_fast", "beta_slow")}
+        original = keys.take("original_max_position_embeddings", int)
+        scaling = YarnScaling(**numbers, original_max_position_embeddings=original)
+    keys.check_all_used()
+    return scaling, theta
+
+
+def _layers(keys: JsonKeys, layers: int, mtp: int) -> dict:
+    """Reads which layer is of which kind, in either vocabulary, and adds the MTP blocks."""
+    rates = _rates(keys)
+    ratios = keys.take_list("compress_ratios", int)
+    names = keys.take_list("layer_types", str)
+    if names is None and ratios is None:
+        raise ConfigError(f"{keys.path} needs compress_ratios or layer_types; it has neither")
+    if names is None:
+        kinds = layer_kinds(ratios, rates[LayerKind.CSA])
+    else:
+        kinds = tuple(_member(LayerKind, name, keys, "layer_types") for name in names)
+        from_names = [rates[kind] for kind in kinds]
+        ratios = from_names if ratios is None else ratios
+        _check_agree(keys.path, compress_ratios=ratios[: len(kinds)], layer_types=from_names)
+        kinds += layer_kinds(ratios[len(kinds) :], rates[LayerKind.CSA])
+    if len(ratios) == layers:
+        ratios, kinds = [*ratios, *[0] * mtp], (*kinds, *[LayerKind.WINDOW] * mtp)
+    return {
+        "compress_ratios": tuple(ratios),
+        "layer_types": kinds,
+        "mlp_layer_types": _routers(keys, layers),
+    }
+
+
+def _rates(keys: JsonKeys) -> dict[LayerKind, int]:
+    rates = {LayerKind.WINDOW: 0, LayerKind.CSA: CSA_RATIO, LayerKind.HCA: HCA_RATIO}
+    given = keys.take_object("compress_rates", {})
+    for kind, legacy in (
+        (LayerKind.CSA, "compress_rate_csa"),
+        (LayerKind.HCA, "compress_rate_hca"),
+    ):
+        rates[kind] = keys.take(legacy, int, given.take(kind.value, int, rates[kind]))
+    given.check_all_used()
+    return rates
+
+
+def _routers(keys: JsonKeys, layers: int) -> tuple[RouterKind, ...]:
+    names = keys.take_list("mlp_layer_types", str)
+    hash_layers = keys.take("num_hash_layers", int, ... if names is None else None)
+    by_count = None if hash_layers is None else router_kinds(hash_layers, layers)
+    if names is None:
+        return by_count
+    by_name = tuple(_member(RouterKind, name, keys, "mlp_layer_types") for name in names)
+    _check_agree(keys.path, num_hash_layers=by_count, mlp_layer_types=by_name)
+    return by_name
+
+
+def _member(enum: type, name: str, keys: JsonKeys, key: str):
+    names = [member.value for member in enum]
+    if name not in names:
+        raise ConfigError(f"{keys.path}: every entry of {key} must be one of {names}, got {name!r}")
+    return enum(name)
+
+
+def _storage(keys: JsonKeys) -> dict:
+    """Reads the weights' formats; `expert_dtype` stands beside or in `quantization_config`."""
+    outer = keys.take("expert_dtype", str, None)
+    inner = keys.take_object("quantization_config", None)
+    if inner is None:
+        return {} if outer is None else {"expert_dtype": outer}
+    inner.take("quant_method", str)
+    inner.check_fixed(QUANTIZATION)
+    expert_dtype = inner.take("expert_dtype", str, outer)
+    _check_agree(inner.path, expert_dtype=expert_dtype, expert_dtype_outside=outer)
+    block = inner.take_list("weight_block_size", int)
+    inner.check_all_used(("modules_to_not_convert", "dequantize"))
+    values = {} if block is None else {"weight_block_size": tuple(block)}
+    return values if expert_dtype is None else values | {"expert_dtype": expert_dtype}

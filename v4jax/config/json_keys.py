@@ -1,0 +1,83 @@
+"""Reads a JSON object key by key, so that no key goes unused and no value has the wrong type."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+
+from v4jax.errors import ConfigError
+
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+class JsonKeys:
+    """A JSON object that remembers which keys were asked for and checks their types."""
+
+    def __init__(self, raw: Mapping, path: str):
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{path} must be an object, got {raw!r}")
+        self.raw, self.path, self.used = raw, path, set()
+
+    def take(self, key: str, kind: type, default=...):
+        """Returns the value of `key` as `kind`; absent or null gives `default`, or an error."""
+        self.used.add(key)
+        value = self.raw.get(key)
+        if value is None:
+            if default is ...:
+                raise ConfigError(f"{self.path} lacks the key {key!r}; the model needs it")
+            return default
+        accepted = (int, float) if kind is float else kind
+        wrong = isinstance(value, bool) and kind is not bool
+        if wrong or not isinstance(value, accepted):
+            raise ConfigError(f"{self.path}: {key} must be {_KINDS[kind]}, got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise ConfigError(f"{self.path}: {key} must be finite, got {value!r}")
+        return float(value) if kind is float else value
+
+    def check_fixed(self, fixed: Mapping[str, tuple]) -> None:
+        """Raises where a key contradicts the only values that the code computes."""
+        for key, accepted in fixed.items():
+            self.used.add(key)
+            value = self.raw.get(key)
+            if value is not None and value not in accepted:
+                wanted = " or ".join(map(repr, accepted))
+                raise ConfigError(
+                    f"{self.path}: {key} must be {wanted}, got {value!r}; v4jax computes "
+                    "nothing else"
+                )
+
+    def check_all_used(self, known: Iterable[str] = ()) -> None:
+        """Raises on the first key that nobody asked for and that is not `known`."""
+        for key in self.raw:
+            if key not in self.used and key not in known:
+                raise ConfigError(
+                    f"{self.path}: unknown key {key!r} (= {self.raw[key]!r}) could change what the "
+                    f"model computes{did_you_mean(key, self.used)}; remove it if it does not"
+                )
+
+    def take_list(self, key: str, kind: type) -> list | None:
+        """Returns the list of `kind` under `key`, or None."""
+        items = self.take(key, list, None)
+        for item in items or ():
+            if not isinstance(item, kind) or isinstance(item, bool):
+                raise ConfigError(
+                    f"{self.path}: every entry of {key} must be {_KINDS[kind]}, got {item!r}"
+                )
+        return items
+
+    def take_object(self, key: str, default=...) -> "JsonKeys | None":
+        """Returns the object under `key` as another `JsonKeys`."""
+        raw = self.take(key, dict, default)
+        return None if raw is None else JsonKeys(raw, f"{self.path}: {key}")
+
+
+def did_you_mean(name: str, known) -> str:
+    """Returns `; did you mean 'x'?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

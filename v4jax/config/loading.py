@@ -1,0 +1,209 @@
+"""Files under `configs/` → frozen dataclasses. The only place that knows ml_collections.
+
+    load_model_config("nano")                  a packaged configuration
+    load_model_config("configs/v4_flash.py")   a file with get_config()
+    load_model_config("/models/V4-Flash")      a folder with config.json
+
+Below this floor there is no `ConfigDict` and no `.get`: every value is typed and checked.
+"""
+
+import dataclasses
+import enum
+import importlib
+import importlib.util
+import json
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from v4jax.config.from_hf import layer_kinds, model_config_from_hf, router_kinds
+from v4jax.config.json_keys import did_you_mean
+from v4jax.config.model import ModelConfig
+from v4jax.errors import ConfigError
+
+PACKAGE = "configs"
+
+
+def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
+    """Returns a model's configuration from a packaged name, a Python file, or a checkpoint folder.
+
+    A file whose `get_config()` holds a `model` (a run) gives that model.
+
+    Raises:
+      ConfigError: nothing of that name exists, or the configuration breaks a rule.
+    """
+    path = pathlib.Path(name_or_folder)
+    name = str(name_or_folder)
+    if name in packaged_names():
+        config = importlib.import_module(f"{PACKAGE}.{name}").get_config()
+    elif path.is_dir():
+        return model_config_from_hf(read_config_json(path))
+    elif path.suffix == ".py" and path.is_file():
+        config = _run_file(path)
+    else:
+        known = packaged_names()
+        raise ConfigError(
+            f"model must be one of {known}, a configs/*.py file, or a folder with config.json; got "
+            f"{name!r}{did_you_mean(name, known)}"
+        )
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{name}: get_config() must return a ConfigDict, got {type(config).__name__}"
+        )
+    return build(ModelConfig, config.get("model", config), "model")
+
+
+def packaged_names() -> list[str]:
+    """Returns the names of the packaged model configurations."""
+    package = importlib.import_module(PACKAGE)
+    return sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg
+    )
+
+
+def read_config_json(folder: pathlib.Path) -> dict:
+    """Returns the parsed `config.json` of a checkpoint folder.
+
+    Raises:
+      ConfigError: the file is missing, unreadable, or no JSON object.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def build(dataclass_type: type, config_dict, path: str = "") -> Any:
+    """Returns a `dataclass_type` filled from a ConfigDict or mapping, nested ones included.
+
+    Integers are accepted for floats, lists for tuples, a member's value or name for enums. A model
+    may give `compress_ratios` without `layer_types` and `num_hash_layers` for `mlp_layer_types`.
+
+    Args:
+      dataclass_type: frozen dataclass; its annotations are the rules.
+      config_dict: a ConfigDict, a mapping, or already a `dataclass_type`.
+      path: prefix of the names in messages, such as `model`.
+
+    Raises:
+      ConfigError: unknown field, missing field or wrong type; the message starts with the field's
+        path and names the nearest field.
+    """
+    if isinstance(config_dict, dataclass_type):
+        return config_dict
+    if not isinstance(config_dict, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{path or 'config'} must be a ConfigDict, got {config_dict!r}")
+    values = {str(key): config_dict[key] for key in config_dict}
+    if dataclass_type is ModelConfig:
+        values = _expand_layers(values, path)
+    fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
+    for name in values:
+        if name not in fields:
+            hint = did_you_mean(name, fields)
+            raise ConfigError(f"{_join(path, name)} is no field of {dataclass_type.__name__}{hint}")
+    for name, field in fields.items():
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and name not in values:
+            raise ConfigError(f"{_join(path, name)} is missing; {dataclass_type.__name__} needs it")
+    hints = typing.get_type_hints(dataclass_type)
+    return dataclass_type(
+        **{name: _convert(hints[name], value, _join(path, name)) for name, value in values.items()}
+    )
+
+
+def _expand_layers(values: dict, path: str) -> dict:
+    """Completes the per-layer fields of a model from the two short forms."""
+    values = dict(values)
+    ratios = values.get("compress_ratios")
+    if ratios is not None and "layer_types" not in values:
+        ratios = _convert(tuple[int, ...], ratios, _join(path, "compress_ratios"))
+        values["layer_types"] = layer_kinds(ratios)
+    if "num_hash_layers" in values and "mlp_layer_types" not in values:
+        hash_layers = _convert(int, values.pop("num_hash_layers"), _join(path, "num_hash_layers"))
+        layers = _convert(int, values.get("num_hidden_layers"), _join(path, "num_hidden_layers"))
+        values["mlp_layer_types"] = router_kinds(hash_layers, layers)
+    return values
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns `value` as the annotation `hint` wants it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, ml_collections.FieldReference):
+        value = value.get()
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert_first([a for a in arguments if a is not type(None)], value, path)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{path} must be one of {list(arguments)}, got {value!r}")
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        for member in hint:
+            if value in (member, member.value, member.name):
+                return member
+        raise ConfigError(f"{path} must be one of {[m.value for m in hint]}, got {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = isinstance(hint, type) and isinstance(value, hint)
+    if fits and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _convert_first(hints: list, value: Any, path: str) -> Any:
+    """Returns the first conversion that holds; with one candidate its own message stands."""
+    if len(hints) == 1:
+        return _convert(hints[0], value, path)
+    for hint in hints:
+        try:
+            return _convert(hint, value, path)
+        except ConfigError:
+            continue
+    names = ", ".join(getattr(hint, "__name__", str(hint)) for hint in hints)
+    raise ConfigError(f"{path} must be one of the types {names}, got {value!r}")
+
+
+def _convert_tuple(arguments: tuple, value: Any, path: str) -> tuple:
+    if not isinstance(value, tuple | list):
+        raise ConfigError(f"{path} must be a tuple, got {value!r}")
+    if len(arguments) == 2 and arguments[1] is ...:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise ConfigError(f"{path} must have {len(arguments)} entries, got {value!r}")
+    return tuple(
+        _convert(hint, item, f"{path}[{i}]")
+        for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _run_file(path: pathlib.Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises is a bad configuration
+        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} must define get_config()")
+    return module.get_config()

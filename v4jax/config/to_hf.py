@@ -1,0 +1,125 @@
+"""`ModelConfig` → a checkpoint's `config.json`, with the released keys or those of transformers.
+
+`model_config_from_hf(model_config_to_hf(config, layout)) == config` for every configuration that
+the layout can express.
+"""
+
+import math
+from typing import Literal
+
+from v4jax.config.from_hf import CSA_RATIO, FIXED, QUANTIZATION, TOKENIZER_KEY, layer_kinds
+from v4jax.config.model import LayerKind, ModelConfig, RouterKind
+from v4jax.errors import ConfigError
+
+# Fields that both layouts write under their own name.
+_SHARED = (
+    "bos_token_id eos_token_id expert_dtype hc_eps hc_mult hc_sinkhorn_iters head_dim hidden_size "
+    "index_head_dim index_n_heads index_topk initializer_range max_position_embeddings "
+    "moe_intermediate_size n_routed_experts num_attention_heads num_experts_per_tok "
+    "num_hidden_layers num_nextn_predict_layers o_groups o_lora_rank q_lora_rank qk_rope_head_dim "
+    "rms_norm_eps routed_scaling_factor sliding_window swiglu_limit vocab_size"
+)
+
+
+def model_config_to_hf(
+    config: ModelConfig,
+    layout: Literal["released", "transformers"] = "released",
+    *,
+    quantized: bool | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> dict:
+    """Returns the `config.json` of `config`, its keys sorted as in the released files.
+
+    Args:
+      layout: whose keys.
+      quantized: whether to write `quantization_config`; by default only the released layout does.
+      dtype: dtype of the plain tensors.
+
+    Raises:
+      ConfigError: the layout cannot express the configuration.
+    """
+    raw = {key: accepted[0] for key, accepted in FIXED.items() if key != "is_encoder_decoder"}
+    raw |= {key: getattr(config, key) for key in _SHARED.split()}
+    raw |= {key: _number(getattr(config, key)) for key in ("rope_theta", "compress_rope_theta")}
+    raw["use_cache"] = True
+    if quantized if quantized is not None else layout == "released":
+        raw["quantization_config"] = {key: accepted[0] for key, accepted in QUANTIZATION.items()}
+        raw["quantization_config"]["weight_block_size"] = list(config.weight_block_size)
+    if config.tokenizer != "v4":
+        raw[TOKENIZER_KEY] = config.tokenizer
+    if layout == "released":
+        raw |= _released_layers(config)
+        raw |= {"torch_dtype": dtype, "rope_scaling": _scaling(config, "type")}
+    else:
+        raw |= _transformers_layers(config)
+        raw |= {"dtype": dtype, "mlp_bias": False} | _rope_parameters(config)
+    return dict(sorted(raw.items()))
+
+
+def _released_layers(config: ModelConfig) -> dict:
+    layers = {"compress_ratios": list(config.compress_ratios)}
+    hash_layers = config.mlp_layer_types.count(RouterKind.HASH)
+    if config.mlp_layer_types[:hash_layers] == (RouterKind.HASH,) * hash_layers:
+        layers["num_hash_layers"] = hash_layers
+    else:  # the released keys cannot say this
+        layers["mlp_layer_types"] = [kind.value for kind in config.mlp_layer_types]
+    if config.layer_types != layer_kinds(config.compress_ratios):
+        layers |= {"layer_types": [kind.value for kind in config.layer_types]} | _rates(config)
+    return layers
+
+
+def _transformers_layers(config: ModelConfig) -> dict:
+    main, mtp = (
+        config.layer_types[: config.num_hidden_layers],
+        config.layer_types[config.num_hidden_layers :],
+    )
+    if set(mtp) - {LayerKind.WINDOW}:
+        raise ConfigError(
+            "model.layer_types: the transformers layout has no entry for MTP blocks and takes them "
+            f"as window layers, got {[kind.name for kind in mtp]}; save as 'released'"
+        )
+    return {
+        "layer_types": [kind.value for kind in main],
+        "mlp_layer_types": [kind.value for kind in config.mlp_layer_types],
+    } | _rates(config)
+
+
+def _rates(config: ModelConfig) -> dict:
+    rates = dict(zip(config.layer_types, config.compress_ratios, strict=True))
+    csa = rates.get(LayerKind.CSA, CSA_RATIO)
+    hca = rates.get(LayerKind.HCA, 128)
+    return {"compress_rates": {LayerKind.CSA.value: csa, LayerKind.HCA.value: hca}}
+
+
+def _rope_parameters(config: ModelConfig) -> dict:
+    factor = config.qk_rope_head_dim / config.head_dim
+    if int(config.head_dim * factor) < config.qk_rope_head_dim:  # what transformers computes
+        factor = math.nextafter(factor, 1.0)
+    main = {
+        "rope_type": "default",
+        "rope_theta": config.rope_theta,
+        "partial_rotary_factor": factor,
+    }
+    compress = main | {"rope_theta": config.compress_rope_theta}
+    if config.rope_scaling is not None:
+        compress |= _scaling(config, "rope_type") | {"attention_factor": 1.0}
+    rope = {"main": main, "compress": compress}
+    return {"partial_rotary_factor": factor, "rope_parameters": rope}
+
+
+def _scaling(config: ModelConfig, type_key: str) -> dict | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    return {
+        type_key: "yarn",
+        "factor": _number(scaling.factor),
+        "beta_fast": _number(scaling.beta_fast),
+        "beta_slow": _number(scaling.beta_slow),
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+def _number(value: float) -> int | float:
+    """Returns an integer where the value is one, as the released files write them."""
+    return int(value) if value == int(value) else value
