@@ -140,9 +140,9 @@ def _effort_prefix(effort: str | None, profile: str | PromptProfile) -> str:
             )
         profile = PROFILES[profile]
     effort = effort or profile.default_effort
-    if effort not in profile.effort_prefixes:
+    if effort not in tuple(profile.effort_prefixes):
         known = ", ".join(profile.effort_prefixes)
-        meant = profile.api_efforts.get(effort, profile.default_effort)
+        meant = profile.api_efforts.get(str(effort), profile.default_effort)
         raise ConversationError(f"effort must be one of {known}, got {effort!r}; try {meant!r}")
     return profile.effort_prefixes[effort]
 

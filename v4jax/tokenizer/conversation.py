@@ -146,7 +146,7 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
     if not isinstance(message, Mapping):
         _fail(place, "must be a dict", message, 'write {"role": "user", "content": "…"}')
     role = message.get("role")
-    if role not in FIELDS:
+    if role not in tuple(FIELDS):  # a tuple compares: a role may be unhashable
         _fail(
             f"{place}.role",
             f"must be one of {', '.join(FIELDS)}",
@@ -155,7 +155,7 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
         )
     for field, value in message.items():
         if value and field not in (*FIELDS[role], *_NOT_RENDERED):
-            rule = f"is no field of a {role} message (it has {', '.join(FIELDS[role])})"
+            rule = f"is no field of role {role} (it has {', '.join(FIELDS[role])})"
             _fail(f"{place}.{field}", rule, value, "remove it")
     read = {
         field: reader(message[field], f"{place}.{field}")
@@ -164,7 +164,7 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
     }
     turn = Turn(place, encoded, role, **read)
     if role in ("user", "tool"):
-        return dataclasses.replace(turn, blocks=_read_blocks(message, role, f"{place}.content"))
+        return dataclasses.replace(turn, blocks=_read_blocks(message, role, place))
     content = _read_text(message.get("content"), f"{place}.content")
     if content is None and not any(read.values()):
         _fail(f"{place}.content", "is missing", None, 'give a string; "" is allowed')
@@ -175,15 +175,16 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
     return dataclasses.replace(turn, content=content or "")
 
 
-def _read_blocks(message: Mapping, role: str, place: str) -> tuple[Block, ...]:
-    content = message.get("content")
+def _read_blocks(message: Mapping, role: str, where: str) -> tuple[Block, ...]:
+    content, place = message.get("content"), f"{where}.content"
     if role == "tool":
         if isinstance(content, list):
             content = "\n\n".join(
                 _read_part(part, f"{place}[{i}]") for i, part in enumerate(content)
             )
-        call_id = message.get("tool_call_id") or ""
-        return (Block(_read_text(content, place) or "", is_result=True, call_id=call_id),)
+        text = _read_text(content, place) or ""
+        call_id = _read_id(message.get("tool_call_id"), f"{where}.tool_call_id")
+        return (Block(text, is_result=True, call_id=call_id),)
     if isinstance(content, list) and content:
         return tuple(Block(_read_part(part, f"{place}[{i}]")) for i, part in enumerate(content))
     text = _read_text(content, place)
@@ -208,6 +209,12 @@ def _read_text(value: Any, place: str) -> str | None:
     return value
 
 
+def _read_id(value: Any, place: str) -> str:
+    if value is not None and not isinstance(value, str):
+        _fail(place, "must be a string", value, "give a call and its result the same one")
+    return value or ""
+
+
 def _read_flag(value: Any, place: str) -> bool:
     if not isinstance(value, bool):
         _fail(place, "must be true or false", value, "leave it out to end the turn with EOS")
@@ -215,7 +222,7 @@ def _read_flag(value: Any, place: str) -> bool:
 
 
 def _read_task(value: Any, place: str) -> str:
-    if value not in TASKS:
+    if value not in tuple(TASKS):
         _fail(
             place, f"must be one of {', '.join(TASKS)}", value, "leave it out for an ordinary turn"
         )
@@ -252,7 +259,8 @@ def _read_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
         if not isinstance(arguments, str):
             where = f"{place}[{i}].function.arguments"
             _fail(where, "must be a string of JSON", arguments, "pass it through json.dumps")
-        calls.append(ToolCall(function["name"], arguments, call.get("id") or ""))
+        call_id = _read_id(call.get("id"), f"{place}[{i}].id")
+        calls.append(ToolCall(function["name"], arguments, call_id))
     return tuple(calls)
 
 

@@ -120,7 +120,7 @@ def read_tool_calls(scanner: Scanner) -> Generator[object, None, None]:
 
 def _read_call(scanner: Scanner, index: int) -> Generator[object, None, None]:
     scanner.place = f"tool call {index}"
-    (name,) = yield from _read_header(scanner, _INVOKE_HEADER, ' name="NAME"')
+    (name,) = yield from _read_header(scanner, _INVOKE_HEADER, 'name="NAME">')
     scanner.place = f"tool call {index} ({name})"
     yield ToolCallStart(index, name)
     yield from _end_tag(scanner)
@@ -130,7 +130,7 @@ def _read_call(scanner: Scanner, index: int) -> Generator[object, None, None]:
     seen: set[str] = set()
     while tag.endswith(PARAMETER_OPEN):
         key, is_string = yield from _read_header(
-            scanner, _PARAMETER_HEADER, ' name="NAME" string="true|false">'
+            scanner, _PARAMETER_HEADER, 'name="NAME" string="true|false">'
         )
         if key in seen:
             scanner.fail(f"parameter {quote(key)} is given twice")
@@ -152,7 +152,8 @@ def _read_header(
             scanner.take(found.end())
             return found.groups()
         if dsml:
-            scanner.fail(f"expected {form} in the opening tag, got {quote(attributes)}")
+            got = quote(attributes.rstrip("</"))
+            scanner.fail(f"expected {form} in the opening tag, got {got}")
         yield NEED_MORE
 
 

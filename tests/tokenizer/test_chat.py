@@ -1,0 +1,325 @@
+"""Prompts as literal strings: what the published encoder gives for the same messages."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from v4jax.errors import ConversationError
+from v4jax.tokenizer import encode_messages
+
+
+def system(content=None, **fields):
+    return {"role": "system", "content": content, **fields}
+
+
+def user(content, **fields):
+    return {"role": "user", "content": content, **fields}
+
+
+def assistant(content=None, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def developer(content, **fields):
+    return {"role": "developer", "content": content, **fields}
+
+
+def reminder(content):
+    return {"role": "latest_reminder", "content": content}
+
+
+def tool(content, call_id):
+    return {"role": "tool", "content": content, "tool_call_id": call_id}
+
+
+def call(name, arguments, call_id):
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+@dataclass
+class Case:
+    messages: list
+    expected: str
+    options: dict = field(default_factory=dict)
+
+
+THINKING = {"mode": "thinking"}
+KEEP = {"mode": "thinking", "drop_thinking": False}
+REASONED = [system("S"), user("a"), assistant("b", reasoning_content="r"), user("c")]
+TOOL = {"type": "function", "function": {"name": "f", "description": "für"}}
+TWO_CALLS = [call("f", '{"x": 1, "s": "q", "l": [1,2]}', "id1"), call("g", "{}", "id2")]
+CALLED = [user("q"), assistant("", tool_calls=TWO_CALLS)]
+
+GOLDEN = {
+    "chat": Case(
+        [user("hi")],
+        "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>",
+    ),
+    "thinking": Case(
+        [user("hi")],
+        "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜><think>",
+        THINKING,
+    ),
+    "thinking closes earlier turns": Case(
+        REASONED,
+        "<｜begin▁of▁sentence｜>S<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>c<｜Assistant｜><think>",
+        THINKING,
+    ),
+    "thinking keeps earlier turns on demand": Case(
+        REASONED,
+        "<｜begin▁of▁sentence｜>S<｜User｜>a<｜Assistant｜><think>r</think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>c<｜Assistant｜><think>",
+        KEEP,
+    ),
+    "chat drops all reasoning": Case(
+        REASONED,
+        "<｜begin▁of▁sentence｜>S<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>c<｜Assistant｜></think>",
+    ),
+    "thinking keeps the reasoning after the last user": Case(
+        [user("a"), assistant("b", reasoning_content="r")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜><think>r</think>b<｜end▁of▁sentence｜>",
+        THINKING,
+    ),
+    "two users make one turn": Case(
+        [user("a"), user("b")],
+        "<｜begin▁of▁sentence｜><｜User｜>a\n\nb<｜Assistant｜></think>",
+    ),
+    "parts of a list are blocks": Case(
+        [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}])],
+        "<｜begin▁of▁sentence｜><｜User｜>a\n\n[Unsupported image_url]<｜Assistant｜></think>",
+    ),
+    "task query": Case(
+        [user("a", task="query")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜query｜>",
+    ),
+    "task title behind an answer": Case(
+        [user("a"), assistant("b", task="title"), assistant("T")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+        "<｜title｜>T<｜end▁of▁sentence｜>",
+    ),
+    "task action, chat": Case(
+        [user("a", task="action")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think><｜action｜>",
+    ),
+    "task action, thinking": Case(
+        [user("a", task="action")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜><think><｜action｜>",
+        THINKING,
+    ),
+    "the answer to a task has no reasoning": Case(
+        [user("a", task="domain"), assistant("science", reasoning_content="r")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜domain｜>science<｜end▁of▁sentence｜>",
+        KEEP,
+    ),
+    "user after a task begins a new turn": Case(
+        [user("a", task="authority"), assistant("high"), user("b")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜authority｜>high<｜end▁of▁sentence｜>"
+        "<｜User｜>b<｜Assistant｜></think>",
+    ),
+    "response format": Case(
+        [system("s", response_format={"type": "json_object"}), user("b")],
+        "<｜begin▁of▁sentence｜>s\n\n## Response Format:\n\nYou MUST strictly adhere to the "
+        'following schema to reply:\n{"type": "json_object"}<｜User｜>b<｜Assistant｜></think>',
+    ),
+    "without EOS": Case(
+        [user("a"), assistant("pre", wo_eos=True)],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>pre",
+    ),
+    "calls, results sorted, user joined": Case(
+        [*CALLED, tool("B", "id2"), tool("A", "id1"), user("next")],
+        "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>\n\n"
+        "<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="s" string="true">q</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="l" string="false">[1, 2]</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n"
+        '<｜DSML｜invoke name="g">\n'
+        "\n"
+        "</｜DSML｜invoke>\n"
+        "</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
+        "<｜User｜><tool_result>A</tool_result>\n\n<tool_result>B</tool_result>\n\nnext"
+        "<｜Assistant｜></think>",
+    ),
+    "texts keep their places among sorted results": Case(
+        [*CALLED, tool("B", "id2"), user("text"), tool("A", "id1")],
+        "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>\n\n"
+        "<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="s" string="true">q</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="l" string="false">[1, 2]</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n"
+        '<｜DSML｜invoke name="g">\n'
+        "\n"
+        "</｜DSML｜invoke>\n"
+        "</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
+        "<｜User｜><tool_result>A</tool_result>\n\ntext\n\n<tool_result>B</tool_result>"
+        "<｜Assistant｜></think>",
+    ),
+    "tools declared, all reasoning kept": Case(
+        [system("S", tools=[TOOL, TOOL]), user("a"), assistant("b"), user("c")],
+        "<｜begin▁of▁sentence｜>S\n\n"
+        "## Tools\n\n"
+        "You have access to a set of tools to help answer the user's question. You can invoke "
+        'tools by writing a "<｜DSML｜tool_calls>" block like the following:\n\n'
+        "<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="$TOOL_NAME">\n'
+        '<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE'
+        "</｜DSML｜parameter>\n"
+        "...\n"
+        "</｜DSML｜invoke>\n"
+        '<｜DSML｜invoke name="$TOOL_NAME2">\n'
+        "...\n"
+        "</｜DSML｜invoke>\n"
+        "</｜DSML｜tool_calls>\n\n"
+        'String parameters should be specified as is and set `string="true"`. For all other '
+        "types (numbers, booleans, arrays, objects), pass the value in JSON format and set "
+        '`string="false"`.\n\n'
+        "If thinking_mode is enabled (triggered by <think>), you MUST output your complete "
+        "reasoning inside <think>...</think> BEFORE any tool calls or final response.\n\n"
+        "Otherwise, output directly after </think> with tool calls or final response.\n\n"
+        "### Available Tool Schemas\n\n"
+        '{"name": "f", "description": "für"}\n'
+        '{"name": "f", "description": "für"}\n\n'
+        "You MUST strictly follow the above defined tool name and parameter schemas to invoke "
+        "tool calls.\n"
+        "<｜User｜>a<｜Assistant｜><think></think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>c<｜Assistant｜><think>",
+        THINKING,
+    ),
+    "developer": Case(
+        [developer("d", response_format={"type": "text"})],
+        "<｜begin▁of▁sentence｜><｜User｜>d\n\n## Response Format:\n\nYou MUST strictly adhere to "
+        'the following schema to reply:\n{"type": "text"}<｜Assistant｜><think>',
+        THINKING,
+    ),
+    "an earlier developer is dropped in thinking": Case(
+        [developer("d"), assistant("b"), user("c")],
+        "<｜begin▁of▁sentence｜>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜><think>",
+        THINKING,
+    ),
+    "an earlier developer stays in chat": Case(
+        [developer("d"), assistant("b"), user("c")],
+        "<｜begin▁of▁sentence｜><｜User｜>d<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>c<｜Assistant｜></think>",
+    ),
+    "reminder before the user": Case(
+        [system("S"), reminder("now"), user("a")],
+        "<｜begin▁of▁sentence｜>S<｜latest_reminder｜>now<｜User｜>a<｜Assistant｜><think>",
+        THINKING,
+    ),
+    "reminder after the user follows the assistant prefix": Case(
+        [user("a"), reminder("now")],
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think><｜latest_reminder｜>now",
+    ),
+    "system alone asks for nothing": Case([system("S")], "<｜begin▁of▁sentence｜>S", THINKING),
+    "without BOS": Case([user("a")], "<｜User｜>a<｜Assistant｜></think>", {"add_bos": False}),
+    "context is heeded, not rendered": Case(
+        [user("c")],
+        "<｜User｜>c<｜Assistant｜></think>",
+        {"context": [user("a"), assistant("b")]},
+    ),
+    "tools in the context keep reasoning": Case(
+        [assistant("b", reasoning_content="r"), user("c")],
+        "r</think>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜><think>",
+        {"mode": "thinking", "context": [system("S", tools=[TOOL]), user("a")]},
+    ),
+    "calls in the context sort results": Case(
+        [tool("B", "id2"), tool("A", "id1")],
+        "<｜User｜><tool_result>A</tool_result>\n\n<tool_result>B</tool_result>"
+        "<｜Assistant｜></think>",
+        {"context": CALLED},
+    ),
+    "a dropped developer in the context": Case(
+        [assistant("b"), user("c")],
+        "b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜><think>",
+        {"mode": "thinking", "context": [developer("d")]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN.values(), ids=GOLDEN.keys())
+def test_prompt(case):
+    assert encode_messages(case.messages, **case.options) == case.expected
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_chat_prompt_continues_its_context(cut):
+    messages = [*REASONED, assistant("d"), user("e")]
+    # Also behind a user: the prompt of the context asks for the answer already.
+    head, tail = messages[:cut], messages[cut:]
+    whole = encode_messages(head) + encode_messages(tail, context=head)
+    assert whole == encode_messages(messages)
+
+
+ABSOLUTE = (
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
+    "edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n"
+)
+BEYOND = (
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
+    "exhaustively decompose the problem into its most fundamental components, trace every causal "
+    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles "
+    "and are certain that no assumption remains unchecked and no error remains undiscovered.\n\n"
+)
+EFFORTS = {
+    "preview default": ("preview", None, ""),
+    "preview high": ("preview", "high", ""),
+    "preview max": ("preview", "max", ABSOLUTE),
+    "0731 default": ("0731", None, ""),
+    "0731 low": ("0731", "low", ""),
+    "0731 high": ("0731", "high", ABSOLUTE),
+    "0731 max": ("0731", "max", BEYOND),
+}
+
+
+@pytest.mark.parametrize("profile, effort, prefix", EFFORTS.values(), ids=EFFORTS.keys())
+def test_effort(profile, effort, prefix):
+    options = {"effort": effort, "profile": profile}
+    messages = [system("S"), user("a")]
+    thinking = encode_messages(messages, mode="thinking", **options)
+    assert thinking == f"<｜begin▁of▁sentence｜>{prefix}S<｜User｜>a<｜Assistant｜><think>"
+    assert encode_messages(messages, mode="chat", **options) == encode_messages(messages)
+
+
+def test_effort_is_not_repeated_behind_a_context():
+    prompt = encode_messages([user("b")], mode="thinking", effort="max", context=[system("S")])
+    assert prompt == "<｜User｜>b<｜Assistant｜><think>"
+
+
+BAD_ARGUMENTS = {
+    "mode": (
+        {"mode": "think"},
+        "mode must be one of chat, thinking, got 'think'",
+    ),
+    "effort": (
+        {"effort": "low"},
+        "effort must be one of high, max, got 'low'; try 'high'",
+    ),
+    "effort of the other profile": (
+        {"effort": "ultra", "profile": "0731"},
+        "effort must be one of low, high, max, got 'ultra'; try 'max'",
+    ),
+    "profile": (
+        {"profile": "v3"},
+        "profile must be one of preview, 0731, got 'v3'",
+    ),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_argument(options, message):
+    with pytest.raises(ConversationError) as error:
+        encode_messages([user("a")], **options)
+    assert str(error.value) == message
