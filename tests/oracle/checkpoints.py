@@ -319,7 +319,7 @@ def write_checkpoint(folder, tensors, config, shards=3):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-_DTYPES = {
+DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "BF16": q.BF16,
@@ -341,7 +341,7 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         low, high = entry["data_offsets"]
-        raw = np.frombuffer(data[8 + length + low : 8 + length + high], _DTYPES[entry["dtype"]])
+        raw = np.frombuffer(data[8 + length + low : 8 + length + high], DTYPES[entry["dtype"]])
         tensors[name] = raw.reshape(entry["shape"])
     return tensors
 

@@ -59,6 +59,18 @@ def hf_name(name):
     raise KeyError(f"no transformers name for {name}")
 
 
+def saved_name(name):
+    """Returns the name under which `save_pretrained` writes an official tensor by default.
+
+    Transformers reverses its name conversion only in part: the `model.` prefix stays, the collapse
+    keeps its module name, and the norm of the window entries loses its `kv_`.
+    """
+    name = re.sub(r"^embed\.", "embed_tokens.", name)
+    name = re.sub(r"^hc_head_", "hc_head.hc_", name)
+    name = re.sub(r"\.attn\.kv_norm\.", ".attn.norm.", name)
+    return name if name.startswith("head.") else "model." + name
+
+
 def state_dict(tensors, config):
     """Returns transformers' state dict (stacked experts) of {official name: array} without MTP."""
     state = {}
