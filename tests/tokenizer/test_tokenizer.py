@@ -82,6 +82,7 @@ def test_every_control_token_can_be_spelt_plainly(v4):
     assert len(v4.encode(text)) == len(v4.controls) == 1283
     assert max(v4.encode(text, specials=False)) < 128_000
     assert min(v4.encode(text, specials=False)) > 2
+    assert not any(map(v4.is_control, v4.encode(v4.neutralise(text))))
 
 
 def test_ordinary_text_is_not_changed(tokenizer):
