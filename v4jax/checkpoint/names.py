@@ -1,0 +1,226 @@
+"""The one table of tensor names: checkpoint tensor ↔ place in a module's parameter, both ways.
+
+A row says under which name a layer stores a tensor, to which parameter of a block it belongs, and
+in which format the release stores it. A parameter gathers its tensors along leading axes:
+
+    layers.9.ffn.experts.5.w3.weight  ↔  stack.period.0.moe.experts.gate_up [3, 5, 1]
+                                         └ repeat 3 of the period, expert 5, slot 1 (w3, "up")
+
+Matrices stay [out, in] as stored, so gathering is the only transform. `places` lists a whole model;
+`to_transformers` and `from_transformers` rename for the layout that transformers writes.
+
+Source: spec D.2, D.5; files written by `save_pretrained` of transformers 5.23.
+"""
+
+import dataclasses
+import enum
+import re
+
+from v4jax.config import Layer, LayerKind, ModelConfig, RouterKind
+
+
+class Stored(enum.Enum):
+    """The format in which the release stores a tensor."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FP8 = "fp8"  # e4m3 with one scale per 128×128 tile
+    EXPERT = "expert"  # fp4 or fp8, as `config.expert_dtype` says
+    TABLE = "table"  # int64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor of a layer: its name, its parameter's path, both below the layer's prefix.
+
+    `{expert}` in the name stands for every expert; `slot` is the tensor's place in [w1, w3].
+    """
+
+    tensor: str
+    parameter: str
+    stored: Stored
+    slot: int | None = None
+
+
+def _rows(text: str) -> tuple[Row, ...]:
+    """Reads lines of `tensor  parameter  format  [slot]`."""
+    lines = (line.split() for line in text.strip().splitlines())
+    return tuple(Row(line[0], line[1], Stored(line[2]), *map(int, line[3:])) for line in lines)
+
+
+EMBED = _rows("embed.weight  embed  bfloat16")
+
+HEAD = _rows("""
+    norm.weight  norm.weight  bfloat16
+    head.weight  head         bfloat16
+""")
+
+COLLAPSE = _rows("""
+    hc_head_fn     collapse.fn     float32
+    hc_head_base   collapse.base   float32
+    hc_head_scale  collapse.scale  float32
+""")
+
+BLOCK = _rows("""
+    hc_attn_fn                      attention_hyper.fn               float32
+    hc_attn_base                    attention_hyper.base             float32
+    hc_attn_scale                   attention_hyper.scale            float32
+    attn_norm.weight                attention_norm.weight            bfloat16
+    attn.wq_a.weight                attention.query_down             fp8
+    attn.q_norm.weight              attention.query_norm.weight      bfloat16
+    attn.wq_b.weight                attention.query_up               fp8
+    attn.wkv.weight                 attention.key_value              fp8
+    attn.kv_norm.weight             attention.key_value_norm.weight  bfloat16
+    attn.attn_sink                  attention.sink                   float32
+    attn.wo_a.weight                attention.output_down            fp8
+    attn.wo_b.weight                attention.output_up              fp8
+    hc_ffn_fn                       moe_hyper.fn                     float32
+    hc_ffn_base                     moe_hyper.base                   float32
+    hc_ffn_scale                    moe_hyper.scale                  float32
+    ffn_norm.weight                 moe_norm.weight                  bfloat16
+    ffn.gate.weight                 moe.router.weight                bfloat16
+    ffn.shared_experts.w1.weight    moe.shared.gate_up               fp8      0
+    ffn.shared_experts.w3.weight    moe.shared.gate_up               fp8      1
+    ffn.shared_experts.w2.weight    moe.shared.down                  fp8
+    ffn.experts.{expert}.w1.weight  moe.experts.gate_up              expert   0
+    ffn.experts.{expert}.w3.weight  moe.experts.gate_up              expert   1
+    ffn.experts.{expert}.w2.weight  moe.experts.down                 expert
+""")
+
+COMPRESSOR = _rows("""
+    attn.compressor.wkv.weight    attention.compressor.key_value      bfloat16
+    attn.compressor.wgate.weight  attention.compressor.gate           bfloat16
+    attn.compressor.ape           attention.compressor.position_bias  float32
+    attn.compressor.norm.weight   attention.compressor.norm.weight    bfloat16
+""")
+
+INDEXER = _rows("""
+    attn.indexer.wq_b.weight              attention.indexer.query_up                  fp8
+    attn.indexer.weights_proj.weight      attention.indexer.head_weights              bfloat16
+    attn.indexer.compressor.wkv.weight    attention.indexer.compressor.key_value      bfloat16
+    attn.indexer.compressor.wgate.weight  attention.indexer.compressor.gate           bfloat16
+    attn.indexer.compressor.ape           attention.indexer.compressor.position_bias  float32
+    attn.indexer.compressor.norm.weight   attention.indexer.compressor.norm.weight    bfloat16
+""")
+
+ROUTER = {
+    RouterKind.TOPK: _rows("ffn.gate.bias  moe.router.bias  float32"),
+    RouterKind.HASH: _rows("ffn.gate.tid2eid  moe.router.table  table"),
+}
+
+MTP = _rows("""
+    enorm.weight   embed_norm.weight   bfloat16
+    hnorm.weight   stream_norm.weight  bfloat16
+    e_proj.weight  embed_projection    fp8
+    h_proj.weight  stream_projection   fp8
+    norm.weight    norm.weight         bfloat16
+""")
+
+
+def block_rows(layer: Layer) -> tuple[Row, ...]:
+    """Returns the rows that a layer of this kind has."""
+    rows = BLOCK + ROUTER[layer.router]
+    if layer.kind is not LayerKind.WINDOW:
+        rows += COMPRESSOR
+    if layer.kind is LayerKind.CSA:
+        rows += INDEXER
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one tensor of a checkpoint lives: `parameter[index]`, matrices [out, in] below that."""
+
+    tensor: str
+    parameter: str
+    index: tuple[int, ...]
+    stored: Stored
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Returns the place of every tensor, scales aside, in the order of the released files."""
+    found = _expand(EMBED, "", "", (), config)
+    for number, layer in enumerate(config.layers):
+        module, index = block_path(config, number)
+        found += _expand(block_rows(layer), f"layers.{number}.", f"{module}.", index, config)
+    found += _expand(HEAD + COLLAPSE, "", "", (), config)
+    for number, layer in enumerate(config.mtp_layers):
+        prefix = f"mtp.{number}."
+        found += _expand(block_rows(layer), prefix, f"{prefix}block.", (), config)
+        found += _expand(MTP + COLLAPSE, prefix, prefix, (), config)
+    return found
+
+
+def block_path(config: ModelConfig, number: int) -> tuple[str, tuple[int, ...]]:
+    """Returns the module that holds layer `number`, and its index along the module's leading axis.
+
+    >>> block_path(flash, 9)   # prefix 3, then [HCA, CSA] twenty times: layer 9 is HCA, repeat 3
+    ('stack.period.0', (3,))
+    """
+    plan = config.stack_plan
+    repeated = number - plan.prefix
+    if repeated < 0:
+        return f"stack.prefix.{number}", ()
+    if repeated < plan.period * plan.repeats:
+        return f"stack.period.{repeated % plan.period}", (repeated // plan.period,)
+    return f"stack.suffix.{repeated - plan.period * plan.repeats}", ()
+
+
+def by_parameter(found: list[Place]) -> dict[str, list[Place]]:
+    """Groups places by parameter path, in the order of first appearance."""
+    groups: dict[str, list[Place]] = {}
+    for place in found:
+        groups.setdefault(place.parameter, []).append(place)
+    return groups
+
+
+def _expand(rows, tensor_prefix, module_prefix, index, config) -> list[Place]:
+    found = []
+    for row in rows:
+        slot = () if row.slot is None else (row.slot,)
+        parameter = module_prefix + row.parameter
+        if "{expert}" not in row.tensor:
+            found.append(Place(tensor_prefix + row.tensor, parameter, index + slot, row.stored))
+            continue
+        for expert in range(config.n_routed_experts):
+            tensor = tensor_prefix + row.tensor.format(expert=expert)
+            found.append(Place(tensor, parameter, (*index, expert, *slot), row.stored))
+    return found
+
+
+def scale_name(tensor: str) -> str:
+    """Returns the name of a quantized tensor's scales: `X.weight` → `X.scale`."""
+    return tensor.removesuffix("weight") + "scale"
+
+
+# transformers renames on the way in and only partly back on the way out, so that what it writes is
+# neither the released names nor those of its modules: (released, transformers) whole-name patterns.
+_TRANSFORMERS = (
+    (r"embed\.weight", r"model.embed_tokens.weight"),
+    (r"norm\.weight", r"model.norm.weight"),
+    (r"hc_head_(fn|base|scale)", r"model.hc_head.hc_\1"),
+    (r"(layers\.\d+\.attn)\.kv_norm\.weight", r"model.\1.norm.weight"),
+    (r"(layers\..*)", r"model.\1"),
+)  # head.weight and mtp.* keep their names
+
+
+def to_transformers(tensor: str) -> str:
+    """Returns the name under which transformers' `save_pretrained` writes a released tensor."""
+    for released, written in _TRANSFORMERS:
+        if re.fullmatch(released, tensor):
+            return re.sub(released, written, tensor)
+    return tensor
+
+
+def from_transformers(tensor: str) -> str:
+    """Undoes `to_transformers`; also accepts `weight_scale_inv` for `scale`.
+
+    A name it does not know comes back unchanged, and is then unknown to `places`.
+    """
+    name = re.sub(r"\.weight_scale_inv$", ".scale", tensor)
+    if not name.startswith("model."):
+        return {"lm_head.weight": "head.weight"}.get(name, name)
+    name = name.removeprefix("model.")
+    name = re.sub(r"^embed_tokens\.", "embed.", name)
+    name = re.sub(r"^hc_head\.hc_", "hc_head_", name)
+    return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
