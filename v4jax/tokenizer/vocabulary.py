@@ -84,8 +84,13 @@ class Vocabulary:
 
     @cached_property
     def _control_start(self) -> re.Pattern:
+        # By their first two characters, so that a text full of `<` is not tried against all of them.
+        tails: dict[str, list[str]] = {}
+        for literal in self.controls:
+            tails.setdefault(literal[:2], []).append(re.escape(literal[2:]))
+        branches = (f"{re.escape(head)}(?:{'|'.join(t)})" for head, t in tails.items())
         # The look-ahead finds literals that overlap, too: ｜DSML｜DSML｜ holds two.
-        return re.compile(f"(?={'|'.join(map(re.escape, self.controls))}).")
+        return re.compile(f"(?={'|'.join(branches)}).", re.DOTALL)
 
     def _check_id(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
