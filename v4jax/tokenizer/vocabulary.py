@@ -84,7 +84,7 @@ class Vocabulary:
 
     @cached_property
     def _control_start(self) -> re.Pattern:
-        # By their first two characters, so that a text full of `<` is not tried against all of them.
+        # Grouped by two characters, so that a text full of `<` is not tried against all.
         tails: dict[str, list[str]] = {}
         for literal in self.controls:
             tails.setdefault(literal[:2], []).append(re.escape(literal[2:]))
