@@ -63,7 +63,7 @@ def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list
 
     Args:
       name: what to call `messages` in errors.
-      before: the turns of the context; empty `messages` are an error only without it.
+      before: the turns of the context, whose tool calls `messages` may answer.
 
     Raises:
       ConversationError: a message breaks a rule; the error names `messages[i].field`.
