@@ -1,0 +1,137 @@
+"""A model without mathematics: the next token is a hash of all tokens before.
+
+It keeps the contract of `v4jax.load(...)` and compiles in no time. A single token too many, too few
+or of another sequence changes everything that follows. A donated cache is really gone.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.errors import CacheError
+from v4jax.inference import Engine, EngineOptions
+from v4jax.tokenizer import ByteTokenizer
+
+_SCALE = 6.0  # of the logits: some tokens are likely, none is certain
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeConfig:
+    """What the engine asks of a model's config."""
+
+    vocab_size: int = 320
+    max_position_embeddings: int = 4096
+    bos_token_id: int = 256
+    eos_token_id: int = 257
+    tokenizer: str = "byte"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["hashes", "lengths"], meta_fields=["capacity"]
+)
+@dataclasses.dataclass(frozen=True)
+class FakeCache:
+    """The hash of each sequence, and its length."""
+
+    hashes: jax.Array  # uint32 [slots]
+    lengths: jax.Array  # int32 [slots]
+    capacity: int
+
+    def take(self, indices):
+        """Returns a cache whose slot i is a copy of slot `indices[i]`."""
+        return dataclasses.replace(self, hashes=self.hashes[indices], lengths=self.lengths[indices])
+
+    def reset(self, slots):
+        """Returns the cache with the slots of a mask emptied."""
+        return dataclasses.replace(
+            self,
+            hashes=jnp.where(slots, jnp.uint32(1), self.hashes),
+            lengths=jnp.where(slots, 0, self.lengths),
+        )
+
+    def bytes(self) -> int:
+        """Returns the bytes of its arrays."""
+        return self.hashes.nbytes + self.lengths.nbytes
+
+
+class FakeModel:
+    """Args: `step_seconds` is what every call costs, to make a job slow enough to be killed."""
+
+    folder = None
+
+    def __init__(self, config: FakeConfig = FakeConfig(), step_seconds: float = 0.0):
+        self.config, self.step_seconds = config, step_seconds
+        self.calls: list[tuple[int, int, int]] = []  # (slots, tokens, tokens that were real)
+
+    def init_cache(self, batch: int, max_tokens: int) -> FakeCache:
+        """Returns an empty cache."""
+        return FakeCache(jnp.ones(batch, jnp.uint32), jnp.zeros(batch, jnp.int32), max_tokens)
+
+    def extend(self, tokens, cache, lengths=None, logits="all", donate=False):
+        """Appends tokens; see the contract."""
+        assert logits in ("all", "last")
+        assert tokens.shape[1] <= cache.capacity
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+        self.calls.append((*tokens.shape, int(jnp.sum(lengths))))
+        if int(jnp.max(cache.lengths + lengths)) > cache.capacity:
+            raise CacheError("the sequence is longer than its cache")
+        time.sleep(self.step_seconds)
+        hashes, all_bt = _hash(tokens, cache.hashes, lengths)
+        extended = FakeCache(hashes, cache.lengths + lengths, cache.capacity)
+        if donate:
+            cache.hashes.delete()
+            cache.lengths.delete()
+        chosen = all_bt if logits == "all" else hashes
+        return _logits(chosen, self.config.vocab_size), extended
+
+
+@jax.jit
+def _hash(tokens_bt, hashes, lengths):
+    def step(hashes, inputs):
+        token, position = inputs
+        mixed = (hashes ^ token.astype(jnp.uint32)) * jnp.uint32(2654435761) + jnp.uint32(97)
+        hashes = jnp.where(position < lengths, mixed ^ (mixed >> 15), hashes)
+        return hashes, hashes
+
+    positions = jnp.arange(tokens_bt.shape[1])
+    hashes, all_tb = jax.lax.scan(step, hashes, (tokens_bt.T, positions))
+    return hashes, all_tb.T
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logits(hashes, vocab_size):
+    mixed = (hashes[..., None] + jnp.arange(vocab_size, dtype=jnp.uint32)) * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
+    return (mixed >> 8).astype(jnp.float32) * (_SCALE / 2**24)
+
+
+def make_engine(model: FakeModel | None = None, **options) -> Engine:
+    """Returns an engine with small chunks, so that short texts need several."""
+    sizes = {"chunk_tokens": 64, "short_tokens": 16, "questions_at_once": 2}
+    return Engine(model or FakeModel(), EngineOptions(**(sizes | options)), ByteTokenizer())
+
+
+def expected_tokens(prompt: list[int], count: int) -> list[int]:
+    """Returns what greedy decoding gives after `prompt`, computed without any of the package."""
+    value, tokens = 1, []
+
+    def push(value: int, token: int) -> int:
+        mixed = ((value ^ token) * 2654435761 + 97) % 2**32
+        return mixed ^ (mixed >> 15)
+
+    for token in prompt:
+        value = push(value, token)
+    vocabulary = np.arange(FakeConfig.vocab_size, dtype=np.uint32)
+    for _ in range(count):
+        mixed = (np.uint32(value) + vocabulary) * np.uint32(2246822519)
+        mixed = (mixed ^ (mixed >> 13)) * np.uint32(3266489917)
+        tokens.append(int(np.argmax(mixed >> 8)))
+        if tokens[-1] == FakeConfig.eos_token_id:
+            break
+        value = push(value, tokens[-1])
+    return tokens

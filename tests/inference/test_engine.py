@@ -1,0 +1,124 @@
+"""The engine: a document's state serves every question, and nothing leaks from one to another."""
+
+import pytest
+
+from v4jax.errors import ConfigError, RequestError
+from v4jax.inference import Document, Frame, Question, SamplingOptions
+from v4jax.tokenizer import ByteTokenizer
+
+from .fake_model import FakeConfig, FakeModel, expected_tokens, make_engine
+
+GREEDY = SamplingOptions(max_new_tokens=12)
+WARM = SamplingOptions(temperature=1.0, seed=3, max_new_tokens=12)
+TEXT = "It was a dark and stormy night. " * 5
+
+
+def ask(engine, text: str, *questions: Question) -> list:
+    """Returns the answers to all questions."""
+    encoded = engine.encode(Document(text, questions))
+    state = engine.read(encoded)
+    return [a for g in encoded.groups(engine.options) for a in engine.answer(encoded, state, g)]
+
+
+def test_answers_continue_document_and_question():
+    tokenizer, frame = ByteTokenizer(), Frame()
+    answers = ask(make_engine(), TEXT, Question("Who?", GREEDY), Question("When?", GREEDY))
+    for question, answer in zip(("Who?", "When?"), answers, strict=True):
+        prompt = frame.encode_document(tokenizer, TEXT) + frame.encode_question(tokenizer, question)
+        tokens = expected_tokens(prompt, 12)
+        controls = [t for t in tokens if tokenizer.is_control(t)]
+        assert answer.answer_tokens == len(tokens)
+        if not controls:
+            assert answer.text == tokenizer.decode(tokens)
+
+
+def test_answers_are_the_same_in_any_company():
+    questions = [Question(f"Question {i}?", WARM.replace(seed=i)) for i in range(5)]
+    alone = [ask(make_engine(), TEXT, question)[0] for question in questions]
+    assert len({answer.text for answer in alone}) == 5
+    for size in (1, 2, 3, 8):
+        engine = make_engine(questions_at_once=size)
+        assert ask(engine, TEXT, *questions) == alone
+        ask(engine, "Another text.", Question("What?", WARM))
+        assert ask(engine, TEXT, *reversed(questions)) == alone[::-1]
+
+
+def test_a_document_is_read_once():
+    model = FakeModel()
+    engine = make_engine(model)
+    encoded = engine.encode(Document(TEXT, tuple(Question(f"{i}?", GREEDY) for i in range(6))))
+    engine.prepare(encoded)
+    model.calls.clear()
+    state = engine.read(encoded)
+    read = [call for call in model.calls if call[1] > 1]
+    assert sum(real for _, _, real in read) == len(encoded.tokens)
+    for group in encoded.groups(engine.options):
+        engine.answer(encoded, state, group)
+    asked = [call for call in model.calls[len(read) :] if call[1] > 1]
+    assert sum(real for _, _, real in asked) == sum(map(len, encoded.question_tokens))
+
+
+def test_few_shapes():
+    model = FakeModel()
+    engine = make_engine(model)
+    for length in (40, 64, 65, 500, 1000):
+        ask(engine, "x" * length, Question("a?", GREEDY), Question("b?", GREEDY))
+    assert {call[:2] for call in model.calls} == {(1, 64), (2, 16), (2, 1)}
+
+
+def test_streaming_gives_the_answer():
+    engine = make_engine()
+    pieces = list(engine.stream(Question("Tell me.", WARM)))
+    assert [answer for _, answer in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert "".join(piece for piece, _ in pieces) == pieces[-1][1].text
+    assert list(engine.stream(Question("Tell me.", WARM))) == pieces
+
+
+TOO_LONG = {
+    "document": (
+        {},
+        lambda engine: engine.encode(Document("x" * 4090, (Question("why?", GREEDY),))),
+        "document is too long: 4,092 tokens with a question of 8 and max_new_tokens 12 need 4,112, "
+        "and the context (max_position_embeddings) holds 4,096; shorten the document or lower "
+        "max_new_tokens",
+    ),
+    "answer": (
+        {"max_tokens": 100},
+        lambda engine: engine.encode(
+            Document(
+                "x", (Question("why?", GREEDY), Question("y?", GREEDY.replace(max_new_tokens=99)))
+            )
+        ),
+        "document is too long: 3 tokens with a question of 6 and max_new_tokens 99 need 108, and "
+        "the context (max_tokens) holds 100; shorten the document or lower max_new_tokens",
+    ),
+    "prompt": (
+        {"max_tokens": 100},
+        lambda engine: next(engine.stream(Question("x" * 90, GREEDY))),
+        "prompt is too long: 94 tokens with max_new_tokens 12 need 106, and the context "
+        "(max_tokens) holds 100; shorten the prompt or lower max_new_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "ask", "message"), TOO_LONG.values(), ids=TOO_LONG.keys())
+def test_too_long(options, ask, message):
+    with pytest.raises(RequestError) as error:
+        ask(make_engine(**options))
+    assert str(error.value) == message
+
+
+def test_exactly_the_context_fits():
+    room = 4096 - 2 - 8 - 12  # BOS and role, question, answer
+    [answer] = ask(make_engine(), "x" * room, Question("why?", GREEDY))
+    assert answer.answer_tokens >= 1
+
+
+def test_tokenizer_of_another_model():
+    with pytest.raises(ConfigError, match="its 320 ids with EOS 257 do not fit a model"):
+        make_engine(FakeModel(FakeConfig(vocab_size=300)))
+
+
+def test_bad_options():
+    with pytest.raises(ConfigError, match="chunk_tokens must be at least 1, got 0"):
+        make_engine(chunk_tokens=0)

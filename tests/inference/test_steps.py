@@ -1,0 +1,69 @@
+"""The two loops: any chunking reads the same, and writing stops where it must."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax.inference.request import SamplingOptions
+from v4jax.inference.steps import decode, prefill
+
+from .fake_model import FakeModel, expected_tokens
+
+EOS = 257
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100, 101])
+def test_any_chunking_reads_the_same(chunk_tokens):
+    model, sequences = FakeModel(), [list(range(100)), list(range(50, 57)), []]
+    logits, cache = prefill(model, sequences, model.init_cache(4, 128), chunk_tokens=chunk_tokens)
+    assert cache.lengths.tolist() == [100, 7, 0, 0]
+    for row, sequence in zip(logits, sequences[:2], strict=False):
+        whole, _ = model.extend(jnp.array([sequence]), model.init_cache(1, 128), logits="last")
+        np.testing.assert_array_equal(row, whole[0])
+
+
+def test_chunks_have_one_shape_and_are_reported():
+    model, told = FakeModel(), []
+    prefill(model, [range(100)], model.init_cache(1, 128), chunk_tokens=64, on_chunk=told.append)
+    assert [call[:2] for call in model.calls] == [(1, 64), (1, 64)]
+    assert told == [64, 36]
+
+
+def write(prompts: list[list[int]], options: list[SamplingOptions], slots: int) -> list[list[int]]:
+    """Returns what is written after each prompt."""
+    model = FakeModel()
+    logits, cache = prefill(model, prompts, model.init_cache(slots, 256), chunk_tokens=32)
+    written: list[list[int]] = [[] for _ in prompts]
+    for step in decode(model, logits, cache, options, eos_token=EOS):
+        for tokens, token in zip(written, step, strict=True):
+            tokens.extend([] if token is None else [token])
+    return written
+
+
+def test_writing_is_the_models_greedy_choice():
+    prompts = [[1, 2, 3], [9] * 40]
+    options = [SamplingOptions(max_new_tokens=20), SamplingOptions(max_new_tokens=5)]
+    written = write(prompts, options, slots=3)
+    assert written == [
+        expected_tokens(prompt, option.max_new_tokens)
+        for prompt, option in zip(prompts, options, strict=True)
+    ]
+
+
+def test_writing_stops_at_eos():
+    prompts = [[n] for n in range(60)]
+    written = write(prompts, [SamplingOptions(max_new_tokens=100)] * 60, slots=60)
+    assert written == [expected_tokens(prompt, 100) for prompt in prompts]
+    assert sum(tokens[-1] == EOS for tokens in written) > 5  # the case does occur
+    assert all(EOS not in tokens[:-1] for tokens in written)
+
+
+def test_the_last_token_is_not_read():
+    model = FakeModel()
+    logits, cache = prefill(model, [[1]], model.init_cache(1, 32), chunk_tokens=8)
+    model.calls.clear()
+    assert (
+        len(list(decode(model, logits, cache, [SamplingOptions(max_new_tokens=1)], eos_token=EOS)))
+        == 1
+    )
+    assert model.calls == []

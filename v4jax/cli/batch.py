@@ -1,0 +1,94 @@
+"""`v4jax batch`: long documents in, answers out."""
+
+import json
+from typing import Any
+
+from v4jax.cli import model_flags
+
+SUMMARY = "reads documents and answers questions about each"
+USAGE = """
+Reads every document of a JSONL file once, answers its questions from the state that reading left
+behind, and appends the answers to another JSONL file. Killed at any moment and started again with
+the same command, it continues. A document that fails becomes a line with the reason.
+
+  v4jax batch --model=/models/v4-flash --input=docs.jsonl --output=answers.jsonl
+  v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl --summary=summary.json
+
+A line of the input: the text or a path to it, one question or several, and what differs from the
+flags (temperature, top_p, top_k, seed, max_new_tokens):
+
+  {"text": "It was a dark night …", "question": "What was the weather?"}
+  {"id": "a7", "path": "reports/a7.txt", "questions": ["Who?", "When?"], "max_new_tokens": 64}
+
+A line of the output, for an answer and for a document that failed:
+
+  {"line": 2, "id": "a7", "question_index": 0, "question": "Who?", "answer": "…",
+   "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40}, …}
+  {"line": 3, "id": null, "error": {"kind": "RequestError", "message": "…"}, …}
+
+Exit status: 0 when the job is finished, 1 when it is finished and every document failed.
+"""
+
+
+def define(flags: Any, values: Any) -> None:
+    """Defines the flags."""
+    model_flags.define_model_flags(flags, values)
+    model_flags.define_sampling_flags(flags, values)
+    flags.DEFINE_string("input", None, "JSONL file of documents. Required.", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "JSONL file that answers are appended to. Required.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "overwrite", False, "Begin anew instead of continuing the output.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "summary", None, "File for the summary as JSON, beside what is printed.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "questions_at_once",
+        4,
+        "Questions of one document answered side by side, each with a copy of its cache.",
+        flag_values=values,
+    )
+
+
+def run(values: Any, positional: list[str]) -> int:
+    """Runs the job and prints its summary."""
+    from v4jax.errors import RequestError, V4JaxError
+
+    model_flags.require(values, "model", "input", "output")
+    if positional:
+        raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
+    from v4jax.inference import BatchJob, Engine, EngineOptions, run_batch
+
+    options = EngineOptions(
+        frame=model_flags.build_frame(values),
+        chunk_tokens=values.chunk_tokens,
+        questions_at_once=values.questions_at_once,
+        max_tokens=values.max_tokens,
+    )
+    job = BatchJob(
+        input=values.input,
+        output=values.output,
+        settings={
+            "model": model_flags.identify_model(values),
+            "numerics": values.numerics,
+            "weights_seed": values.weights_seed,
+            "frame": vars(options.frame),
+            "chunk_tokens": options.chunk_tokens,
+            "questions_at_once": options.questions_at_once,
+            "max_tokens": options.max_tokens,
+        },
+        sampling=model_flags.build_sampling(values),
+        overwrite=values.overwrite,
+    )
+    summary = run_batch(job, lambda: Engine(model_flags.load_model(values), options))
+    if values.summary:
+        try:
+            with open(values.summary, "w", encoding="utf-8") as file:
+                json.dump(summary.to_json(), file, indent=2)
+                file.write("\n")
+        except OSError as error:
+            raise V4JaxError(f"cannot write {values.summary}: {error.strerror}") from error
+    print("\n".join(summary.lines()))
+    return 1 if summary.documents and summary.failed == summary.documents else 0

@@ -1,0 +1,70 @@
+"""`v4jax generate`: one prompt, answered in the terminal while it is written."""
+
+import sys
+from typing import Any
+
+from v4jax.cli import model_flags
+
+SUMMARY = "answers one prompt, streaming to the terminal"
+USAGE = """
+Reads a prompt as one user turn and prints the answer while it is written. What is said about the
+work goes to stderr, so the answer can be piped on.
+
+  v4jax generate --model=/models/v4-flash --prompt="Why is the sky blue?"
+  v4jax generate --model=/models/v4-flash --prompt=- --thinking < question.txt
+  v4jax generate --model=nano --prompt=hello --temperature=0.8 --seed=7 --max_new_tokens=64
+"""
+
+
+def define(flags: Any, values: Any) -> None:
+    """Defines the flags."""
+    model_flags.define_model_flags(flags, values)
+    model_flags.define_sampling_flags(flags, values)
+    flags.DEFINE_string(
+        "prompt", None, "What to answer; - reads it from stdin. Required.", flag_values=values
+    )
+
+
+def run(values: Any, positional: list[str]) -> int:
+    """Answers the prompt."""
+    from v4jax.errors import RequestError
+
+    model_flags.require(values, "model", "prompt")
+    if positional:
+        raise RequestError(
+            f"unexpected argument {positional[0]!r}; quote a prompt with spaces: --prompt='…'"
+        )
+    from v4jax import log
+    from v4jax.inference import Engine, EngineOptions, Question
+
+    prompt = Question(_read_prompt(values.prompt), model_flags.build_sampling(values))
+    options = EngineOptions(
+        frame=model_flags.build_frame(values),
+        chunk_tokens=values.chunk_tokens,
+        max_tokens=values.max_tokens,
+    )
+    engine = Engine(model_flags.load_model(values), options)
+    answer = None
+    for piece, whole in engine.stream(prompt):
+        sys.stdout.write(_printable(piece) if sys.stdout.isatty() else piece)
+        sys.stdout.flush()
+        answer = whole
+    sys.stdout.write("\n")
+    if answer.warning:
+        log.warning(f"generate: {answer.warning}")
+    log.info(
+        f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}, "
+        f"finish reason {answer.finish_reason}"
+    )
+    return 0
+
+
+def _read_prompt(prompt: str) -> str:
+    from v4jax.inference.documents import decode_utf8
+
+    return decode_utf8(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
+
+
+def _printable(text: str) -> str:
+    """Replaces control characters, with which a model could command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -1,0 +1,131 @@
+"""The entry point: `v4jax <verb> [flags]`.
+
+    v4jax                  lists the verbs
+    v4jax batch --help     explains one
+    v4jax --version
+
+Exit status: 0 done, 1 the verb says so, 2 an error in the request, 130 interrupted.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+
+from absl import flags
+
+from v4jax.errors import V4JaxError
+
+# In the order of a newcomer's interest; a verb appears once its module exists.
+_VERBS = ("generate", "batch", "train", "convert", "plan", "inspect", "bench", "serve")
+_HELP = ("--help", "-help", "-h")
+_WIDTH = 96
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    Args:
+      arguments: without the program's name; by default those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+    try:
+        return _dispatch(arguments)
+    except (V4JaxError, flags.Error) as error:
+        print(f"v4jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("v4jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or (arguments[0] in (*_HELP, "help") and len(arguments) == 1):
+        print(describe_program())
+        return 0
+    if arguments[0] == "--version":
+        print(f"v4jax {metadata.version('v4jax')}")
+        return 0
+    if arguments[0] == "help":
+        arguments = [arguments[1], "--help"]
+    name, rest = arguments[0], arguments[1:]
+    verb = _load(name)
+    values = flags.FlagValues()
+    verb.define(flags, values)
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if any(option in _HELP for option in options):
+        print(describe_verb(name, verb, values))
+        return 0
+    values.set_gnu_getopt(True)
+    try:
+        positional = values([f"v4jax {name}", *rest])[1:]
+    except flags.UnrecognizedFlagError as error:
+        nearest = difflib.get_close_matches(error.flagname, list(values), n=1)
+        hint = f"did you mean --{nearest[0]}?" if nearest else f"see v4jax {name} --help"
+        raise flags.Error(f"unknown flag --{error.flagname}; {hint}") from error
+    return verb.run(values, positional)
+
+
+def describe_program() -> str:
+    """Returns the list of verbs."""
+    names = [name for name in _VERBS if _exists(name)]
+    rows = [f"  {name:<10} {_load(name).SUMMARY}" for name in names]
+    return "\n".join(
+        [
+            "v4jax: DeepSeek-V4 in JAX and Flax.",
+            "",
+            "usage: v4jax <verb> [flags]",
+            "",
+            *rows,
+            "",
+            "v4jax <verb> --help explains a verb and its flags.",
+        ]
+    )
+
+
+def describe_verb(name: str, verb: ModuleType, values: flags.FlagValues) -> str:
+    """Returns what a verb does, examples, and every flag with its default."""
+    parts = [f"v4jax {name}: {verb.SUMMARY}", "", verb.USAGE.strip("\n"), "", "flags:"]
+    for flag in (values[flag] for flag in values):
+        text = " ".join((flag.help or "").split())
+        text = text.partition(">: ")[2] if text.startswith("<") else text  # absl repeats choices
+        parts.append(f"  --{flag.name}{_describe_value(flag)}")
+        parts += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(parts)
+
+
+def _describe_value(flag: flags.Flag) -> str:
+    if flag.boolean:
+        return f" (default: {'on' if flag.default else 'off'}; --no{flag.name} switches off)"
+    choices = getattr(flag.parser, "enum_values", None)
+    kind = "|".join(choices) if choices else flag.parser.flag_type().upper()
+    default = "none" if flag.default is None else flag.serialize().partition("=")[2] or '""'
+    return f"={kind} (default: {default})"
+
+
+def _exists(name: str) -> bool:
+    return name in _VERBS and importlib.util.find_spec(f"v4jax.cli.{name}") is not None
+
+
+def _load(name: str) -> ModuleType:
+    if not _exists(name):
+        known = [verb for verb in _VERBS if _exists(verb)]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+        raise flags.Error(f"unknown verb {name!r}; {hint}")
+    return importlib.import_module(f"v4jax.cli.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(run())

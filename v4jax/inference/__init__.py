@@ -1,0 +1,39 @@
+"""Long documents in, answers out: what turns a model into a service for one request after another.
+
+Read `engine.py` first.
+
+    request.py     Document, Question, SamplingOptions: what is asked, checked
+    prompt.py      Frame: system message and mode; the prompt, split where a document ends
+    engine.py      Engine: reads a document once, answers its questions from the state
+    steps.py       the loops around the model's call: prefill and decode
+    sampling.py    the choice of the next token
+    answer.py      from ids to an answer, streaming
+    documents.py   the input of a job, line by line
+    answer_log.py  its output: appended safely, continued after a crash
+    meter.py       tokens and seconds: rates, forecast, summary
+    batch.py       the job
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Answer": "answer",
+    "BatchJob": "batch",
+    "Document": "request",
+    "Engine": "engine",
+    "EngineOptions": "engine",
+    "Frame": "prompt",
+    "Question": "request",
+    "SamplingOptions": "request",
+    "Summary": "meter",
+    "run_batch": "batch",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on use: the command line explains itself without loading JAX.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

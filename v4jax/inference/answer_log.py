@@ -1,0 +1,158 @@
+"""The output of a batch job: JSON lines, appended so that no crash loses or doubles an answer.
+
+An answer, and a document that failed:
+
+    {"line": 3, "id": "a7", "question_index": 0, "question": "Who?", "answer": "…",
+     "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40},
+     "input": "5e88…", "job": "9f2b…"}
+    {"line": 4, "id": null, "error": {"kind": "RequestError", "message": "…"},
+     "input": "0c41…", "job": "9f2b…"}
+
+    line            of the input, counted from 1, and `question_index` within it from 0
+    finish_reason   "stop": the model ended the answer; "length": max_new_tokens did
+    tokens.answer   EOS included
+    reasoning, tool_calls, warning   only where there are any
+    input, job      digests of the input line and of the job's settings
+
+Lines are written in one piece and forced to disk before the job goes on. What a crash can leave is
+an incomplete last line; it is cut off when the job is started again. While a job runs it holds a
+lock on the file, which ends with the process.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from v4jax.errors import V4JaxError
+
+_ERROR_INDEX = -1  # stands for the question index of a line that says why a document failed
+
+
+class AnswerLog:
+    """An output file opened for one job.
+
+    Args:
+      path: created if it does not exist.
+      job: digest of the settings that determine the answers.
+      overwrite: begin with an empty file.
+
+    Attributes:
+      records: (line, question index) → its record, without the texts.
+
+    Raises:
+      V4JaxError: another job holds the file, or it was not written by this job.
+    """
+
+    def __init__(self, path: str, job: str, *, overwrite: bool = False):
+        self.path, self.job = path, job
+        self.records: dict[tuple[int, int], dict[str, Any]] = {}
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise V4JaxError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            self._lock()
+            if overwrite:
+                os.ftruncate(self._file, 0)
+            self._read()
+            _sync_folder(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "AnswerLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file and so gives up the lock."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def has(self, line: int, question_index: int) -> bool:
+        """Says whether the answer stands in the file."""
+        return (line, question_index) in self.records
+
+    def has_failed(self, line: int) -> bool:
+        """Says whether the document is marked as failed."""
+        return (line, _ERROR_INDEX) in self.records
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes records as one piece, and returns when they are on disk."""
+        records = [dict(record) | {"job": self.job} for record in records]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        data = text.encode("utf-8", errors="backslashreplace")
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise V4JaxError(
+                f"cannot write {self.path}: {error.strerror}; start the job again when that is "
+                "repaired, and it will continue"
+            ) from error
+        self.records |= {_key(record): _without_texts(record) for record in records}
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise V4JaxError(
+                f"another job is writing {self.path}; wait for it, or choose another output"
+            ) from error
+        except OSError as error:
+            raise V4JaxError(f"cannot lock {self.path}: {error.strerror}") from error
+
+    def _read(self) -> None:
+        end = 0
+        with open(self.path, "rb") as file:
+            for number, data in enumerate(file, start=1):
+                if not data.endswith(b"\n"):
+                    os.ftruncate(self._file, end)
+                    break
+                end += len(data)
+                record = self._parse(number, data)
+                if _key(record) in self.records:
+                    raise V4JaxError(
+                        f"{self.path} line {number} repeats an answer; overwrite the file or "
+                        "choose another output"
+                    )
+                self.records[_key(record)] = _without_texts(record)
+
+    def _parse(self, number: int, data: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(data)
+            _key(record), record["input"], record["job"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise V4JaxError(
+                f"{self.path} line {number} was not written by v4jax batch; overwrite the file or "
+                "choose another output"
+            ) from error
+        if record["job"] != self.job:
+            raise V4JaxError(
+                f"{self.path} was written with another model or other settings; start with the "
+                "same ones to continue, overwrite the file, or choose another output"
+            )
+        return record
+
+
+def _key(record: Mapping[str, Any]) -> tuple[int, int]:
+    return record["line"], _ERROR_INDEX if "error" in record else record["question_index"]
+
+
+def _without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("line", "input", "tokens", "error") if name in record}
+
+
+def _sync_folder(path: str) -> None:
+    """Makes the file's name survive a crash of the machine."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,287 @@
+"""Reads a document once and answers its questions from the state that reading left behind.
+
+    engine = Engine(v4jax.load("nano"))
+    encoded = engine.encode(Document(text, (Question("Who wrote it?"), Question("When?"))))
+    state = engine.read(encoded)                        # in chunks, into a cache of one slot
+    for group in encoded.groups(engine.options):        # questions answered side by side
+        answers = engine.answer(encoded, state, group)  # each from its own copy of the state
+
+Shapes are few, because each compiles anew: chunks of one size for reading, one short size for
+questions, one token for writing, all at a cache capacity rounded up to a power of two.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+
+from v4jax import log
+from v4jax.errors import ConfigError, RequestError
+from v4jax.inference.answer import Answer, AnswerReader
+from v4jax.inference.prompt import Frame
+from v4jax.inference.request import Document, Question, SamplingOptions
+from v4jax.inference.sampling import init_sampler, sample
+from v4jax.inference.steps import Cache, decode, prefill
+from v4jax.tokenizer import Vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine works; together with a request these determine its answer.
+
+    Attributes:
+      frame: system message and thinking.
+      chunk_tokens: tokens read at once.
+      short_tokens: the chunk of texts that are no longer than it, such as questions.
+      questions_at_once: questions of one document answered side by side, each with its own copy of
+        the document's cache.
+      max_tokens: capacity of every cache; by default that of each document rounded up.
+    """
+
+    frame: Frame = field(default_factory=Frame)
+    chunk_tokens: int = 2048
+    short_tokens: int = 128
+    questions_at_once: int = 4
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        for name in ("chunk_tokens", "short_tokens", "questions_at_once", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as token ids, known to fit.
+
+    Attributes:
+      tokens: the prompt up to the end of the document.
+      question_tokens: per question, the rest of its prompt.
+      sampling: per question.
+      capacity: tokens of the cache that holds it with any of its answers.
+    """
+
+    tokens: tuple[int, ...]
+    question_tokens: tuple[tuple[int, ...], ...]
+    sampling: tuple[SamplingOptions, ...]
+    capacity: int
+
+    def groups(self, options: EngineOptions) -> list[range]:
+        """Returns the indices of the questions that are answered side by side.
+
+        They depend on the document alone: a job that was interrupted forms the same groups again.
+        """
+        count, size = len(self.question_tokens), options.questions_at_once
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Engine:
+    """Serves documents and prompts with one model. One request at a time.
+
+    Args:
+      model: what `v4jax.load` gives.
+      options: how to work.
+      tokenizer: by default that of the model's folder or configuration.
+
+    Raises:
+      ConfigError: model and tokenizer do not belong together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: EngineOptions = EngineOptions(),
+        tokenizer: Vocabulary | None = None,
+    ):
+        config = model.config
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model.folder or config.tokenizer)
+        if tokenizer.vocab_size > config.vocab_size or tokenizer.eos_id != config.eos_token_id:
+            raise ConfigError(
+                f"tokenizer: its {tokenizer.vocab_size} ids with EOS {tokenizer.eos_id} do not fit "
+                f"a model of vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}"
+            )
+        self.model, self.options, self.tokenizer = model, options, tokenizer
+        self.compile_seconds = 0.0
+        self._compiled: set[tuple[int, int, int]] = set()  # (slots, tokens, capacity)
+
+    def encode(self, document: Document) -> EncodedDocument:
+        """Returns the token ids of a document's prompts.
+
+        Raises:
+          RequestError: document, question and answer together are longer than the context.
+        """
+        frame = self.options.frame
+        tokens = frame.encode_document(self.tokenizer, document.text)
+        rests = [frame.encode_question(self.tokenizer, q.text) for q in document.questions]
+        sampling = [question.sampling for question in document.questions]
+        needed = self._check_length("document", tokens, rests, sampling)
+        return EncodedDocument(
+            tokens=tuple(tokens),
+            question_tokens=tuple(map(tuple, rests)),
+            sampling=tuple(sampling),
+            capacity=self._capacity(needed),
+        )
+
+    def read(
+        self, encoded: EncodedDocument, on_chunk: Callable[[int], None] = lambda tokens: None
+    ) -> Cache:
+        """Returns the state after the document: a cache of one slot, which `answer` only copies.
+
+        Args:
+          on_chunk: told after each chunk how many tokens it held.
+        """
+        self.prepare(encoded)
+        cache = self.model.init_cache(1, encoded.capacity)
+        _, cache = prefill(
+            self.model,
+            [encoded.tokens],
+            cache,
+            chunk_tokens=self._chunk(len(encoded.tokens), encoded.capacity),
+            on_chunk=on_chunk,
+        )
+        return cache
+
+    def answer(
+        self,
+        encoded: EncodedDocument,
+        state: Cache,
+        group: Sequence[int],
+        on_text: Callable[[int, str], None] = lambda index, text: None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> list[Answer]:
+        """Answers the questions of one group side by side.
+
+        Args:
+          state: what `read` returned; it can be used again.
+          group: indices of the questions, one of `encoded.groups`.
+          on_text: told each piece of text with the index of its question.
+          on_tokens: told after each step how many tokens it wrote.
+        """
+        rests = [encoded.question_tokens[i] for i in group]
+        sampling = [encoded.sampling[i] for i in group]
+        slots = self._slots(len(encoded.question_tokens))
+        forks = state.take(jnp.zeros(slots, jnp.int32))
+        longest = max(map(len, rests))
+        logits_bv, forks = prefill(
+            self.model, rests, forks, chunk_tokens=self._chunk(longest, encoded.capacity)
+        )
+        answers: list[Answer | None] = [None] * len(rests)
+        for slot, piece, answer in self._write(logits_bv, forks, rests, sampling, on_tokens):
+            on_text(group[slot], piece)
+            answers[slot] = answer or answers[slot]
+        return answers
+
+    def stream(self, prompt: Question) -> Iterator[tuple[str, Answer | None]]:
+        """Answers a prompt without a document.
+
+        Yields:
+          The pieces of text as they become known; the last comes with the whole answer.
+
+        Raises:
+          RequestError: prompt and answer together are longer than the context.
+        """
+        tokens = self.options.frame.encode_prompt(self.tokenizer, prompt.text)
+        needed = self._check_length("prompt", [], [tokens], [prompt.sampling])
+        capacity = self._capacity(needed)
+        cache = self.model.init_cache(1, capacity)
+        logits_bv, cache = prefill(
+            self.model, [tokens], cache, chunk_tokens=self._chunk(len(tokens), capacity)
+        )
+        for _, piece, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
+            yield piece, answer
+
+    def prepare(self, encoded: EncodedDocument) -> None:
+        """Compiles what the document needs and nothing needed before, so that times are of work."""
+        capacity = encoded.capacity
+        slots = self._slots(len(encoded.question_tokens))
+        longest = max(map(len, encoded.question_tokens))
+        shapes = {
+            (1, self._chunk(len(encoded.tokens), capacity), capacity),
+            (slots, self._chunk(longest, capacity), capacity),
+            (slots, 1, capacity),
+        } - self._compiled
+        if not shapes:
+            return
+        title = f"{len(shapes)} steps for caches of {capacity:,} tokens"
+        with log.phase("compile", title) as phase:
+            phase.note(title)
+            for shape in sorted(shapes):
+                self._compile(*shape)
+        self._compiled |= shapes
+        self.compile_seconds += phase.seconds
+
+    def _compile(self, slots: int, tokens: int, capacity: int) -> None:
+        """Runs one step that appends nothing."""
+        cache = self.model.init_cache(1, capacity)
+        if slots > 1:
+            cache = cache.take(jnp.zeros(slots, jnp.int32))
+        tokens_bt = jnp.zeros((slots, tokens), jnp.int32)
+        logits_bv, _ = self.model.extend(
+            tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
+        )
+        eos_token = self.model.config.eos_token_id
+        sample(logits_bv, init_sampler([], slots), eos_token=eos_token)[0].block_until_ready()
+
+    def _write(
+        self,
+        logits_bv,
+        cache: Cache,
+        rests: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingOptions],
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[tuple[int, str, Answer | None]]:
+        mode, eos_token = self.options.frame.mode, self.model.config.eos_token_id
+        readers = [AnswerReader(self.tokenizer, mode, len(rest)) for rest in rests]
+        for tokens in decode(self.model, logits_bv, cache, sampling, eos_token=eos_token):
+            on_tokens(sum(token is not None for token in tokens))
+            for slot, token in enumerate(tokens):
+                if token is None:
+                    continue
+                piece = readers[slot].push(token)
+                if piece:
+                    yield slot, piece, None
+        for slot, reader in enumerate(readers):
+            yield slot, *reader.finish()
+
+    def _slots(self, questions: int) -> int:
+        return 1 if questions == 1 else self.options.questions_at_once
+
+    def _chunk(self, tokens: int, capacity: int) -> int:
+        short, long = self.options.short_tokens, self.options.chunk_tokens
+        return min(short if tokens <= short else long, capacity)
+
+    def _capacity(self, needed: int) -> int:
+        if self.options.max_tokens:
+            return self._limit()
+        # Twice the memory at worst, for one compilation per doubling; never below one chunk.
+        rounded = 1 << (max(needed, self.options.chunk_tokens) - 1).bit_length()
+        return min(rounded, self._limit())
+
+    def _limit(self) -> int:
+        context = self.model.config.max_position_embeddings
+        return min(self.options.max_tokens or context, context)
+
+    def _check_length(
+        self,
+        what: str,
+        tokens: Sequence[int],
+        rests: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingOptions],
+    ) -> int:
+        """Returns the tokens needed by the longest prompt with its answer."""
+        needs = [len(r) + s.max_new_tokens for r, s in zip(rests, sampling, strict=True)]
+        longest = max(range(len(needs)), key=needs.__getitem__)
+        needed, limit = len(tokens) + needs[longest], self._limit()
+        if needed > limit:
+            parts = [f"a question of {len(rests[longest]):,}"] if tokens else []
+            parts += [f"max_new_tokens {sampling[longest].max_new_tokens:,}"]
+            name = "max_tokens" if self.options.max_tokens else "max_position_embeddings"
+            raise RequestError(
+                f"{what} is too long: {len(tokens or rests[longest]):,} tokens with "
+                f"{' and '.join(parts)} need {needed:,}, and the context ({name}) holds {limit:,}; "
+                f"shorten the {what} or lower max_new_tokens"
+            )
+        return needed

@@ -1,0 +1,181 @@
+"""Tokens and seconds of a job: how fast it is, how much is left, and what it did in the end."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from v4jax import log
+
+
+class Rate:
+    """Tokens and the seconds they took, counted while they come."""
+
+    def __init__(self):
+        self.tokens, self.seconds = 0, 0.0
+        self._last = 0.0
+
+    def start(self) -> None:
+        """Begins a stretch of work."""
+        self._last = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Counts tokens that took the time since `start` or the last `add`."""
+        now = time.perf_counter()
+        self.seconds += now - self._last
+        self.tokens += tokens
+        self._last = now
+
+    @property
+    def per_second(self) -> float | None:
+        """Tokens per second; None before anything was counted."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+
+class Meter:
+    """Watches a job and forecasts its end.
+
+    A document's tokens are known only when it is encoded; until then its bytes stand for them, at
+    the ratio of the documents seen so far. Answers are taken to be as long as those seen so far.
+
+    Args:
+      document_bytes: of all documents to be read.
+      questions: to be answered.
+      max_new_tokens: the length of answers before one was seen.
+    """
+
+    def __init__(self, document_bytes: int, questions: int, max_new_tokens: int):
+        self.reading, self.writing = Rate(), Rate()
+        self.cache_bytes = 0
+        self._bytes_left, self._questions_left = document_bytes, questions
+        self._answer_tokens, self._answers = max_new_tokens, 1
+        self._encoded_bytes = self._encoded_tokens = self._tokens_left = 0
+
+    def begin_document(self, document_bytes: int, tokens: int) -> None:
+        """Notes a document that is about to be read."""
+        self._bytes_left -= document_bytes
+        self._encoded_bytes += document_bytes
+        self._encoded_tokens += tokens
+        self._tokens_left = tokens
+
+    def skip_document(self, document_bytes: int, questions: int) -> None:
+        """Notes a document that failed before it was read."""
+        self._bytes_left -= document_bytes
+        self._questions_left -= questions
+
+    def read(self, tokens: int) -> None:
+        """Counts tokens of the current document."""
+        self.reading.add(tokens)
+        self._tokens_left -= tokens
+
+    def answered(self, questions: int, tokens: int) -> None:
+        """Counts answers that are complete."""
+        if self._answers == 1:  # the first real ones replace the assumption
+            self._answer_tokens = self._answers = 0
+        self._answers += questions
+        self._answer_tokens += tokens
+        self._questions_left -= questions
+
+    @property
+    def done(self) -> int:
+        """Tokens read and written."""
+        return self.reading.tokens + self.writing.tokens
+
+    @property
+    def total(self) -> float:
+        """Estimate of the tokens to be read and written in all."""
+        return self.done + self._reading_left() + self._writing_left()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of the time left; None before there is anything to judge by."""
+        if self.reading.per_second is None:
+            return None
+        seconds = self._reading_left() / self.reading.per_second
+        if self.writing.per_second is not None:
+            seconds += self._writing_left() / self.writing.per_second
+        return seconds
+
+    def _reading_left(self) -> float:
+        per_byte = self._encoded_tokens / self._encoded_bytes if self._encoded_bytes else 0.25
+        return max(self._tokens_left, 0) + max(self._bytes_left, 0) * per_byte
+
+    def _writing_left(self) -> float:
+        return max(self._questions_left, 0) * self._answer_tokens / max(self._answers, 1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did.
+
+    The counts describe the output file, whichever run wrote it; seconds, rates and cache are of
+    this run.
+
+    Attributes:
+      tokens_read: of documents, each once, and of questions.
+      read_seconds: spent on documents; `write_seconds` on questions and their answers. Compilation
+        counts in neither.
+      cache_bytes: of the largest document's cache.
+    """
+
+    documents: int
+    failed: int
+    questions: int
+    questions_before: int
+    tokens_read: int
+    tokens_written: int
+    read_seconds: float
+    write_seconds: float
+    compile_seconds: float
+    read_tokens_per_second: float | None
+    write_tokens_per_second: float | None
+    cache_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields for a JSON file."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """Returns the summary as people read it."""
+        before = f" ({self.questions_before:,} before this run)" if self.questions_before else ""
+        return [
+            f"documents  {self.documents:,}, of them failed {self.failed:,}",
+            f"questions  {self.questions:,} answered{before}",
+            f"read       {self.tokens_read:,} tokens{_speed(self.read_tokens_per_second)}",
+            f"written    {self.tokens_written:,} tokens{_speed(self.write_tokens_per_second)}",
+            f"cache      {log.format_bytes(self.cache_bytes)} for the largest document",
+            f"time       reading {log.format_seconds(self.read_seconds)}, writing "
+            f"{log.format_seconds(self.write_seconds)}, compiling "
+            f"{log.format_seconds(self.compile_seconds)}",
+        ]
+
+
+def summarize(
+    records: Mapping[tuple[int, int], Mapping[str, Any]],
+    meter: Meter,
+    *,
+    questions_before: int,
+    compile_seconds: float,
+) -> Summary:
+    """Returns the summary of a job: the records of its output, and the meter of this run."""
+    answers = [record for record in records.values() if "error" not in record]
+    document_tokens = {record["line"]: record["tokens"]["document"] for record in answers}
+    return Summary(
+        documents=len({record["line"] for record in records.values()}),
+        failed=len({record["line"] for record in records.values() if "error" in record}),
+        questions=len(answers),
+        questions_before=questions_before,
+        tokens_read=sum(document_tokens.values()) + sum(a["tokens"]["question"] for a in answers),
+        tokens_written=sum(answer["tokens"]["answer"] for answer in answers),
+        read_seconds=meter.reading.seconds,
+        write_seconds=meter.writing.seconds,
+        compile_seconds=compile_seconds,
+        read_tokens_per_second=meter.reading.per_second,
+        write_tokens_per_second=meter.writing.per_second,
+        cache_bytes=meter.cache_bytes,
+    )
+
+
+def _speed(per_second: float | None) -> str:
+    return "" if per_second is None else f", {per_second:,.1f} tokens/s in this run"

@@ -1,0 +1,108 @@
+"""What is asked of the engine: a document, its questions, and how to choose an answer's tokens.
+
+Every value is checked where it is made, so below this file a request is valid.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from v4jax.errors import RequestError
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the tokens of an answer are chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy: the most probable token, whatever the rest says.
+      top_p: keeps the most probable tokens that together reach this probability, in (0, 1].
+      top_k: keeps so many of the most probable tokens; 0 keeps all.
+      seed: the same seed and prompt give the same answer.
+      max_new_tokens: ends an answer that has not ended itself, at least 1.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+    def __post_init__(self):
+        _check_number("temperature", self.temperature, "at least 0", lambda t: t >= 0)
+        _check_number("top_p", self.top_p, "greater than 0 and at most 1", lambda p: 0 < p <= 1)
+        _check_integer("top_k", self.top_k, 0, "0 keeps every token")
+        _check_integer("seed", self.seed, 0, "choose another", MAX_SEED)
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, "an answer has a token or more")
+
+    def replace(self, **overrides: float) -> "SamplingOptions":
+        """Returns the options with some fields changed; the result is checked again."""
+        return dataclasses.replace(self, **overrides)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to a document: `text`, and how its answer is chosen."""
+
+    text: str
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def __post_init__(self):
+        _check_text("question", self.text)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the questions to it.
+
+    Attributes:
+      text: read once; its state serves every question.
+      questions: at least one.
+      id: the caller's name for the document, given back with each answer.
+    """
+
+    text: str
+    questions: tuple[Question, ...]
+    id: str | int | None = None
+
+    def __post_init__(self):
+        _check_text("text", self.text)
+        if not self.questions:
+            raise RequestError("questions must hold at least one question, got none")
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be a string, got {describe(text)}")
+    if not text.strip():
+        raise RequestError(f"{name} must not be empty, got {text[:20]!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} must be valid Unicode, got the lone surrogate {text[error.start]!r} at "
+            f"character {error.start}"
+        ) from error
+
+
+def _check_number(name: str, value: object, rule: str, holds) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and holds(value)):
+        raise RequestError(f"{name} must be a number {rule}, got {describe(value)}")
+
+
+def _check_integer(
+    name: str, value: object, low: int, remedy: str, high: int | None = None
+) -> None:
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not (integer and low <= value and (high is None or value <= high)):
+        rule = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise RequestError(f"{name} must be an integer {rule}, got {describe(value)}; {remedy}")
+
+
+def describe(value: object) -> str:
+    """Shows a received value in an error message, shortened."""
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

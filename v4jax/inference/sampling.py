@@ -1,0 +1,102 @@
+"""Chooses the next token of each sequence of a batch, and knows which sequences go on.
+
+Every sequence carries its own options and its own seed. The noise of its n-th token depends on the
+seed and on n alone, so an answer is the same in any batch, in any slot and after a restart.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from v4jax.inference.request import SamplingOptions
+
+_COLDEST = 1e-6  # below this a temperature is greedy in float32
+
+
+class SamplerState(NamedTuple):
+    """The choice of tokens for a batch, on device: the options, and how far each sequence is."""
+
+    temperature: Float[Array, "b"]
+    top_p: Float[Array, "b"]
+    top_k: Int[Array, "b"]
+    seed: UInt[Array, "b"]
+    step: Int[Array, "b"]  # tokens chosen so far
+    remaining: Int[Array, "b"]  # tokens that may still be chosen; 0 once a sequence has ended
+
+
+def init_sampler(options: Sequence[SamplingOptions], slots: int) -> SamplerState:
+    """Returns the state before the first token; slots beyond `options` are never active."""
+    padding = [SamplingOptions()] * (slots - len(options))
+    remaining = [o.max_new_tokens for o in options] + [0] * len(padding)
+    options = [*options, *padding]
+    return SamplerState(
+        temperature=jnp.array([o.temperature for o in options], jnp.float32),
+        top_p=jnp.array([o.top_p for o in options], jnp.float32),
+        top_k=jnp.array([min(o.top_k, 2**31 - 1) for o in options], jnp.int32),
+        seed=jnp.array(np.array([o.seed for o in options], np.uint32)),
+        step=jnp.zeros(slots, jnp.int32),
+        remaining=jnp.array([min(r, 2**31 - 1) for r in remaining], jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="eos_token")
+def sample(
+    logits_bv: Float[Array, "b v"], state: SamplerState, *, eos_token: int
+) -> tuple[Int[Array, "b"], Bool[Array, "b"], SamplerState]:
+    """Chooses one token per sequence.
+
+    Returns:
+      The tokens; which sequences go on after them (no EOS, and room for more); the new state. What
+      stands at a sequence that had ended before is to be ignored.
+    """
+    # Sorting a vocabulary costs far more than an argmax, and most jobs are greedy.
+    tokens = jax.lax.cond(
+        jnp.any((state.temperature > 0) & (state.remaining > 0)), _draw, _greedy, logits_bv, state
+    )
+    remaining = jnp.where(tokens == eos_token, 0, jnp.maximum(state.remaining - 1, 0))
+    state = state._replace(step=state.step + 1, remaining=remaining)
+    return tokens, remaining > 0, state
+
+
+def _greedy(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:
+    del state
+    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+
+
+def _draw(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:
+    def draw(logits_v, temperature, top_p, top_k, seed, step):
+        # Relative to the best: no temperature, however small, makes infinities meet.
+        scaled_v = (logits_v - jnp.max(logits_v)) / jnp.maximum(temperature, _COLDEST)
+        kept_v = scaled_v >= _threshold(scaled_v, top_p, top_k)
+        # threefry by name: the default generator may be set to another by the environment.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+        noise_v = jax.random.gumbel(key, scaled_v.shape)
+        return jnp.argmax(jnp.where(kept_v, scaled_v + noise_v, -jnp.inf))
+
+    drawn = jax.vmap(draw)(
+        logits_bv, state.temperature, state.top_p, state.top_k, state.seed, state.step
+    )
+    return jnp.where(state.temperature > 0, drawn, jnp.argmax(logits_bv, axis=-1)).astype(jnp.int32)
+
+
+def _threshold(
+    scaled_v: Float[Array, "v"], top_p: Float[Array, ""], top_k: Int[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the smallest logit that top-k and top-p keep: first k tokens, then p of their mass.
+
+    Tokens that tie with the last one kept are kept as well: which of them came first is no property
+    of the distribution.
+    """
+    sorted_v = -jnp.sort(-scaled_v)
+    ranks_v = jnp.arange(sorted_v.shape[0])
+    in_top_k_v = (top_k == 0) | (ranks_v < top_k)
+    probabilities_v = jax.nn.softmax(jnp.where(in_top_k_v, sorted_v, -jnp.inf))
+    # A token is kept while those before it have not reached top_p, so the first one always is.
+    before_v = jnp.cumsum(probabilities_v) - probabilities_v
+    kept_v = in_top_k_v & ((before_v < top_p) | (top_p >= 1.0) | (ranks_v == 0))
+    return jnp.min(jnp.where(kept_v, sorted_v, jnp.inf))

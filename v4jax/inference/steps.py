@@ -1,0 +1,97 @@
+"""The two loops around the model's one call: reading tokens in chunks, and writing them one by one.
+
+The cache that enters a loop is consumed: each step reuses its buffers. While writing, the next step
+is dispatched before the host looks at the token of the last one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from v4jax.inference.request import SamplingOptions
+from v4jax.inference.sampling import init_sampler, sample
+
+Cache = Any  # what model.init_cache gives
+
+
+def prefill(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    cache: Cache,
+    *,
+    chunk_tokens: int,
+    on_chunk: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Float[Array, "b v"], Cache]:
+    """Appends to every slot of `cache` its sequence of tokens, `chunk_tokens` at a time.
+
+    Every chunk has the same shape [slots, chunk_tokens], the last one padded, so one compilation
+    serves them all.
+
+    Args:
+      sequences: the tokens of the first slots; further slots stay as they are.
+      cache: consumed.
+      on_chunk: told after each chunk how many tokens it held.
+
+    Returns:
+      The logits after the last token of each sequence, and the cache.
+    """
+    slots = cache.lengths.shape[0]
+    counts = np.zeros(slots, np.int64)
+    counts[: len(sequences)] = [len(sequence) for sequence in sequences]
+    last_bv = None
+    for start in range(0, int(counts.max()), chunk_tokens):
+        tokens_bt = np.zeros((slots, chunk_tokens), np.int32)
+        lengths = np.clip(counts - start, 0, chunk_tokens).astype(np.int32)
+        for row, sequence in zip(tokens_bt, sequences, strict=False):
+            piece = sequence[start : start + chunk_tokens]
+            row[: len(piece)] = piece
+        logits_bv, cache = model.extend(
+            jnp.asarray(tokens_bt), cache, jnp.asarray(lengths), logits="last", donate=True
+        )
+        # A sequence that ended in an earlier chunk keeps the logits of its own last token.
+        last_bv = (
+            logits_bv if last_bv is None else jnp.where(lengths[:, None] > 0, logits_bv, last_bv)
+        )
+        logits_bv.block_until_ready()  # one chunk in flight bounds memory and makes the times true
+        on_chunk(int(lengths.sum()))
+    return last_bv, cache
+
+
+def decode(
+    model: Any,
+    logits_bv: Float[Array, "b v"],
+    cache: Cache,
+    options: Sequence[SamplingOptions],
+    *,
+    eos_token: int,
+) -> Iterator[list[int | None]]:
+    """Writes one token per sequence and step, until every sequence has ended.
+
+    Args:
+      logits_bv: what the model said after the last token of each slot.
+      cache: consumed.
+      options: for the first slots; further slots stay silent.
+
+    Yields:
+      One token per sequence, EOS included; None for a sequence that has ended.
+    """
+    state = init_sampler(options, slots=logits_bv.shape[0])
+    left = [option.max_new_tokens for option in options]
+    while any(left):
+        tokens, active, state = sample(logits_bv, state, eos_token=eos_token)
+        if max(left) > 1:  # the last token of an answer is never read by the model
+            logits_bv, cache = model.extend(
+                tokens[:, None], cache, active.astype(jnp.int32), logits="last", donate=True
+            )
+        chosen: list[int | None] = [
+            int(token) if remaining else None
+            for token, remaining in zip(np.asarray(tokens), left, strict=False)
+        ]
+        left = [
+            0 if token is None or token == eos_token else remaining - 1
+            for token, remaining in zip(chosen, left, strict=True)
+        ]
+        yield chosen
