@@ -1,4 +1,4 @@
-"""Nano: every mechanism of V4 in 5.6 M parameters, made to read a million tokens on a CPU.
+"""Nano: every mechanism of V4 in 6.2 M parameters, made to read a million tokens on a CPU.
 
     v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl
 

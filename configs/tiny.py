@@ -1,4 +1,4 @@
-"""Tiny: every mechanism of V4 in 0.3 M parameters, for tests.
+"""Tiny: every mechanism of V4 in 0.7 M parameters, for tests.
 
 Its stack has a prefix (window), a repeated period [CSA, HCA] and a suffix (CSA), and selects 8
 entries, so that selection truncates from 36 tokens on.

@@ -20,6 +20,8 @@ _SHARED = (
     "rms_norm_eps routed_scaling_factor sliding_window swiglu_limit vocab_size"
 )
 
+_OMITTED = ("is_encoder_decoder", "mlp_bias")  # checked where present; the released files lack them
+
 
 def model_config_to_hf(
     config: ModelConfig,
@@ -38,7 +40,7 @@ def model_config_to_hf(
     Raises:
       ConfigError: the layout cannot express the configuration.
     """
-    raw = {key: accepted[0] for key, accepted in FIXED.items() if key != "is_encoder_decoder"}
+    raw = {key: accepted[0] for key, accepted in FIXED.items() if key not in _OMITTED}
     raw |= {key: getattr(config, key) for key in _SHARED.split()}
     raw |= {key: _number(getattr(config, key)) for key in ("rope_theta", "compress_rope_theta")}
     raw["use_cache"] = True

@@ -1,0 +1,19 @@
+"""Checkpoints: the released files and those of transformers, read and written without loss.
+
+Read `names.py` first (the one table: tensor name ↔ place in a module), then `hf_reader.py`.
+
+    hf_folder.py         what a folder holds, before a tensor is read
+    hf_reader.py         folder → Transformer
+    hf_writer.py         Transformer → folder
+    safetensors_file.py  the container format
+    census.py            parameter counts and bytes, from shapes alone
+
+Host memory while reading: the model plus its largest parameter on an accelerator, the model alone
+on the CPU (`tests/benchmarks/bench_load.py` measures it).
+"""
+
+from v4jax.checkpoint.census import Entry, Totals, census, total
+from v4jax.checkpoint.hf_reader import read_model
+from v4jax.checkpoint.hf_writer import FORMATS, write_model
+
+__all__ = ["FORMATS", "Entry", "Totals", "census", "read_model", "total", "write_model"]

@@ -1,0 +1,155 @@
+"""A checkpoint folder before its tensors are read: files, index, layout, configuration.
+
+`open_folder` gives every tensor under its released name, whichever layout the folder has. Nothing
+of the tensors' bytes has been touched by then, so a bad folder fails within a second.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from v4jax.checkpoint import names
+from v4jax.checkpoint.safetensors_file import Tensor, read_header, unique_keys
+from v4jax.config import ModelConfig
+from v4jax.config.from_hf import model_config_from_hf
+from v4jax.config.loading import read_config_json
+from v4jax.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What a checkpoint folder holds.
+
+    tensors: by released name, as found in the headers.
+    indexed: {released name: file} of the index; empty without an index.
+    """
+
+    path: pathlib.Path
+    layout: Literal["released", "transformers"]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    indexed: dict[str, str]
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The shards, in order."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def open_folder(path: str | pathlib.Path) -> Folder:
+    """Returns what the folder holds, with the configuration made to fit the tensors.
+
+    A transformers layout without MTP tensors gives `num_nextn_predict_layers` 0. `expert_dtype`
+    comes from the tensors where `config.json` does not say it.
+
+    Raises:
+      CheckpointError: a file or the index is missing or broken, or a tensor appears twice.
+      ConfigError: `config.json` is broken.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder")
+    if not (path / CONFIG_NAME).exists():
+        raise CheckpointError(f"{path} has no {CONFIG_NAME}; it is no checkpoint folder")
+    raw = read_config_json(path)
+    weight_map = _read_index(path)
+    written = _read_headers(path, weight_map)
+    layout = "transformers" if any(name.startswith("model.") for name in written) else "released"
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in written.items():
+        released = names.from_transformers(name)
+        if released in tensors:
+            other = tensors[released]
+            raise CheckpointError(
+                f"tensors {other.name} in {other.file.name} and {name} in {tensor.file.name} of "
+                f"{path} are the same"
+            )
+        tensors[released] = tensor
+    config = model_config_from_hf(raw)
+    if layout == "transformers" and not any(name.startswith("mtp.") for name in tensors):
+        config = without_mtp(config)
+    indexed = {names.from_transformers(name): file for name, file in weight_map.items()}
+    return Folder(path, layout, _fit_experts(config, raw, tensors), tensors, indexed)
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """Returns the configuration of the same model without its MTP blocks."""
+    layers = config.num_hidden_layers
+    return dataclasses.replace(
+        config,
+        num_nextn_predict_layers=0,
+        compress_ratios=config.compress_ratios[:layers],
+        layer_types=config.layer_types[:layers],
+    )
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Returns {tensor: file} as the index says it; empty where there is none."""
+    index = path / INDEX_NAME
+    if not index.exists():
+        return {}
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} is broken: {error}") from error
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is broken: it has no weight_map {{tensor: file}}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise CheckpointError(
+                f"{index}: tensor {name} must lie in a file beside it, got {file!r}"
+            )
+        if not (path / file).exists():
+            raise CheckpointError(f"{index}: tensor {name} lies in {file}, which does not exist")
+    return weight_map
+
+
+def _read_headers(path: pathlib.Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
+    """Returns every tensor of the shards by its name in the files, checked against the index."""
+    files = [path / file for file in sorted(set(weight_map.values()))]
+    files = files or sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no *.safetensors file")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        for tensor in read_header(file):
+            if tensor.name in found:
+                other = found[tensor.name].file
+                raise CheckpointError(
+                    f"tensor {tensor.name} is in {other} and again in {file.name}"
+                )
+            if weight_map and weight_map.get(tensor.name) != file.name:
+                said = weight_map.get(tensor.name, "no file")
+                raise CheckpointError(
+                    f"tensor {tensor.name} is in {file}, but {INDEX_NAME} names {said} for it"
+                )
+            found[tensor.name] = tensor
+    for name, file in weight_map.items():
+        if name not in found:
+            raise CheckpointError(
+                f"tensor {name} is absent from {path / file}, where the index puts it"
+            )
+    return found
+
+
+def _fit_experts(config: ModelConfig, raw: dict, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Sets `expert_dtype` from the tensors; an explicit one that contradicts them is an error."""
+    formats = {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8"}
+    for name, tensor in tensors.items():
+        if ".experts." not in name or not name.endswith(".weight") or tensor.dtype not in formats:
+            continue
+        found = formats[tensor.dtype]
+        quantization = raw.get("quantization_config") or {}
+        said = raw.get("expert_dtype") or quantization.get("expert_dtype")
+        if said not in (None, found):
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.file} is {tensor.dtype} ({found}), but "
+                f"{CONFIG_NAME} says expert_dtype = {said!r}"
+            )
+        return dataclasses.replace(config, expert_dtype=found)
+    return config

@@ -1,0 +1,197 @@
+"""The safetensors container: headers read and checked, tensors read and written in place.
+
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+bytes of the tensors without gaps. The `safetensors` package has no FP8 scales in NumPy and hands
+out whole copies; here bytes go from the file into a slice of the array that keeps them, and back.
+
+Every inconsistency is a `CheckpointError` naming file and tensor, found before any tensor is read.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from v4jax.errors import CheckpointError
+
+# Packed FP4 (I8) and e8m0 scales are bytes in memory.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": np.uint8,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.uint8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: what it is and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: pathlib.Path
+    offset: int  # from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Returns a JSON object, for `object_pairs_hook`; a repeated key is an error."""
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def read_header(path: pathlib.Path) -> list[Tensor]:
+    """Returns the tensors of a file in the order of their bytes.
+
+    Raises:
+      CheckpointError: the file is unreadable, truncated, or its header contradicts itself.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: {size} bytes cannot hold a "
+                    f"header of {length}"
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        entries = json.loads(header, object_pairs_hook=unique_keys)
+        entries.pop("__metadata__", None)
+        found = [_parse_entry(path, name, entry) for name, entry in entries.items()]
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} has a broken header: {error}") from error
+    found.sort(key=lambda pair: pair[1])
+    end = 0
+    for tensor, (first, last) in found:
+        if first != end:
+            raise CheckpointError(f"{path}: tensor {tensor.name} overlaps another or leaves a gap")
+        end = last
+    start = _LENGTH_BYTES + length
+    if start + end != size:
+        state = "truncated" if start + end > size else "too long"
+        raise CheckpointError(
+            f"{path} is {state}: its header describes {start + end} bytes, the file has {size}"
+        )
+    return [dataclasses.replace(tensor, offset=start + span[0]) for tensor, span in found]
+
+
+def _parse_entry(path, name, entry) -> tuple[Tensor, tuple[int, int]]:
+    fits = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
+    lists = [*entry["shape"], *entry["data_offsets"]] if fits else [None]
+    if not all(type(x) is int and x >= 0 for x in lists) or len(entry["data_offsets"]) != 2:
+        raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed: {entry!r}")
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {entry['dtype']!r}")
+    tensor = Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 0)
+    first, last = entry["data_offsets"]
+    if last - first != tensor.nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {name} of dtype {tensor.dtype} and shape {list(tensor.shape)} needs "
+            f"{tensor.nbytes} bytes, its header gives it {last - first}"
+        )
+    return tensor, (first, last)
+
+
+def read_into(tensor: Tensor, out: np.ndarray) -> None:
+    """Fills `out`, contiguous and of the tensor's size, with its bytes; threads may share it.
+
+    Raises:
+      CheckpointError: the bytes are not there.
+    """
+    assert out.flags.c_contiguous and out.nbytes == tensor.nbytes, tensor
+    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    try:
+        with open(tensor.file, "rb", buffering=0) as file:
+            file.seek(tensor.offset)
+            while done < tensor.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError("the file ends early")
+                done += count
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"tensor {tensor.name} cannot be read from {tensor.file}: {reason}"
+        ) from error
+
+
+def read_tensor(tensor: Tensor) -> np.ndarray:
+    """Returns a tensor as a new array."""
+    out = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    read_into(tensor, out)
+    return out
+
+
+def write_header(
+    path: pathlib.Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> list[Tensor]:
+    """Creates a file that has room for `contents` {name: (dtype, shape)}; returns where each goes.
+
+    Tensors of wider dtypes come first, so that every tensor is aligned to its dtype.
+    """
+
+    def width(name):
+        return np.dtype(DTYPES[contents[name][0]]).itemsize
+
+    header, tensors, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name in sorted(contents, key=width, reverse=True):  # stable: otherwise in the given order
+        dtype, shape = contents[name]
+        tensors.append(Tensor(name, dtype, tuple(shape), path, end))
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [end, end + tensors[-1].nbytes],
+        }
+        end += tensors[-1].nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        file.truncate(_LENGTH_BYTES + len(text) + end)
+    start = _LENGTH_BYTES + len(text)
+    return [dataclasses.replace(tensor, offset=start + tensor.offset) for tensor in tensors]
+
+
+def write_tensor(tensor: Tensor, values: np.ndarray) -> None:
+    """Writes the bytes of a tensor into the place that `write_header` gave it."""
+    values = np.ascontiguousarray(values)
+    assert values.nbytes == tensor.nbytes and values.shape == tensor.shape, tensor
+    view, done = memoryview(values.reshape(-1).view(np.uint8)), 0
+    with open(tensor.file, "r+b", buffering=0) as file:
+        file.seek(tensor.offset)
+        while done < tensor.nbytes:
+            done += file.write(view[done:])
