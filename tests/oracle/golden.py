@@ -6,10 +6,11 @@ A golden file holds outputs, a seed and the configuration; weights come back fro
 
 Whole models (`flash`, `pro`, `long`):
   ids [t], positions [p], logits [p, vocab] of transformers in float32;
-  margins [t]: the smallest relative distance, over indexers and routers, between the last chosen
-    and the first rejected score at a position. Where it is large, every correct float32
-    implementation chooses the same entries and experts;
-  noise [p]: largest |logit difference| to the float64 transcription: what float32 leaves open;
+  margins [t] (`long`: [p]): the smallest distance, over indexers and routers, between the last
+    chosen and the first rejected score at a position, relative to the largest score there. Float32
+    moves it by about 1e-6; where it is larger, every correct implementation chooses the same;
+  noise [p]: largest |logit difference| to the float64 transcription: what float32 leaves open.
+    In `long` some of the 32,768 positions choose differently, which every later position feels;
   streams_positions [s], streams [layers, s, hc_mult, d]: the residual streams after each layer.
 
 Pieces (`pieces`): outputs under `<piece>/<output>`, see `PIECES`.
