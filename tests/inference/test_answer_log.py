@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,11 @@ def write(path: str, *records: dict, job: str = "job", **options) -> None:
         log.append(records)
 
 
+def read(path: str) -> bytes:
+    """Returns what the file holds."""
+    return Path(path).read_bytes()
+
+
 def test_reopened_log_knows_its_records(path):
     write(path, record(1), record(1, 1))
     write(path, failure(2))
@@ -52,23 +58,22 @@ def test_reopened_log_knows_its_records(path):
         ]
         assert [log.has_failed(1), log.has_failed(2)] == [False, True]
         assert log.records[1, 0] == {"line": 1, "input": "i", "tokens": TOKENS}
-    lines = [json.loads(line) for line in open(path, encoding="utf-8").read().split("\n")[:-1]]
+    lines = [json.loads(line) for line in read(path).split(b"\n")[:-1]]
     assert lines == [r | {"job": "job"} for r in (record(1), record(1, 1), failure(2))]
 
 
 def test_a_torn_line_is_cut_off_wherever_it_tore(path):
     write(path, record(1))
-    whole = open(path, "rb").read()
+    whole = read(path)
     write(path, record(2))
-    both = open(path, "rb").read()
+    both = read(path)
     for end in range(len(whole), len(both)):
-        with open(path, "wb") as file:
-            file.write(both[:end])
+        Path(path).write_bytes(both[:end])
         with AnswerLog(path, "job") as log:
             assert log.has(1, 0) and not log.has(2, 0)
-            assert open(path, "rb").read() == whole
+            assert read(path) == whole
             log.append([record(2)])
-        assert open(path, "rb").read() == both
+        assert read(path) == both
 
 
 def test_overwriting_begins_anew(path):
@@ -95,18 +100,17 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("data", "message"), FOREIGN.values(), ids=FOREIGN.keys())
 def test_foreign_files_are_refused_and_left_alone(path, data, message):
-    with open(path, "wb") as file:
-        file.write(data)
+    Path(path).write_bytes(data)
     with pytest.raises(V4JaxError, match=message):
         AnswerLog(path, "job")
-    assert open(path, "rb").read() == data
+    assert read(path) == data
     write(path, record(1), overwrite=True)  # and the lock is free again
 
 
 def test_one_job_at_a_time(path):
-    with AnswerLog(path, "job"):
-        with pytest.raises(V4JaxError, match=r"another job is writing .*answers\.jsonl; wait"):
-            AnswerLog(path, "job", overwrite=True)
+    refused = pytest.raises(V4JaxError, match=r"another job is writing .*answers\.jsonl; wait")
+    with AnswerLog(path, "job"), refused:
+        AnswerLog(path, "job", overwrite=True)
     write(path, record(1))
 
 
@@ -131,9 +135,9 @@ def test_the_lock_of_a_killed_job_is_gone(path):
 
 
 def test_unwritable_places(tmp_path):
-    with pytest.raises(V4JaxError, match="cannot write .*: No such file or directory"):
+    with pytest.raises(V4JaxError, match=r"cannot write .*: No such file or directory"):
         AnswerLog(str(tmp_path / "none" / "answers.jsonl"), "job")
-    with pytest.raises(V4JaxError, match="cannot write .*: Is a directory"):
+    with pytest.raises(V4JaxError, match=r"cannot write .*: Is a directory"):
         AnswerLog(str(tmp_path), "job")
 
 
