@@ -1,0 +1,51 @@
+"""`FullSequence`: the memory of a call that starts at position 0 and keeps nothing (training,
+scoring).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.cache.entries import CompressorRows
+from v4jax.config import Layer
+from v4jax.kernels.table import EntryTable
+from v4jax.quant import EntryFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class FullSequence:
+    """Implements `LayerMemory` for sequences of equal length without history."""
+
+    layer: Layer
+    window: int
+    entry_format: EntryFormat
+    index_format: EntryFormat
+    start: jax.Array
+    end: jax.Array
+
+    def append_window(self, key_values):
+        """See `LayerMemory.append_window`; rows before position 0 are masked."""
+        stored = self.entry_format.decode(self.entry_format.encode(key_values))
+        return jnp.pad(stored, [(0, 0), (self.window, 0), (0, 0)]), self
+
+    def append_rows(self, which, values, gates):
+        """See `LayerMemory.append_rows`; tokens after the last whole window have no entry."""
+        del which
+        ratio, tokens = self.layer.ratio, values.shape[1]
+        whole = max(tokens // ratio, 1) * ratio
+        before = ratio if self.layer.overlaps else 0
+
+        def cut(rows):
+            rows = rows[:, :whole]
+            return jnp.pad(rows, [(0, 0), (before, whole - rows.shape[1]), (0, 0)])
+
+        first = jnp.zeros_like(self.start)
+        return CompressorRows(cut(values), cut(gates), first, self.end // ratio), self
+
+    def append_entries(self, which, vectors, rows):
+        """See `LayerMemory.append_entries`."""
+        del rows
+        stored_as = self.index_format if which == "index" else self.entry_format
+        stored = jax.tree.map(lambda x: x[None], stored_as.encode(vectors))
+        return EntryTable(stored, jnp.int32(0), stored_as), self

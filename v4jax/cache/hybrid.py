@@ -1,0 +1,214 @@
+"""`HybridCache`: everything a batch of sequences has to keep between calls, and one layer's view of
+it.
+
+Per layer a ring of the last `sliding_window` key-values; per compressed layer its entries,
+contiguous per sequence, and the raw rows of its unfinished window; on CSA layers index keys and the
+same for the index compressor. Arrays are stacked over the layers of a kind, [l, b, …], and written
+in place, so that the stack scans and no call copies what it does not touch. Which rows are real
+follows from `lengths` alone: a slot whose length is 0 is a fresh slot.
+
+Source: spec C.1.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from v4jax.cache import ring
+from v4jax.cache.entries import CompressorRows
+from v4jax.cache.formats import entry_format, index_format
+from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
+from v4jax.errors import CacheError
+from v4jax.kernels.table import EntryTable
+from v4jax.quant import EntryFormat
+from v4jax.shapes import ceil_div
+
+WINDOW, CSA, HCA, INDEX = "window", "csa", "hca", "index"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HybridCache:
+    """State of `batch` sequences.
+
+    lengths [b]: tokens each sequence has consumed.
+    stored: name → stored arrays [l, b, rows, …]; "window" rings, "csa" and "hca" entries, "index"
+      keys.
+    unfinished: name → [l, b, rows, 2, z] float32, rings of raw (value, gate) rows of the last one
+      (HCA) or two (CSA) windows; absent for "window".
+    capacity: tokens a sequence may reach.
+    """
+
+    lengths: Int[Array, "b"]
+    stored: dict[str, dict[str, jax.Array]]
+    unfinished: dict[str, jax.Array]
+    capacity: int = dataclasses.field(metadata={"static": True})
+    entry_format: EntryFormat = dataclasses.field(metadata={"static": True})
+    index_format: EntryFormat = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences (slots)."""
+        return self.lengths.shape[0]
+
+    def bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def reset(self, slots: jax.Array) -> "HybridCache":
+        """Returns a cache whose marked slots (bool [b]) are empty and ready for another sequence.
+
+        Raises:
+          CacheError: `slots` is no boolean mask of length batch.
+        """
+        slots = jnp.asarray(slots)
+        if slots.shape != (self.batch,) or slots.dtype != jnp.bool_:
+            raise CacheError(
+                f"slots must be a boolean mask of shape [{self.batch}], "
+                f"got {slots.dtype}{list(slots.shape)}"
+            )
+        return dataclasses.replace(self, lengths=jnp.where(slots, 0, self.lengths))
+
+    def take(self, indices: jax.Array) -> "HybridCache":
+        """Returns a cache whose slot i is a copy of slot indices[i]: forks a document, or picks
+        sequences.
+
+        Raises:
+          CacheError: `indices` is no integer vector, or one of them is no slot.
+        """
+        indices = jnp.asarray(indices)
+        if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise CacheError(
+                f"indices must be an integer vector, got {indices.dtype}{list(indices.shape)}"
+            )
+        if not isinstance(indices, jax.core.Tracer) and (
+            (indices < 0).any() or (indices >= self.batch).any()
+        ):
+            raise CacheError(f"indices must be slots 0 … {self.batch - 1}, got {indices.tolist()}")
+
+        def pick(array):
+            return jnp.take(array, indices, axis=1)
+
+        return dataclasses.replace(
+            self,
+            lengths=self.lengths[indices],
+            stored=jax.tree.map(pick, self.stored),
+            unfinished=jax.tree.map(pick, self.unfinished),
+        )
+
+
+def init_cache(config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int) -> HybridCache:
+    """Returns empty caches for `batch` sequences of up to `max_tokens` tokens.
+
+    Raises:
+      CacheError: `batch` or `max_tokens` is out of range.
+    """
+    if batch < 1:
+        raise CacheError(f"batch must be at least 1, got {batch}")
+    if not 1 <= max_tokens <= config.max_position_embeddings:
+        raise CacheError(
+            f"max_tokens must be 1 … max_position_embeddings = {config.max_position_embeddings}, "
+            f"got {max_tokens}"
+        )
+    entries, index = entry_format(config, numerics), index_format(config, numerics)
+    stored = {WINDOW: entries.zeros(config.num_hidden_layers, batch, config.sliding_window)}
+    unfinished = {}
+    for name, kind in ((CSA, LayerKind.CSA), (HCA, LayerKind.HCA)):
+        layers = [layer for layer in config.layers if layer.kind is kind]
+        if not layers:
+            continue
+        count, layer = len(layers), layers[0]
+        capacity = max(max_tokens // layer.ratio, 1)
+        rows, series = (2 * layer.ratio, 2) if layer.overlaps else (layer.ratio, 1)
+        stored[name] = entries.zeros(count, batch, capacity)
+        unfinished[name] = jnp.zeros((count, batch, rows, 2, series * config.head_dim), jnp.float32)
+        if kind is LayerKind.CSA:
+            stored[INDEX] = index.zeros(count, batch, capacity)
+            shape = (count, batch, rows, 2, series * config.index_head_dim)
+            unfinished[INDEX] = jnp.zeros(shape, jnp.float32)
+    return HybridCache(jnp.zeros(batch, jnp.int32), stored, unfinished, max_tokens, entries, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """One layer's view of a `HybridCache` during a call; implements `LayerMemory`.
+
+    `layer_index` counts all layers, `kind_index` the layers of this kind; both may be traced
+    (scanned layers).
+    """
+
+    cache: HybridCache
+    layer: Layer
+    layer_index: jax.Array
+    kind_index: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+    def append_window(self, key_values):
+        """See `LayerMemory.append_window`."""
+        stored_as, rings = self.cache.entry_format, self.cache.stored[WINDOW]
+        new = stored_as.encode(key_values)
+        history = jax.tree.map(lambda r: ring.ordered(r, self.layer_index, self.start), rings)
+        rows = jax.tree.map(lambda old, fresh: jnp.concatenate([old, fresh], axis=1), history, new)
+        rings = jax.tree.map(
+            lambda r, fresh: ring.append(r, self.layer_index, fresh, self.start, self.end),
+            rings,
+            new,
+        )
+        return stored_as.decode(rows), self._store(WINDOW, rings)
+
+    def append_rows(self, which, values, gates):
+        """See `LayerMemory.append_rows`."""
+        name, ratio, tokens = self._name(which), self.layer.ratio, values.shape[1]
+        rings = self.cache.unfinished[name]
+        new = jnp.stack([values, gates], axis=2).astype(jnp.float32)
+        history = ring.ordered(rings, self.kind_index, self.start)
+        # The rows of all windows touched begin where the unfinished window does (with overlap, one
+        # window before) and end with the last window that the call can complete.
+        before = ratio if self.layer.overlaps else 0
+        windows = ceil_div(tokens, ratio)
+        size = before + windows * ratio
+        phase_b = self.start % ratio
+        padding = windows * ratio - tokens
+        rows = jnp.concatenate([history, new], axis=1)
+        rows = jnp.pad(rows, [(0, 0), (0, padding), (0, 0), (0, 0)])
+        first_b = history.shape[1] - before - phase_b
+        rows = jax.vmap(lambda r, f: jax.lax.dynamic_slice_in_dim(r, f, size))(rows, first_b)
+        first_window = self.start // ratio
+        result = CompressorRows(
+            rows[:, :, 0], rows[:, :, 1], first_window, self.end // ratio - first_window
+        )
+        rings = ring.append(rings, self.kind_index, new, self.start, self.end)
+        cache = dataclasses.replace(self.cache, unfinished={**self.cache.unfinished, name: rings})
+        return result, dataclasses.replace(self, cache=cache)
+
+    def append_entries(self, which, vectors, rows):
+        """See `LayerMemory.append_entries`; unfinished windows are dropped by an out-of-bounds
+        index.
+        """
+        name = self._name(which)
+        stored_as = self.cache.index_format if which == "index" else self.cache.entry_format
+        batch, windows = vectors.shape[:2]
+        offset_w = jnp.arange(windows)
+        place_bw = rows.first_window[:, None] + offset_w
+        capacity = next(iter(self.cache.stored[name].values())).shape[2]
+        place_bw = jnp.where(offset_w < rows.completed[:, None], place_bw, capacity)
+        slots = jnp.arange(batch)[:, None]
+        stored = jax.tree.map(
+            lambda array, new: array.at[self.kind_index, slots, place_bw].set(new, mode="drop"),
+            self.cache.stored[name],
+            stored_as.encode(vectors),
+        )
+        return EntryTable(stored, self.kind_index, stored_as), self._store(name, stored)
+
+    def _name(self, which: str) -> str:
+        if which == "index":
+            return INDEX
+        return CSA if self.layer.kind is LayerKind.CSA else HCA
+
+    def _store(self, name, stored) -> "LayerView":
+        cache = dataclasses.replace(self.cache, stored={**self.cache.stored, name: stored})
+        return dataclasses.replace(self, cache=cache)

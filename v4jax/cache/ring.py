@@ -1,0 +1,52 @@
+"""Rings: the last `size` rows of each sequence, the row of position p at place p mod size.
+
+Nothing is cleared when a sequence starts over: readers mask by position, so a reused slot remembers
+  nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def append(
+    rings: jax.Array,
+    layer: Int[Array, ""],
+    rows: jax.Array,
+    start: Int[Array, "b"],
+    end: Int[Array, "b"],
+) -> jax.Array:
+    """Returns `rings` [l, b, size, …] with the rows of positions start … end−1 written in layer
+    `layer`.
+
+    Args:
+      rows: [b, t, …], the row of position start+i at place i; rows from end−start on are padding.
+    """
+    size, tokens = rings.shape[2], rows.shape[1]
+    if tokens == 1:
+        place_b = jnp.where(end > start, start % size, size)  # `size` is out of bounds: dropped
+        batch = jnp.arange(rows.shape[0])
+        return rings.at[layer, batch, place_b].set(rows[:, 0].astype(rings.dtype), mode="drop")
+    old = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
+    last_b = end[:, None] - 1
+    position_bs = last_b - (last_b - jnp.arange(size)) % size  # newest position of each place
+    fresh_bs = position_bs >= start[:, None]
+    source_bs = jnp.clip(position_bs - start[:, None], 0, tokens - 1)
+    new = take_rows(rows, source_bs).astype(rings.dtype)
+    fresh = fresh_bs.reshape(*fresh_bs.shape, *(1,) * (new.ndim - 2))
+    return jax.lax.dynamic_update_index_in_dim(rings, jnp.where(fresh, new, old), layer, axis=0)
+
+
+def ordered(rings: jax.Array, layer: Int[Array, ""], start: Int[Array, "b"]) -> jax.Array:
+    """Returns the rows of positions start−size … start−1 in order [b, size, …]; rows before 0 are
+    arbitrary.
+    """
+    ring = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
+    size = ring.shape[1]
+    return take_rows(ring, (start[:, None] + jnp.arange(size)) % size)
+
+
+def take_rows(rows: jax.Array, index: Int[Array, "b s"]) -> jax.Array:
+    """Returns rows[b, index[b, s]] as [b, s, …]; indices are in bounds."""
+    batch = jnp.arange(rows.shape[0])[:, None]
+    return rows.at[batch, index].get(mode="promise_in_bounds")

@@ -1,0 +1,20 @@
+"""Configuration: what the model computes, how it rounds, and how files become typed values.
+
+Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
+`from_hf.py` (a checkpoint's `config.json`) and `loading.py` (files under `configs/`).
+"""
+
+from v4jax.config.model import Layer, LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
+from v4jax.config.numerics import NUMERICS, Numerics, get_numerics
+
+__all__ = [
+    "NUMERICS",
+    "Layer",
+    "LayerKind",
+    "ModelConfig",
+    "Numerics",
+    "Rope",
+    "RouterKind",
+    "YarnScaling",
+    "get_numerics",
+]

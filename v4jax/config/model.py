@@ -1,0 +1,265 @@
+"""`ModelConfig`: what the model computes, with the keys of the checkpoint's `config.json`.
+
+Layers are data: `config.layers` is a tuple of small records derived from the keys. Nothing tests a
+  model name.
+Read `from_hf.py` for how a released or transformers `config.json` becomes one of these.
+"""
+
+import dataclasses
+import enum
+import math
+
+from v4jax.errors import ConfigError
+
+
+class LayerKind(enum.Enum):
+    """How a layer sees tokens older than its window."""
+
+    WINDOW = "sliding_attention"
+    CSA = "compressed_sparse_attention"
+    HCA = "heavily_compressed_attention"
+
+
+class RouterKind(enum.Enum):
+    """How a layer chooses experts: by a fixed table of token ids, or by score."""
+
+    HASH = "hash_moe"
+    TOPK = "moe"
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Frequency interpolation of the compressed layers' rotation (spec B.5). No magnitude factor
+    exists.
+    """
+
+    factor: float = 16.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotation of one layer: base, optional YaRN, and how many trailing channels rotate."""
+
+    theta: float
+    scaling: YarnScaling | None
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer as data: everything in which it may differ from its neighbours."""
+
+    kind: LayerKind
+    ratio: int  # tokens per compressed entry; 0 for a window layer
+    router: RouterKind
+    rope: Rope
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an entry also pools the previous window's tokens (CSA does)."""
+        return self.kind is LayerKind.CSA
+
+
+@dataclasses.dataclass(frozen=True)
+class StackPlan:
+    """How the layers fold into single layers and a repeated period: every layer is in exactly one
+    place.
+
+    Layers 0 … prefix−1 are single; then `period` layers repeat `repeats` times; the rest are single
+    again.
+    """
+
+    prefix: int
+    period: int
+    repeats: int
+    suffix: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Every number of the model. Defaults are those both released models share.
+
+    Source: spec A.2; released `config.json` of V4-Flash and V4-Pro.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    o_groups: int
+    n_routed_experts: int
+    moe_intermediate_size: int
+    index_topk: int
+    routed_scaling_factor: float
+    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block
+    layer_types: tuple[LayerKind, ...]  # one per entry of compress_ratios
+    mlp_layer_types: tuple[RouterKind, ...]  # one per layer; MTP blocks are always TOPK
+
+    vocab_size: int = 129280
+    head_dim: int = 512
+    qk_rope_head_dim: int = 64
+    o_lora_rank: int = 1024
+    sliding_window: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    num_experts_per_tok: int = 6
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_scaling: YarnScaling | None = YarnScaling()
+    num_nextn_predict_layers: int = 1
+    max_position_embeddings: int = 1048576
+    initializer_range: float = 0.02
+    expert_dtype: str = "fp4"  # stored format of the routed experts: fp4 | fp8
+    weight_block_size: tuple[int, int] = (128, 128)  # tile of one FP8 scale
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    tokenizer: str = "v4"  # v4 | byte
+
+    def __post_init__(self):
+        check_config(self)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The main layers as data, in order."""
+        return tuple(self._layer(i, router) for i, router in enumerate(self.mlp_layer_types))
+
+    @property
+    def mtp_layers(self) -> tuple[Layer, ...]:
+        """The blocks that predict one token further; they route by score."""
+        first = self.num_hidden_layers
+        return tuple(
+            self._layer(first + i, RouterKind.TOPK) for i in range(self.num_nextn_predict_layers)
+        )
+
+    @property
+    def stack_plan(self) -> StackPlan:
+        """The folding of `layers` with the fewest blocks to compile; ties prefer the shorter
+        prefix.
+        """
+        return plan_stack(self.layers)
+
+    @property
+    def group_width(self) -> int:
+        """Channels of one output group: heads per group × head_dim."""
+        return self.num_attention_heads // self.o_groups * self.head_dim
+
+    def _layer(self, index: int, router: RouterKind) -> Layer:
+        kind, ratio = self.layer_types[index], self.compress_ratios[index]
+        if kind is LayerKind.WINDOW:
+            rope = Rope(self.rope_theta, None, self.qk_rope_head_dim)
+        else:
+            rope = Rope(self.compress_rope_theta, self.rope_scaling, self.qk_rope_head_dim)
+        return Layer(kind, ratio, router, rope)
+
+
+def plan_stack(layers: tuple[Layer, ...]) -> StackPlan:
+    """Finds the prefix, repeated period and suffix that cover `layers` with the fewest distinct
+    blocks.
+
+    >>> a, b, c = (Layer(LayerKind.HCA, r, RouterKind.TOPK, Rope(1e4, None, 8)) for r in (1, 2, 3))
+    >>> plan_stack((a, b, c, b, c, b, c))
+    StackPlan(prefix=1, period=2, repeats=3, suffix=0)
+    """
+    count = len(layers)
+    best = StackPlan(count, 0, 0, 0)
+    for prefix in range(count):
+        for period in range(1, (count - prefix) // 2 + 1):
+            unit = layers[prefix : prefix + period]
+            repeats = 1
+            while layers[prefix + repeats * period :][:period] == unit:
+                repeats += 1
+            suffix = count - prefix - repeats * period
+            blocks = prefix + period + suffix
+            if repeats > 1 and blocks < best.prefix + best.period + best.suffix:
+                best = StackPlan(prefix, period, repeats, suffix)
+    return best
+
+
+def check_config(config: ModelConfig) -> None:
+    """Raises on the first broken invariant; the message names the field, the value and the remedy.
+
+    Raises:
+      ConfigError: a size is not positive, a division leaves a rest, or two keys contradict each
+        other.
+    """
+
+    def require(holds: bool, field: str, rule: str, remedy: str = ""):
+        if not holds:
+            hint = f"; {remedy}" if remedy else ""
+            raise ConfigError(f"model.{field} {rule}, got {getattr(config, field)}{hint}")
+
+    positive = (
+        "hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
+        "o_lora_rank "
+        "n_routed_experts moe_intermediate_size num_experts_per_tok index_topk index_n_heads "
+        "index_head_dim vocab_size sliding_window hc_mult hc_sinkhorn_iters "
+        "max_position_embeddings "
+        "swiglu_limit rope_theta compress_rope_theta rms_norm_eps hc_eps"
+    )
+    for field in positive.split():
+        require(getattr(config, field) > 0, field, "must be positive")
+    require(
+        config.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must not be negative"
+    )
+    total = config.num_hidden_layers + config.num_nextn_predict_layers
+    for field in ("compress_ratios", "layer_types"):
+        require(
+            len(getattr(config, field)) == total,
+            field,
+            f"must have {total} entries (num_hidden_layers + num_nextn_predict_layers)",
+        )
+    require(
+        len(config.mlp_layer_types) == config.num_hidden_layers,
+        "mlp_layer_types",
+        f"must have num_hidden_layers = {config.num_hidden_layers} entries",
+    )
+    for kind, ratio in zip(config.layer_types, config.compress_ratios, strict=True):
+        fits = ratio == 0 if kind is LayerKind.WINDOW else ratio > 0
+        require(
+            fits,
+            "compress_ratios",
+            f"must be {'0' if ratio else 'positive'} where the layer is {kind.name}",
+        )
+    for kind in (LayerKind.CSA, LayerKind.HCA):
+        ratios = {
+            r for k, r in zip(config.layer_types, config.compress_ratios, strict=True) if k is kind
+        }
+        require(len(ratios) <= 1, "compress_ratios", f"must be equal on all {kind.name} layers")
+    require(
+        config.num_attention_heads % config.o_groups == 0,
+        "num_attention_heads",
+        f"must be a multiple of o_groups = {config.o_groups}",
+    )
+    for field in ("head_dim", "index_head_dim"):
+        require(
+            getattr(config, field) >= config.qk_rope_head_dim,
+            field,
+            f"must be at least qk_rope_head_dim = {config.qk_rope_head_dim}",
+        )
+    require(
+        config.qk_rope_head_dim > 0 and config.qk_rope_head_dim % 2 == 0,
+        "qk_rope_head_dim",
+        "must be positive and even",
+    )
+    require(
+        config.num_experts_per_tok <= config.n_routed_experts,
+        "num_experts_per_tok",
+        f"must not exceed n_routed_experts = {config.n_routed_experts}",
+    )
+    require(config.expert_dtype in ("fp4", "fp8"), "expert_dtype", "must be 'fp4' or 'fp8'")
+    require(config.tokenizer in ("v4", "byte"), "tokenizer", "must be 'v4' or 'byte'")
+    for field in ("bos_token_id", "eos_token_id"):
+        require(
+            0 <= getattr(config, field) < config.vocab_size,
+            field,
+            f"must be a token id below vocab_size = {config.vocab_size}",
+        )
+    require(math.isfinite(config.routed_scaling_factor), "routed_scaling_factor", "must be finite")

@@ -1,0 +1,45 @@
+"""Attention over the window and, on HCA layers, every visible compressed entry."""
+
+from jaxtyping import Array, Float, Int
+
+from v4jax.kernels.dense_attention import reference
+from v4jax.kernels.table import EntryTable
+from v4jax.shapes import check_shape
+
+
+def attend(
+    queries: Float[Array, "b t h c"],
+    recent: Float[Array, "b s c"],
+    sink: Float[Array, "h"],
+    start: Int[Array, "b"],
+    end: Int[Array, "b"],
+    *,
+    window: int,
+    entries: EntryTable | None = None,
+    ratio: int = 0,
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
+    """Returns softmax(q·k / √c, with sink) · k over the window and all visible entries, and its
+    log-sum-exp.
+
+    The query at position p sees raw tokens p−window+1 … p and entries w < (p+1) // ratio; each
+    vector is key and value at once, the same for all heads.
+
+    Args:
+      queries: rotated queries of tokens start … start+t−1.
+      recent: rotated key-values in order of position: `window` rows of history, then the t tokens
+        themselves.
+      sink: one logit per head, with no value.
+      start: position of the first query of each sequence; rows before position 0 are masked.
+      end: position after the last real token; later queries are padding, and cost nothing.
+      window: tokens a query sees, itself included.
+      entries: compressed entries, or None on a window layer.
+      ratio: tokens per entry.
+
+    Source: spec B.6, B.10.
+    """
+    batch, tokens, heads, channels = queries.shape
+    check_shape("recent", recent, (batch, window + tokens, channels))
+    check_shape("sink", sink, (heads,))
+    return reference.attend(
+        queries, recent, sink, start, end, window=window, entries=entries, ratio=ratio
+    )

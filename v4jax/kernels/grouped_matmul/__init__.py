@@ -1,0 +1,70 @@
+"""Routed experts: every token through its own few, at the cost of what is routed."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from v4jax.kernels.grouped_matmul import reference
+from v4jax.quant import ScaledArray
+from v4jax.shapes import check_shape
+
+
+def apply_experts(
+    x: Float[Array, "t d"],
+    expert_ids: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    gate_up: jax.Array | ScaledArray,
+    down: jax.Array | ScaledArray,
+    *,
+    limit: float,
+    quantize_activations: bool = False,
+) -> Float[Array, "t d"]:
+    """Returns Σ_k down_e · (weight_k · SwiGLU(gate_up_e · x)) for the chosen experts e, summed in
+    float32.
+
+    SwiGLU(a, b) = silu(min(a, limit)) · clip(b, −limit, limit); the routing weight multiplies
+    before `down`. No token is dropped, whatever the load.
+
+    Args:
+      gate_up: [e, 2, f, d], the gate (w1) and the linear part (w3).
+      down: [e, d, f] (w2).
+      limit: swiglu_limit.
+      quantize_activations: rounds the inputs of quantized weights as the published code does.
+
+    Source: spec B.13.
+    """
+    tokens, chosen = expert_ids.shape
+    experts, _, _, width = gate_up.shape
+    check_shape("x", x, (tokens, width))
+    check_shape("weights", weights, (tokens, chosen))
+    assert down.shape[:2] == (experts, width), (gate_up.shape, down.shape)
+    return reference.apply_experts(
+        x,
+        expert_ids,
+        weights,
+        gate_up,
+        down,
+        limit=limit,
+        quantize_activations=quantize_activations,
+    )
+
+
+def apply_shared_expert(
+    x: Float[Array, "t d"],
+    gate_up: jax.Array | ScaledArray,
+    down: jax.Array | ScaledArray,
+    *,
+    limit: float,
+    quantize_activations: bool = False,
+) -> Float[Array, "t d"]:
+    """Returns down · SwiGLU(gate_up · x) in float32: one expert for every token, unweighted.
+
+    Args:
+      gate_up: [2, f, d].
+      down: [d, f].
+    """
+    return reference.apply_shared_expert(
+        x, gate_up, down, limit=limit, quantize_activations=quantize_activations
+    )
+
+
+__all__ = ["apply_experts", "apply_shared_expert"]

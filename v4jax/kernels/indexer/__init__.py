@@ -1,0 +1,41 @@
+"""The lightning indexer: which compressed entries a query attends to."""
+
+from jaxtyping import Array, Float, Int
+
+from v4jax.kernels.indexer import reference
+from v4jax.kernels.table import EntryTable
+from v4jax.shapes import check_shape
+
+
+def select(
+    queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: EntryTable,
+    start: Int[Array, "b"],
+    end: Int[Array, "b"],
+    *,
+    ratio: int,
+    count: int,
+) -> Int[Array, "b t k"]:
+    """Returns the ids of the `count` visible entries with the highest index scores, −1 where fewer
+    are visible.
+
+    The score of entry w for the query at position p is Σ_i head_weights[p, i] · ReLU(q[p, i] ·
+    k[w]), in float32; visible are w < (p+1) // ratio. Ties go to the smaller id. The result is the
+    true top-k whatever the tiles and blocks; its order is not defined.
+
+    Args:
+      queries: rotated (and, if the format says so, quantized) index queries of tokens start …
+        start+t−1.
+      head_weights: signed weights, scaled.
+      keys: index keys of all entries.
+      start: position of the first query of each sequence.
+      end: position after the last real token; later queries are padding.
+      ratio: tokens per entry.
+      count: entries to select (config.index_topk).
+
+    Source: spec B.9.
+    """
+    batch, tokens, heads, _ = queries.shape
+    check_shape("head_weights", head_weights, (batch, tokens, heads))
+    return reference.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)

@@ -1,0 +1,47 @@
+"""Linear layers on weights in their stored format."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from v4jax.quant import ScaledArray, formats
+from v4jax.quant.scaled_array import FP8_BLOCK
+
+
+def matmul(
+    x: Float[Array, "... i"], weight: jax.Array | ScaledArray, *, quantize_activations: bool = False
+) -> Float[Array, "... o"]:
+    """Returns x · weightᵀ in x's dtype, accumulated in float32.
+
+    A quantized weight is expanded here, exactly, and nowhere else. With `quantize_activations` the
+    input of a quantized weight is rounded to e4m3 in blocks of 128 first, as the published
+    inference code does; all scales are powers of two, so expanding both sides equals scaling block
+    sums.
+
+    Source: spec B.0, FP8 linear.
+    """
+    if isinstance(weight, ScaledArray):
+        if quantize_activations:
+            x = round_activations(x)
+        weight = weight.dequantize(x.dtype)
+    return product(x, weight.astype(x.dtype)).astype(x.dtype)
+
+
+def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:
+    """Returns x · weightᵀ with both promoted to float32: router scores, compressor projections,
+    logits.
+    """
+    return product(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def round_activations(x: Float[Array, "... i"]) -> Float[Array, "... i"]:
+    """Rounds the input of a quantized linear layer to e4m3 in blocks of 128 channels."""
+    block = FP8_BLOCK[1]
+    return formats.dequantize_fp8(*formats.quantize_fp8(x, block), block).astype(x.dtype)
+
+
+def product(x, weight):
+    """Returns x · weightᵀ in float32."""
+    return jnp.einsum(
+        "...i,oi->...o", x, weight, preferred_element_type=jnp.float32, precision="highest"
+    )

@@ -1,0 +1,40 @@
+"""Attention over the window and the selected compressed entries (CSA)."""
+
+from jaxtyping import Array, Float, Int
+
+from v4jax.kernels.sparse_attention import reference
+from v4jax.kernels.table import EntryTable
+from v4jax.shapes import check_shape
+
+
+def attend(
+    queries: Float[Array, "b t h c"],
+    recent: Float[Array, "b s c"],
+    sink: Float[Array, "h"],
+    start: Int[Array, "b"],
+    *,
+    window: int,
+    entries: EntryTable,
+    selected: Int[Array, "b t k"],
+) -> Float[Array, "b t h c"]:
+    """Returns softmax(q·k / √c, with sink) · k over the window and the selected entries.
+
+    Args:
+      queries: rotated queries of tokens start … start+t−1.
+      recent: rotated key-values in order of position: `window` rows of history, then the t tokens
+        themselves.
+      sink: one logit per head, with no value.
+      start: position of the first query of each sequence; rows before position 0 are masked.
+      window: tokens a query sees, itself included.
+      entries: compressed entries.
+      selected: ids of the entries each query sees, −1 where it has fewer; the same for all heads.
+
+    Source: spec B.9, B.10.
+    """
+    batch, tokens, heads, channels = queries.shape
+    check_shape("recent", recent, (batch, window + tokens, channels))
+    check_shape("sink", sink, (heads,))
+    check_shape("selected", selected, (batch, tokens, None))
+    return reference.attend(
+        queries, recent, sink, start, window=window, entries=entries, selected=selected
+    )

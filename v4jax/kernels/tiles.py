@@ -1,0 +1,36 @@
+"""Cutting queries into tiles that are processed one after another, so that scores stay bounded."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.shapes import ceil_div
+
+
+def map_query_tiles(body: Callable[..., jax.Array], tile: int, *arrays: jax.Array) -> jax.Array:
+    """Returns body(first, tile of each array) for successive tiles of axis 1, concatenated again.
+
+    Args:
+      body: takes the index of the tile's first query (int32 scalar) and [b, tile, …] slices;
+        returns [b, tile, …]. The last tile is padded with zeros; what it returns for them is
+        dropped.
+      tile: queries per tile.
+      arrays: [b, t, …] each.
+    """
+    length = arrays[0].shape[1]
+    count = ceil_div(length, tile)
+    if count == 1:
+        return body(jnp.int32(0), *arrays)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, count * tile - length)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], count, tile, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    firsts = jnp.arange(count, dtype=jnp.int32) * tile
+    # Tiles are recomputed in the backward pass: their scores are never stored.
+    step = jax.checkpoint(lambda slices: body(*slices))
+    tiles = jax.lax.map(step, (firsts, *(cut(x) for x in arrays)))
+    joined = jnp.moveaxis(tiles, 0, 1)
+    return joined.reshape(joined.shape[0], count * tile, *joined.shape[3:])[:, :length]

@@ -1,0 +1,10 @@
+"""The modules of DeepSeek-V4: one file per mechanism, the same modules for training, prefill and
+decode.
+
+Read `block.py` first, then `attention.py` and `moe.py`; `transformer.py` has the calls a user
+makes.
+"""
+
+from v4jax.model.transformer import Transformer, abstract_transformer
+
+__all__ = ["Transformer", "abstract_transformer"]

@@ -1,0 +1,123 @@
+"""Attention: one shared key-value vector per token, low-rank queries, window plus compressed
+entries, sinks.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4jax.cache import LayerMemory
+from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
+from v4jax.kernels import dense_attention, sparse_attention
+from v4jax.kernels.scaled_matmul import matmul
+from v4jax.model.compressor import Compressor
+from v4jax.model.context import Context
+from v4jax.model.indexer import Indexer
+from v4jax.model.norm import RMSNorm, rescale
+from v4jax.model.parameters import Declare
+from v4jax.model.rope import rotate
+from v4jax.quant import ScaledArray
+
+
+class Attention(nnx.Module):
+    """Attends over the last `sliding_window` tokens and, by the layer's kind, over compressed
+    entries.
+
+    The same 512-vector is key and value; what a query may see comes from `memory`, so training,
+    prefill and decode share this code. The output is rotated back by the query's position, which
+    makes the value path relative.
+
+    Source: spec B.4, B.10–B.12.
+    """
+
+    def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
+        d, h, c, r = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            config.q_lora_rank,
+        )
+        low = config.o_groups * config.o_lora_rank
+        self.config, self.layer, self.numerics = config, layer, numerics
+        self.query_down = declare.matrix("fp8", (r, d), ("query_rank", "embed"))
+        self.query_norm = RMSNorm(declare, r, "query_rank", config.rms_norm_eps)
+        self.query_up = declare.matrix("fp8", (h * c, r), ("heads", "query_rank"))
+        self.key_value = declare.matrix("fp8", (c, d), ("head_dim", "embed"))
+        self.key_value_norm = RMSNorm(declare, c, "head_dim", config.rms_norm_eps)
+        self.sink = declare.constant("float32", 0.0, (h,), ("heads",))
+        self.output_down = declare.matrix(
+            "fp8", (low, config.group_width), ("heads", "group_width")
+        )
+        self.output_up = declare.matrix("fp8", (d, low), ("embed", "heads"))
+        self.compressor = (
+            None
+            if layer.kind is LayerKind.WINDOW
+            else Compressor(declare, config, layer, c, "entries")
+        )
+        self.indexer = (
+            Indexer(declare, config, layer, numerics) if layer.kind is LayerKind.CSA else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
+    ) -> tuple[Float[Array, "b t d"], LayerMemory]:
+        cosine, sine = (angle[:, :, None] for angle in context.rotations[self.layer.rope])
+        latent_btr = self.query_norm(self._linear(x, self.query_down))
+        queries_bthc = self._linear(latent_btr, self.query_up)
+        queries_bthc = queries_bthc.reshape(
+            *x.shape[:2], self.config.num_attention_heads, self.config.head_dim
+        )
+        queries_bthc = rescale(queries_bthc, self.config.rms_norm_eps).astype(x.dtype)
+        queries_bthc = rotate(queries_bthc, cosine, sine)
+        key_values_btc = self.key_value_norm(self._linear(x, self.key_value))
+        key_values_btc = rotate(key_values_btc, cosine[:, :, 0], sine[:, :, 0])
+        recent_bsc, memory = memory.append_window(key_values_btc)
+
+        window, sink = self.config.sliding_window, self.sink[...]
+        if self.layer.kind is LayerKind.CSA:
+            selected, memory = self.indexer(x, latent_btr, context, memory)
+            entries, memory = self.compressor(x, memory)
+            attended_bthc = sparse_attention.attend(
+                queries_bthc,
+                recent_bsc,
+                sink,
+                context.start,
+                window=window,
+                entries=entries,
+                selected=selected,
+            )
+        else:
+            entries = None
+            if self.layer.kind is LayerKind.HCA:
+                entries, memory = self.compressor(x, memory)
+            attended_bthc, _ = dense_attention.attend(
+                queries_bthc,
+                recent_bsc,
+                sink,
+                context.start,
+                context.end,
+                window=window,
+                entries=entries,
+                ratio=self.layer.ratio,
+            )
+        return self._project_output(rotate(attended_bthc, cosine, sine, inverse=True)), memory
+
+    def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
+        """Projects each group of heads to a low rank, then all groups to the model width."""
+        groups, rank = self.config.o_groups, self.config.o_lora_rank
+        grouped = attended_bthc.reshape(*attended_bthc.shape[:2], groups, self.config.group_width)
+        weight = self.output_down.get_value()
+        if isinstance(weight, ScaledArray):  # expanded without rounding its input, as published
+            weight = weight.dequantize(grouped.dtype)
+        weight_grk = weight.astype(grouped.dtype).reshape(groups, rank, self.config.group_width)
+        low_btgr = jnp.einsum(
+            "btgk,grk->btgr",
+            grouped,
+            weight_grk,
+            preferred_element_type=jnp.float32,
+            precision="highest",
+        ).astype(grouped.dtype)
+        return self._linear(low_btgr.reshape(*low_btgr.shape[:2], groups * rank), self.output_up)
+
+    def _linear(self, x, param):
+        return matmul(x, param.get_value(), quantize_activations=self.numerics.quantize_activations)

@@ -1,0 +1,38 @@
+"""One layer: attention and experts, each between a collapse and an expansion of the residual
+streams.
+"""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4jax.cache import LayerMemory
+from v4jax.config import Layer, ModelConfig, Numerics
+from v4jax.model.attention import Attention
+from v4jax.model.context import Context
+from v4jax.model.hyper_connections import HyperConnection
+from v4jax.model.moe import MoE
+from v4jax.model.norm import RMSNorm
+from v4jax.model.parameters import Declare
+
+
+class Block(nnx.Module):
+    """mHC → norm → attention → mHC, then mHC → norm → experts → mHC (spec A.1)."""
+
+    def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_hyper = HyperConnection(declare, config)
+        self.attention_norm = RMSNorm(declare, width, "embed", eps)
+        self.attention = Attention(declare, config, layer, numerics)
+        self.moe_hyper = HyperConnection(declare, config)
+        self.moe_norm = RMSNorm(declare, width, "embed", eps)
+        self.moe = MoE(declare, config, layer.router, numerics)
+
+    def __call__(
+        self, streams: Float[Array, "b t n d"], context: Context, memory: LayerMemory
+    ) -> tuple[Float[Array, "b t n d"], LayerMemory]:
+        x, mix = self.attention_hyper(streams)
+        output, memory = self.attention(self.attention_norm(x), context, memory)
+        streams = self.attention_hyper.expand(output, streams, mix)
+        x, mix = self.moe_hyper(streams)
+        output = self.moe(self.moe_norm(x), context.tokens)
+        return self.moe_hyper.expand(output, streams, mix), memory

@@ -1,0 +1,55 @@
+"""The compressor: turns every window of tokens into one entry (or one index key)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4jax.cache import LayerMemory
+from v4jax.config import Layer, ModelConfig
+from v4jax.kernels import compressor as kernel
+from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.kernels.table import EntryTable
+from v4jax.model.norm import RMSNorm
+from v4jax.model.parameters import Declare
+from v4jax.model.rope import rotate, rotation
+
+
+class Compressor(nnx.Module):
+    """Projects tokens to values and gates, pools each window, normalizes and rotates the entry.
+
+    Everything up to the pooled vector is float32, whatever the numerics. An entry stands at the
+    position of its own window's first token.
+
+    Source: spec B.7 (HCA), B.8 (CSA: two series, windows overlap).
+    """
+
+    def __init__(
+        self, declare: Declare, config: ModelConfig, layer: Layer, channels: int, which: str
+    ):
+        width = 2 * channels if layer.overlaps else channels
+        self.layer, self.which = layer, which
+        self.key_value = declare.matrix("bfloat16", (width, config.hidden_size), ("entry", "embed"))
+        self.gate = declare.matrix("bfloat16", (width, config.hidden_size), ("entry", "embed"))
+        self.position_bias = declare.constant(
+            "float32", 0.0, (layer.ratio, width), ("slot", "entry")
+        )
+        self.norm = RMSNorm(declare, channels, "entry", config.rms_norm_eps)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], memory: LayerMemory
+    ) -> tuple[EntryTable, LayerMemory]:
+        """Appends the tokens; returns all entries so far and the memory."""
+        values_btz = matmul_float32(x, self.key_value[...])
+        gates_btz = matmul_float32(x, self.gate[...])
+        rows, memory = memory.append_rows(self.which, values_btz, gates_btz)
+        pooled_bwc = kernel.pool(
+            rows.values,
+            rows.gates,
+            self.position_bias[...],
+            rows.first_window,
+            overlaps=self.layer.overlaps,
+        )
+        normed_bwc = self.norm(pooled_bwc.astype(x.dtype))
+        windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
+        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, windows * self.layer.ratio))
+        return memory.append_entries(self.which, entries_bwc, rows)

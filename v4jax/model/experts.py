@@ -1,0 +1,56 @@
+"""The experts' weights: routed ones, stacked, and the shared one that every token passes."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import ModelConfig, Numerics
+from v4jax.kernels import grouped_matmul
+from v4jax.model.parameters import Declare
+
+
+class Experts(nnx.Module):
+    """The routed experts (spec B.13)."""
+
+    def __init__(self, declare: Declare, config: ModelConfig, numerics: Numerics):
+        e, f, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.config, self.numerics = config, numerics
+        self.gate_up = declare.matrix(
+            config.expert_dtype, (e, 2, f, d), ("experts", "pair", "expert_width", "embed")
+        )
+        self.down = declare.matrix(
+            config.expert_dtype, (e, d, f), ("experts", "embed", "expert_width")
+        )
+
+    def __call__(
+        self, x: Float[Array, "t d"], ids: Int[Array, "t k"], weights: Float[Array, "t k"]
+    ) -> Float[Array, "t d"]:
+        """Returns the weighted sum of the chosen experts' outputs, float32."""
+        return grouped_matmul.apply_experts(
+            x,
+            ids,
+            weights,
+            self.gate_up.get_value(),
+            self.down.get_value(),
+            limit=self.config.swiglu_limit,
+            quantize_activations=self.numerics.quantize_activations,
+        )
+
+
+class SharedExpert(nnx.Module):
+    """The expert every token passes, with the same clamp as the routed ones."""
+
+    def __init__(self, declare: Declare, config: ModelConfig, numerics: Numerics):
+        f, d = config.moe_intermediate_size, config.hidden_size
+        self.config, self.numerics = config, numerics
+        self.gate_up = declare.matrix("fp8", (2, f, d), ("pair", "expert_width", "embed"))
+        self.down = declare.matrix("fp8", (d, f), ("embed", "expert_width"))
+
+    def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+        """Returns the expert's output, float32."""
+        return grouped_matmul.apply_shared_expert(
+            x,
+            self.gate_up.get_value(),
+            self.down.get_value(),
+            limit=self.config.swiglu_limit,
+            quantize_activations=self.numerics.quantize_activations,
+        )

@@ -1,0 +1,72 @@
+"""The lightning indexer: scores compressed entries cheaply and selects the best for each query."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.cache import LayerMemory
+from v4jax.cache.formats import index_format
+from v4jax.config import Layer, ModelConfig, Numerics
+from v4jax.kernels import indexer as kernel
+from v4jax.kernels.scaled_matmul import matmul
+from v4jax.model.compressor import Compressor
+from v4jax.model.context import Context
+from v4jax.model.parameters import Declare
+from v4jax.model.rope import rotate
+
+
+class Indexer(nnx.Module):
+    """Selects `index_topk` entries per query; its own compressor makes the index keys.
+
+    Selection only: scores do not enter the attention, and no gradient of the language-model loss
+      reaches here.
+
+    Source: spec B.9.
+    """
+
+    def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
+        heads, width = config.index_n_heads, config.index_head_dim
+        self.config, self.layer, self.numerics = config, layer, numerics
+        self.query_up = declare.matrix(
+            "fp8", (heads * width, config.q_lora_rank), ("index_heads", "query_rank")
+        )
+        self.head_weights = declare.matrix(
+            "bfloat16", (heads, config.hidden_size), ("index_heads", "embed")
+        )
+        self.compressor = Compressor(declare, config, layer, width, "index")
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        query_latent: Float[Array, "b t r"],
+        context: Context,
+        memory: LayerMemory,
+    ) -> tuple[Int[Array, "b t k"], LayerMemory]:
+        """Appends the tokens' index keys; returns the selected entry ids (−1 for none) and the
+        memory.
+        """
+        heads, width = self.config.index_n_heads, self.config.index_head_dim
+        queries = matmul(
+            query_latent,
+            self.query_up.get_value(),
+            quantize_activations=self.numerics.quantize_activations,
+        )
+        queries_btix = queries.reshape(*queries.shape[:2], heads, width)
+        cosine, sine = context.rotations[self.layer.rope]
+        queries_btix = rotate(queries_btix, cosine[:, :, None], sine[:, :, None])
+        stored_as = index_format(self.config, self.numerics)
+        queries_btix = stored_as.decode(stored_as.encode(queries_btix))  # rounds like the keys
+        weights_bti = matmul(x, self.head_weights[...]) * jnp.asarray(
+            width**-0.5 * heads**-0.5, x.dtype
+        )
+        keys, memory = self.compressor(x, memory)
+        selected = kernel.select(
+            queries_btix,
+            weights_bti,
+            keys,
+            context.start,
+            context.end,
+            ratio=self.layer.ratio,
+            count=self.config.index_topk,
+        )
+        return selected, memory

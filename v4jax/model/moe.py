@@ -1,0 +1,26 @@
+"""Mixture of experts: router, routed experts, shared expert."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import ModelConfig, Numerics, RouterKind
+from v4jax.model.experts import Experts, SharedExpert
+from v4jax.model.parameters import Declare
+from v4jax.model.router import Router
+
+
+class MoE(nnx.Module):
+    """Adds the shared expert to the routed ones (spec B.13)."""
+
+    def __init__(self, declare: Declare, config: ModelConfig, kind: RouterKind, numerics: Numerics):
+        self.router = Router(declare, config, kind)
+        self.experts = Experts(declare, config, numerics)
+        self.shared = SharedExpert(declare, config, numerics)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        flat_td = x.reshape(-1, x.shape[-1])
+        ids_tk, weights_tk = self.router(flat_td, tokens.reshape(-1))
+        output_td = self.experts(flat_td, ids_tk, weights_tk) + self.shared(flat_td)
+        return output_td.astype(x.dtype).reshape(x.shape)

@@ -1,0 +1,57 @@
+"""Multi-token prediction: one more block that predicts the token after the next."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4jax.cache import LayerMemory
+from v4jax.config import Layer, ModelConfig, Numerics
+from v4jax.kernels.scaled_matmul import matmul
+from v4jax.model.block import Block
+from v4jax.model.context import Context
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.norm import RMSNorm
+from v4jax.model.parameters import Declare
+
+
+class MTP(nnx.Module):
+    """Joins the streams after the last layer with the next token's embedding and runs one window
+    block.
+
+    Embedding and head are the main model's. Position t pairs the streams of token t with token t+1
+    and predicts token t+2; the context's tokens are therefore the shifted ones.
+
+    Source: spec B.15.
+    """
+
+    def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.numerics = numerics
+        self.embed_norm = RMSNorm(declare, d, "embed", eps)
+        self.stream_norm = RMSNorm(declare, d, "embed", eps)
+        self.embed_projection = declare.matrix("fp8", (d, d), ("embed", "embed_in"))
+        self.stream_projection = declare.matrix("fp8", (d, d), ("embed", "embed_in"))
+        self.block = Block(declare, config, layer, numerics)
+        self.collapse = HyperHead(declare, config)
+        self.norm = RMSNorm(declare, d, "embed", eps)
+
+    def __call__(
+        self,
+        streams: Float[Array, "b t n d"],
+        embedded: Float[Array, "b t d"],
+        context: Context,
+        memory: LayerMemory,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t n d"], LayerMemory]:
+        """Returns the normed vectors for the shared head, the block's streams, and the memory."""
+        rounding = self.numerics.quantize_activations
+        embedded = matmul(
+            self.embed_norm(embedded),
+            self.embed_projection.get_value(),
+            quantize_activations=rounding,
+        )
+        history = matmul(
+            self.stream_norm(streams),
+            self.stream_projection.get_value(),
+            quantize_activations=rounding,
+        )
+        streams, memory = self.block(embedded[:, :, None] + history, context, memory)
+        return self.norm(self.collapse(streams)), streams, memory

@@ -1,0 +1,72 @@
+"""Declaring parameters: shape, stored format and logical axes in one line each.
+
+A matrix is kept [out, in], as in the checkpoint, so that reading and writing change no byte. Its
+value is a plain array or a `ScaledArray`.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from v4jax.config import ModelConfig
+from v4jax.quant import quantize_weight
+
+Storage = Literal["released", "float32", "bfloat16"]
+Format = Literal["fp4", "fp8", "bfloat16", "float32"]
+
+
+class Buffer(nnx.Variable):
+    """A stored value that no gradient trains: routing tables and router biases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Declare:
+    """Makes the parameters of one block.
+
+    storage: "released" keeps each parameter in the format of the released checkpoint; "float32" and
+      "bfloat16" keep what the release quantizes or stores as bfloat16 in that dtype. Parameters
+      released as float32 stay so.
+    repeats: leading axis of every parameter of a scanned block; None for a single block.
+    """
+
+    config: ModelConfig
+    storage: Storage
+    rngs: nnx.Rngs
+    repeats: int | None = None
+
+    def matrix(self, fmt: Format, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """Declares a weight [..., out, in], normally distributed with `initializer_range`."""
+        value = jax.random.normal(self.rngs.params(), self._lead(shape), jnp.float32)
+        return self._param(value * self.config.initializer_range, fmt, axes)
+
+    def constant(self, fmt: Format, value: float, shape: tuple[int, ...], axes: tuple[str, ...]):
+        """Declares a parameter that starts at one value everywhere."""
+        return self._param(jnp.full(self._lead(shape), value, jnp.float32), fmt, axes)
+
+    def buffer(self, value: jax.Array, axes: tuple[str, ...]) -> Buffer:
+        """Declares a stored value that is not trained; every repeat starts equal."""
+        value = jnp.broadcast_to(value, self._lead(value.shape))
+        return Buffer(value, axes=self._axes(axes))
+
+    def _param(self, value, fmt, axes):
+        if fmt != "float32" and self.storage != "released":
+            fmt = self.storage
+        value = quantize_weight(value, fmt) if fmt in ("fp4", "fp8") else value.astype(fmt)
+        return nnx.Param(value, axes=self._axes(axes))
+
+    def _lead(self, shape):
+        return shape if self.repeats is None else (self.repeats, *shape)
+
+    def _axes(self, axes):
+        return axes if self.repeats is None else ("layers", *axes)
+
+
+def count_parameters(value) -> int:
+    """Returns the logical number of elements of a parameter's value: FP4 codes count singly, scales
+    do not.
+    """
+    return math.prod(value.shape)

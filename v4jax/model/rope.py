@@ -1,0 +1,66 @@
+"""Rotary positions on the trailing channels, in interleaved pairs; YaRN on compressed layers, no
+magnitude factor.
+
+Source: spec B.5.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import Rope
+
+
+def frequencies(rope: Rope) -> np.ndarray:
+    """Returns the rotation per token of each channel pair, float32 [dim/2], rounded as the
+    published code does.
+    """
+    dim = rope.dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    freqs = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
+    if rope.scaling is None:
+        return freqs
+    scaling = rope.scaling
+
+    def pair_with(rotations: float) -> float:
+        """Index of the pair that turns `rotations` times within the original context."""
+        wavelengths = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(wavelengths) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / np.float32(span), 0, 1)
+    keep = np.float32(1.0) - ramp
+    return (freqs / np.float32(scaling.factor) * (1 - keep) + freqs * keep).astype(np.float32)
+
+
+def rotation(rope: Rope, positions: Int[Array, "b t"]) -> tuple[Array, Array]:
+    """Returns cosine and sine [b, t, dim/2] of position × frequency; the product is rounded to
+    float32.
+
+    That rounding is part of the model (up to 0.03 rad near one million tokens): it is an
+    elementwise product, never a matrix product that a chip may compute in bfloat16.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies(rope)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "... c"], cosine: Array, sine: Array, *, inverse: bool = False
+) -> Float[Array, "... c"]:
+    """Rotates the last 2·cosine.shape[-1] channels by the given angles, in float32, rounded to x's
+    dtype.
+
+    Args:
+      cosine, sine: broadcast against x[..., pairs].
+      inverse: rotates back (the output of attention, by the query's position).
+    """
+    dim = 2 * cosine.shape[-1]
+    plain, turned = x[..., :-dim], x[..., -dim:].astype(jnp.float32)
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    sine = -sine if inverse else sine
+    turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
+    return jnp.concatenate([plain, turned.reshape(*x.shape[:-1], dim).astype(x.dtype)], axis=-1)

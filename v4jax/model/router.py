@@ -1,0 +1,58 @@
+"""The router: which experts a token uses, and with which weights."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import ModelConfig, RouterKind
+from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.model.parameters import Declare
+
+SOFTPLUS_LINEAR = 20.0  # above, softplus(x) is x (the published code's threshold)
+SMALLEST_LOGIT = -80.0  # below, softplus underflows and the gradient of its root would be 0/0
+
+
+class Router(nnx.Module):
+    """Scores experts by √softplus, in float32, and chooses by score plus bias, or by a table of
+    token ids.
+
+    The bias takes part in the choice only. Chosen scores are normalized to sum to
+    `routed_scaling_factor`; they come from the learned gate on hash layers too.
+
+    Source: spec B.13.
+    """
+
+    def __init__(self, declare: Declare, config: ModelConfig, kind: RouterKind):
+        experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+        self.config, self.kind = config, kind
+        self.weight = declare.matrix(
+            "bfloat16", (experts, config.hidden_size), ("experts", "embed")
+        )
+        if kind is RouterKind.HASH:
+            # Neighbouring ids start at neighbouring experts; the released tables replace this.
+            table = (jnp.arange(config.vocab_size)[:, None] + jnp.arange(chosen)) % experts
+            self.table = declare.buffer(table.astype(jnp.int32), ("vocab", "chosen"))
+            self.bias = None
+        else:
+            self.table = None
+            self.bias = declare.buffer(jnp.zeros(experts, jnp.float32), ("experts",))
+
+    def __call__(
+        self, x: Float[Array, "t d"], tokens: Int[Array, "t"]
+    ) -> tuple[Int[Array, "t k"], Float[Array, "t k"]]:
+        """Returns the ids of the chosen experts and their weights."""
+        scores_te = jnp.sqrt(softplus(matmul_float32(x, self.weight[...])))
+        if self.kind is RouterKind.HASH:
+            ids_tk = self.table[...][tokens]
+        else:
+            ids_tk = jax.lax.top_k(scores_te + self.bias[...], self.config.num_experts_per_tok)[1]
+        chosen_tk = jnp.take_along_axis(scores_te, ids_tk, axis=-1)
+        total = chosen_tk.sum(axis=-1, keepdims=True)
+        return ids_tk, chosen_tk / total * self.config.routed_scaling_factor
+
+
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns log(1 + eˣ), linear above 20."""
+    x = jnp.maximum(x, SMALLEST_LOGIT)
+    return jnp.where(x > SOFTPLUS_LINEAR, x, jnp.log1p(jnp.exp(jnp.minimum(x, SOFTPLUS_LINEAR))))

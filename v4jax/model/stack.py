@@ -1,0 +1,106 @@
+"""The layers: single blocks, then a repeated period that is compiled once and scanned, then single
+blocks again.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from v4jax.cache import FullSequence, HybridCache
+from v4jax.cache.formats import entry_format, index_format
+from v4jax.cache.hybrid import LayerView
+from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
+from v4jax.model.block import Block
+from v4jax.model.context import Context
+from v4jax.model.parameters import Declare, Storage
+
+
+class Stack(nnx.Module):
+    """All main layers; `ModelConfig.stack_plan` says which block stands where.
+
+    Blocks of `period` hold the parameters of all repeats on a leading axis: layer = prefix +
+      repeat·period + place.
+    """
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, storage: Storage, rngs: nnx.Rngs):
+        plan, layers = config.stack_plan, config.layers
+        self.config, self.numerics = config, numerics
+
+        def blocks(first: int, count: int, repeats: int | None) -> nnx.List:
+            declare = Declare(config, storage, rngs, repeats)
+            return nnx.List(
+                Block(declare, config, layers[first + i], numerics) for i in range(count)
+            )
+
+        self.prefix = blocks(0, plan.prefix, None)
+        self.period = blocks(plan.prefix, plan.period, plan.repeats)
+        self.suffix = blocks(config.num_hidden_layers - plan.suffix, plan.suffix, None)
+
+    def __call__(self, streams: Float[Array, "b t n d"], context: Context) -> Array:
+        """Returns the streams after all layers of sequences that start at position 0."""
+
+        def run(block, streams, layer, _):
+            memory = full_sequence(self.config, self.numerics, layer, context)
+            return block(streams, context, memory)[0]
+
+        return self._run(run, streams)
+
+    def extend(
+        self, streams: Float[Array, "b t n d"], context: Context, cache: HybridCache
+    ) -> tuple[Float[Array, "b t n d"], HybridCache]:
+        """Returns the streams of tokens that follow what `cache` holds, and the cache with them
+        appended.
+        """
+
+        def run(block, carry, layer, layer_index):
+            streams, cache = carry
+            kind_index = kind_position(self.config.layers, layer.kind, layer_index)
+            view = LayerView(cache, layer, layer_index, kind_index, context.start, context.end)
+            streams, view = block(streams, context, view)
+            return streams, view.cache
+
+        return self._run(run, (streams, cache))
+
+    def _run(self, run: Callable, carry):
+        plan, layers = self.config.stack_plan, self.config.layers
+        for i, block in enumerate(self.prefix):
+            carry = run(block, carry, layers[i], jnp.int32(i))
+        if plan.repeats:
+
+            def repeat(carry, scanned):
+                number, blocks = scanned
+                for place, block in enumerate(blocks):
+                    index = plan.prefix + number * plan.period + place
+                    carry = run(block, carry, layers[plan.prefix + place], index)
+                return carry, None
+
+            numbers = jnp.arange(plan.repeats, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(repeat, carry, (numbers, self.period))
+        first = len(layers) - plan.suffix
+        for i, block in enumerate(self.suffix, start=first):
+            carry = run(block, carry, layers[i], jnp.int32(i))
+        return carry
+
+
+def kind_position(layers: tuple[Layer, ...], kind: LayerKind, index: Array) -> Array:
+    """Returns the place of layer `index` (traced in a scan) among the layers of its kind."""
+    before = list(itertools.accumulate((layer.kind is kind for layer in layers), initial=0))
+    return jnp.asarray(before, jnp.int32)[index]
+
+
+def full_sequence(
+    config: ModelConfig, numerics: Numerics, layer: Layer, context: Context
+) -> FullSequence:
+    """Returns the memory of a layer for a call that starts at position 0."""
+    return FullSequence(
+        layer,
+        config.sliding_window,
+        entry_format(config, numerics),
+        index_format(config, numerics),
+        context.start,
+        context.end,
+    )

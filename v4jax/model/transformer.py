@@ -1,0 +1,228 @@
+"""`Transformer`: the whole model and the calls a user makes."""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from v4jax.cache import HybridCache, init_cache
+from v4jax.config import ModelConfig, Numerics
+from v4jax.errors import CacheError, ConfigError, ShapeError
+from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.model.context import make_context
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.mtp import MTP
+from v4jax.model.norm import RMSNorm
+from v4jax.model.parameters import Declare, Storage
+from v4jax.model.stack import Stack, full_sequence
+from v4jax.shapes import check_integer, check_shape
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V4: embedding, layers over residual streams, collapse, head, and the MTP blocks.
+
+    The module is a pytree: pass it through `jax.jit` like any other argument. `__call__` and
+      `extend` are compiled
+    for each new shape; inside a transformation use them as they are.
+
+    >>> logits = model(tokens)
+    >>> cache = model.init_cache(batch=1, max_tokens=65536)
+    >>> logits, cache = model.extend(tokens, cache, logits="last")
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        numerics: Numerics,
+        *,
+        storage: Storage = "float32",
+        rngs: nnx.Rngs,
+    ):
+        declare = Declare(config, storage, rngs)
+        self.config, self.numerics, self.folder = config, numerics, None
+        vocab = (config.vocab_size, config.hidden_size)
+        self.embed = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
+        self.stack = Stack(config, numerics, storage, rngs)
+        self.collapse = HyperHead(declare, config)
+        self.norm = RMSNorm(declare, config.hidden_size, "embed", config.rms_norm_eps)
+        self.head = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
+        self.mtp = nnx.List(MTP(declare, config, layer, numerics) for layer in config.mtp_layers)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+        """Returns the logits of the next token at every position of sequences that start at
+        position 0.
+
+        Raises:
+          ShapeError: tokens are no integers [batch, tokens], empty, or outside the vocabulary.
+        """
+        return _forward(self, self._check_tokens(tokens))
+
+    def predict_ahead(self, tokens: Int[Array, "b t"]) -> Float[Array, "b u v"]:
+        """Returns the first MTP block's logits [b, t−1, v]: row u predicts token u+2 from tokens 0
+        … u+1.
+
+        Raises:
+          ConfigError: the model has no MTP block.
+          ShapeError: as `__call__`, or fewer than two tokens.
+        """
+        tokens = self._check_tokens(tokens)
+        if not self.mtp:
+            raise ConfigError(
+                "model.num_nextn_predict_layers is 0: this model has no MTP block; "
+                "load a checkpoint that has one"
+            )
+        if tokens.shape[1] < 2:
+            raise ShapeError(f"tokens must hold at least 2 tokens for MTP, got {tokens.shape[1]}")
+        return _forward_mtp(self, tokens)
+
+    def init_cache(self, batch: int, max_tokens: int) -> HybridCache:
+        """Returns empty caches for `batch` sequences of up to `max_tokens` tokens each.
+
+        Raises:
+          CacheError: a size is out of range.
+        """
+        return init_cache(self.config, self.numerics, batch, max_tokens)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        cache: HybridCache,
+        lengths: Int[Array, "b"] | None = None,
+        logits: Literal["all", "last"] = "all",
+        *,
+        donate: bool = False,
+    ) -> tuple[Array, HybridCache]:
+        """Appends tokens to every sequence; returns their logits and the new cache.
+
+        One token is decode, many are prefill; any chunking gives the same result.
+
+        Args:
+          lengths: how many of the t tokens are real, per sequence (0 … t); the rest is padding on
+            the right, and its logits mean nothing. None: all.
+          logits: "all" returns [b, t, v]; "last" returns [b, v], of the last real token (of the
+            first token where there is none: discard it).
+          donate: reuses the buffers of `cache`, which must not be used afterwards; for loops.
+
+        Raises:
+          ShapeError: an argument has the wrong shape, dtype or values.
+          CacheError: a sequence would exceed its capacity, or the cache belongs to another model.
+        """
+        tokens = self._check_tokens(tokens)
+        if logits not in ("all", "last"):
+            raise ShapeError(f"logits must be 'all' or 'last', got {logits!r}")
+        batch, count = tokens.shape
+        if cache.batch != batch:
+            raise CacheError(
+                f"tokens have batch {batch} but the cache holds {cache.batch} sequences; "
+                f"make it with init_cache({batch}, …)"
+            )
+        if lengths is None:
+            lengths = np.full(batch, count, np.int32)
+        check_integer("lengths", lengths)
+        check_shape("lengths", lengths, (batch,))
+        self._check_room(cache, lengths, count)
+        step = _extend_donating if donate else _extend
+        return step(self, tokens, cache, jnp.asarray(lengths, jnp.int32), logits)
+
+    def _check_tokens(self, tokens) -> Array:
+        if not hasattr(tokens, "shape"):
+            tokens = np.asarray(tokens)
+        check_integer("tokens", tokens)
+        check_shape("tokens", tokens, (None, None))
+        if 0 in tokens.shape:
+            raise ShapeError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
+        if not isinstance(tokens, jax.core.Tracer):
+            host = np.asarray(tokens)
+            bad = host[(host < 0) | (host >= self.config.vocab_size)]
+            if bad.size:
+                raise ShapeError(
+                    f"tokens must be ids 0 … {self.config.vocab_size - 1}, got {bad[0]}; "
+                    "was the text encoded with another tokenizer?"
+                )
+        return jnp.asarray(tokens, jnp.int32)
+
+    def _check_room(self, cache: HybridCache, lengths, count: int):
+        if any(isinstance(x, jax.core.Tracer) for x in (cache.lengths, lengths)):
+            return  # values are unknown under a transformation; its caller checks
+        lengths, used = np.asarray(lengths), np.asarray(cache.lengths)
+        if lengths.min() < 0 or lengths.max() > count:
+            raise ShapeError(
+                f"lengths must be 0 … {count} (the tokens given), got {lengths.tolist()}"
+            )
+        over = np.flatnonzero(used + lengths > cache.capacity)
+        if over.size:
+            slot = over[0]
+            raise CacheError(
+                f"sequence {slot} holds {used[slot]} tokens and gets {lengths[slot]} more, "
+                f"but the cache was made for {cache.capacity}; make it larger with init_cache(batch, max_tokens)"
+            )
+
+
+def abstract_transformer(
+    config: ModelConfig, numerics: Numerics, *, storage: Storage = "released"
+) -> Transformer:
+    """Returns the model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, numerics, storage=storage, rngs=nnx.Rngs(0)))
+
+
+@jax.jit
+def _forward(model: Transformer, tokens):
+    streams, _ = run_layers(model, tokens)
+    return read_logits(model, streams)
+
+
+@jax.jit
+def _forward_mtp(model: Transformer, tokens):
+    streams, _ = run_layers(model, tokens)
+    following = tokens[:, 1:]
+    layer = model.config.mtp_layers[0]
+    start = jnp.zeros(tokens.shape[0], jnp.int32)
+    context = make_context(following, start, start + following.shape[1], {layer.rope})
+    memory = full_sequence(model.config, model.numerics, layer, context)
+    normed, _, _ = model.mtp[0](streams[:, :-1], embed(model, following), context, memory)
+    return matmul_float32(normed, model.head[...])
+
+
+def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
+    start, end = cache.lengths, cache.lengths + lengths
+    streams, cache = run_layers(model, tokens, start, end, cache)
+    if logits == "last":
+        last_b = jnp.maximum(lengths - 1, 0)
+        streams = streams[jnp.arange(tokens.shape[0]), last_b][:, None]
+        return read_logits(model, streams)[:, 0], cache
+    return read_logits(model, streams), cache
+
+
+_extend = partial(jax.jit, static_argnames="logits")(_extend_step)
+_extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(_extend_step)
+
+
+def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCache | None = None):
+    """Returns the streams [b, t, n, d] after the last layer, and the extended cache (None without
+    one).
+    """
+    batch, count = tokens.shape
+    start = jnp.zeros(batch, jnp.int32) if start is None else start
+    end = start + count if end is None else end
+    context = make_context(tokens, start, end, {layer.rope for layer in model.config.layers})
+    x = embed(model, tokens)
+    streams = jnp.broadcast_to(x[:, :, None], (batch, count, model.config.hc_mult, x.shape[-1]))
+    if cache is None:
+        return model.stack(streams, context), None
+    streams, cache = model.stack.extend(streams, context, cache)
+    return streams, dataclasses.replace(cache, lengths=end.astype(jnp.int32))
+
+
+def embed(model: Transformer, tokens) -> Float[Array, "b t d"]:
+    """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
+    return model.embed[...][tokens].astype(model.numerics.activation_dtype)
+
+
+def read_logits(model: Transformer, streams) -> Float[Array, "b t v"]:
+    """Returns float32 logits of streams (spec B.15)."""
+    return matmul_float32(model.norm(model.collapse(streams)), model.head[...])

@@ -1,0 +1,11 @@
+"""Number formats of the release: FP8 and FP4 with power-of-two block scales, for weights and for
+cached vectors.
+
+Read `formats.py` first (the arithmetic, bit for bit), then `scaled_array.py` (weights) and
+`entry_format.py` (cached vectors).
+"""
+
+from v4jax.quant.entry_format import EntryFormat
+from v4jax.quant.scaled_array import ScaledArray, quantize_weight
+
+__all__ = ["EntryFormat", "ScaledArray", "quantize_weight"]

@@ -1,0 +1,55 @@
+"""The dimension letters: shape suffixes and jaxtyping strings use these, and no others.
+
+b  sequences of a batch         t  tokens of one call
+s  rows of successive tokens    q  queries of one tile
+d  hidden_size                  n  residual streams (hc_mult); j source, k destination
+h  attention heads              c  head_dim (plain channels, then rotated ones)
+r  low rank                     g  output groups
+w  compressed entries           m  tokens of one compression window
+z  channels of a compressor's projection (one series or two)
+i  index heads                  x  index_head_dim
+e  experts                      f  expert width
+k  selected entries, chosen experts (beside j: a stream)
+v  vocabulary                   l  layers of one kind
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.errors import ShapeError
+
+
+def ceil_div(numerator, denominator: int):
+    """Returns ⌈numerator / denominator⌉ for non-negative integers, traced or not."""
+    return -(-numerator // denominator)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least `size`."""
+    return ceil_div(size, multiple) * multiple
+
+
+def check_shape(name: str, array: jax.Array, shape: Sequence[int | None]) -> None:
+    """Raises unless `array` has `shape`; None stands for any size.
+
+    Raises:
+      ShapeError: rank or a size differs; the message names the argument and both shapes.
+    """
+    fits = len(array.shape) == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise ShapeError(f"{name} must have shape {wanted}, got {list(array.shape)}")
+
+
+def check_integer(name: str, array: jax.Array) -> None:
+    """Raises unless `array` holds integers.
+
+    Raises:
+      ShapeError: the dtype is no integer.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ShapeError(f"{name} must be integers, got dtype {array.dtype}; use int32")
