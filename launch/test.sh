@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Style, floors and tests. Arguments go to pytest:  bash launch/test.sh tests/inference -k killed
+#
+#   V4JAX_TEST_WORKERS=4   processes for pytest (default 2; 0 runs in one, for a debugger)
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+make_environment test
+
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" # the suite simulates its devices
+
+ruff check .
+lint-imports
+# A file's tests share compiled functions, so a file stays in one process.
+# The oracle needs torch; .ci/run installs it.
+python -m pytest -n "${V4JAX_TEST_WORKERS:-2}" --dist loadfile -m "not oracle" "$@"
