@@ -3,6 +3,7 @@
 Read `names.py` first (the one table: tensor name ↔ place in a module), then `hf_reader.py`.
 
     hf_folder.py         what a folder holds, before a tensor is read
+    hf_sources.py        which tensors make up which parameter, and whether they may
     hf_reader.py         folder → Transformer
     hf_writer.py         Transformer → folder
     safetensors_file.py  the container format
@@ -13,7 +14,16 @@ on the CPU (`tests/benchmarks/bench_load.py` measures it).
 """
 
 from v4jax.checkpoint.census import Entry, Totals, census, total
-from v4jax.checkpoint.hf_reader import read_model
+from v4jax.checkpoint.hf_reader import read_abstract, read_model
 from v4jax.checkpoint.hf_writer import FORMATS, write_model
 
-__all__ = ["FORMATS", "Entry", "Totals", "census", "read_model", "total", "write_model"]
+__all__ = [
+    "FORMATS",
+    "Entry",
+    "Totals",
+    "census",
+    "read_abstract",
+    "read_model",
+    "total",
+    "write_model",
+]

@@ -76,6 +76,11 @@ def open_folder(path: str | pathlib.Path) -> Folder:
     return Folder(path, layout, _fit_experts(config, raw, tensors), tensors, indexed)
 
 
+def count_shards(count: int) -> str:
+    """Returns `46 shards`, or `1 shard`."""
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
 def without_mtp(config: ModelConfig) -> ModelConfig:
     """Returns the configuration of the same model without its MTP blocks."""
     layers = config.num_hidden_layers

@@ -10,7 +10,6 @@ Packed FP4, FP8 and their scales stay as they are. What the model keeps in float
 bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -22,55 +21,17 @@ import jax
 import numpy as np
 
 from v4jax import log
-from v4jax.checkpoint import names
 from v4jax.checkpoint.census import model_variables
-from v4jax.checkpoint.hf_folder import Folder, open_folder
-from v4jax.checkpoint.names import Place, Stored
+from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
+from v4jax.checkpoint.hf_sources import Source, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, read_into, read_tensor
 from v4jax.config import ModelConfig, Numerics, get_numerics
-from v4jax.config.json_keys import did_you_mean
 from v4jax.errors import CheckpointError
 from v4jax.model import Transformer, abstract_transformer
-from v4jax.quant.scaled_array import FP4_BLOCK, ScaledArray
-from v4jax.shapes import ceil_div
+from v4jax.quant import ScaledArray
 
 READ_THREADS = 8
 ALIGNMENT_BYTES = 64  # JAX takes over a host array on the CPU only if it is aligned so
-
-# What a tensor may be: {released format: {dtype in the file: how its parameter is kept}}.
-_PLAIN = {"BF16": "plain", "F32": "plain"}
-_ACCEPTED = {
-    Stored.BFLOAT16: _PLAIN,
-    Stored.FLOAT32: _PLAIN,
-    Stored.FP8: {"F8_E4M3": "fp8"} | _PLAIN,
-    Stored.EXPERT: {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8"} | _PLAIN,
-    Stored.TABLE: {"I64": "table", "I32": "table"},
-}
-_SCALE_DTYPES = ("F8_E8M0", "U8", "F32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where one parameter's value comes from; checked, nothing read yet.
-
-    kept: "plain", "table", "fp8" or "fp4". scales: one per tensor for the last two, else empty.
-    """
-
-    places: list[Place]
-    tensors: list[Tensor]
-    scales: list[Tensor]
-    kept: str
-    shape: tuple[int, ...]  # of the parameter, logical
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The axes along which the tensors are gathered."""
-        return self.shape[: len(self.places[0].index)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return sum(tensor.nbytes for tensor in (*self.tensors, *self.scales))
 
 
 def read_model(
@@ -92,13 +53,11 @@ def read_model(
       ConfigError: config.json is broken.
     """
     opened = open_folder(folder)
-    model = abstract_transformer(opened.config, get_numerics(numerics), storage="released")
+    model, sources = _plan_model(opened, numerics)
     variables = model_variables(model)
-    shapes = {path: variable.get_value().shape for path, variable in variables.items()}
-    sources = plan_sources(opened, shapes)
     put = put or (lambda path, array: jax.device_put(array, may_alias=True))
     total = sum(source.nbytes for source in sources.values())
-    shards = f"{len(opened.files)} shards" if len(opened.files) > 1 else "1 shard"
+    shards = count_shards(len(opened.files))
     with log.phase("weights", f"reading {shards}, {log.format_bytes(total)}") as phase:
         for path, value in read_parameters(opened, sources):
             # Blocked on, so that a device copy has ended before the next host array is made.
@@ -109,21 +68,22 @@ def read_model(
     return model
 
 
-def plan_sources(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    """Returns where every parameter comes from; every tensor of the folder is used exactly once.
-
-    Args:
-      shapes: {parameter path: logical shape} of the model.
+def read_abstract(folder: str | pathlib.Path, numerics: str | Numerics = "released") -> Transformer:
+    """Returns the model of a folder with shapes in place of arrays, in the formats of its files.
 
     Raises:
-      CheckpointError: as `read_model`, for everything that headers can tell.
+      CheckpointError, ConfigError: as `read_model`, for all that headers can tell.
     """
-    groups = names.by_parameter(names.places(folder.config))
-    assert groups.keys() == shapes.keys(), sorted(groups.keys() ^ shapes.keys())[:10]
-    sources = {path: _plan(folder, found, shapes[path]) for path, found in groups.items()}
-    used = {tensor.name for s in sources.values() for tensor in (*s.tensors, *s.scales)}
-    _check_none_left(folder, [t for t in folder.tensors.values() if t.name not in used])
-    return sources
+    model, sources = _plan_model(open_folder(folder), numerics)
+    for path, variable in model_variables(model).items():
+        variable.set_value(sources[path].abstract)
+    return model
+
+
+def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source]]:
+    model = abstract_transformer(folder.config, get_numerics(numerics), storage="released")
+    variables = model_variables(model).items()
+    return model, plan_sources(folder, {path: v.get_value().shape for path, v in variables})
 
 
 def read_parameters(
@@ -140,81 +100,6 @@ def read_parameters(
             yield path, gather.value(source, folder.config)
 
 
-def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
-    tensors = [_find(folder, place.tensor) for place in found]
-    kinds = {}
-    for place, tensor in zip(found, tensors, strict=True):
-        accepted = _ACCEPTED[place.stored]
-        if tensor.dtype not in accepted:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} must have dtype {' or '.join(accepted)}, "
-                f"got {tensor.dtype}"
-            )
-        kinds.setdefault(accepted[tensor.dtype], tensor)
-    if len(kinds) > 1:
-        (a, first), (b, second) = list(kinds.items())[:2]
-        raise CheckpointError(
-            f"tensor {first.name} in {first.file} is {a} and {second.name} in {second.file} is "
-            f"{b}: they share one parameter and must be stored alike"
-        )
-    kept = next(iter(kinds))
-    below = shape[len(found[0].index) :]
-    _check_shapes(tensors, (*below[:-1], below[-1] // 2) if kept == "fp4" else below)
-    scales = []
-    if kept in ("fp8", "fp4"):
-        rows, columns = FP4_BLOCK if kept == "fp4" else folder.config.weight_block_size
-        scales = [_find(folder, names.scale_name(place.tensor)) for place in found]
-        _check_shapes(scales, (ceil_div(below[0], rows), ceil_div(below[1], columns)))
-        _check_scale_dtypes(scales)
-    return Source(found, tensors, scales, kept, shape)
-
-
-def _find(folder: Folder, name: str) -> Tensor:
-    if name in folder.tensors:
-        return folder.tensors[name]
-    hint = ""
-    if name.startswith("mtp.") and not any(other.startswith("mtp.") for other in folder.tensors):
-        hint = "; a model without MTP has num_nextn_predict_layers = 0 in config.json"
-    raise CheckpointError(f"tensor {name} is missing: no file of {folder.path} holds it{hint}")
-
-
-def _check_shapes(tensors: list[Tensor], shape: tuple[int, ...]) -> None:
-    for tensor in tensors:
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} must have shape {list(shape)}, got "
-                f"{list(tensor.shape)}"
-            )
-
-
-def _check_scale_dtypes(scales: list[Tensor]) -> None:
-    for tensor in scales:
-        if tensor.dtype not in _SCALE_DTYPES:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} must have dtype "
-                f"{' or '.join(_SCALE_DTYPES)}, got {tensor.dtype}"
-            )
-        if DTYPES[tensor.dtype] is not DTYPES[scales[0].dtype]:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} is {tensor.dtype} and {scales[0].name} is "
-                f"{scales[0].dtype}: scales that share one parameter must be stored alike"
-            )
-
-
-def _check_none_left(folder: Folder, left: list[Tensor]) -> None:
-    if not left:
-        return
-    tensor = left[0]
-    more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-    if tensor.name.endswith((".scale", "_scale_inv")):
-        why = "scales, but their weight is not quantized or not part of this model"
-    else:
-        prefix = tensor.name.rsplit(".", 2)[0]
-        near = [place.tensor for place in names.places(folder.config) if prefix in place.tensor]
-        why = "no tensor of this model" + did_you_mean(tensor.name, near)
-    raise CheckpointError(f"tensor {tensor.name} in {tensor.file} is unknown{more}: {why}")
-
-
 class _Gather:
     """Reads the tensors of one parameter into slices of one array, several at a time."""
 
@@ -224,18 +109,14 @@ class _Gather:
 
     def value(self, source: Source, config: ModelConfig) -> np.ndarray | ScaledArray:
         """Returns the parameter's value in host memory."""
-        first = source.tensors[0]
         if source.kept == "table":
             table = functools.partial(_read_table, experts=config.n_routed_experts)
-            return self._array(source, source.tensors, np.int32, table)
-        if source.kept == "plain":
-            widened = source.places[0].stored is Stored.FLOAT32
-            widened = widened or any(tensor.dtype == "F32" for tensor in source.tensors)
-            return self._array(source, source.tensors, np.float32 if widened else DTYPES["BF16"])
-        values = self._array(source, source.tensors, DTYPES[first.dtype])
+            return self._array(source, source.tensors, source.dtype, table)
+        values = self._array(source, source.tensors, source.dtype)
+        if not source.scales:
+            return values
         scales = self._array(source, source.scales, DTYPES[source.scales[0].dtype])
-        block = FP4_BLOCK if source.kept == "fp4" else config.weight_block_size
-        return ScaledArray(values, scales, block)
+        return ScaledArray(values, scales, source.block)
 
     def _array(self, source: Source, tensors: list[Tensor], dtype, read=read_tensor) -> np.ndarray:
         """Returns every tensor at its index in one array; other dtypes are converted."""

@@ -26,7 +26,7 @@ import numpy as np
 from v4jax import log
 from v4jax.checkpoint import names
 from v4jax.checkpoint.census import model_variables
-from v4jax.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME
+from v4jax.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, count_shards
 from v4jax.checkpoint.names import Place, Stored
 from v4jax.checkpoint.safetensors_file import Tensor, write_header, write_tensor
 from v4jax.config import ModelConfig
@@ -80,6 +80,7 @@ def write_model(
     """
     if format not in FORMATS:
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
+    _check_new(folder)
     pieces = plan_pieces(model, format)
     shards = plan_shards(list(pieces.values()), shard_bytes)
     carry_from = carry_from or model.folder
@@ -92,7 +93,7 @@ def write_model(
         for name in CARRIED_FILES:
             if carry_from is not None and (pathlib.Path(carry_from) / name).is_file():
                 shutil.copyfile(pathlib.Path(carry_from) / name, target / name)
-        phase.note(f"wrote {len(shards)} shards", log.format_bytes(total))
+        phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
 
 
 def plan_pieces(model: Transformer, format: Format) -> dict[Place, list[Piece]]:
@@ -231,14 +232,16 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_new(folder: str | pathlib.Path) -> None:
+    path = pathlib.Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is not empty; remove it or choose another folder")
+
+
 @contextlib.contextmanager
 def _new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a hidden folder that becomes `folder` if the block succeeds, and vanishes if not."""
     folder = pathlib.Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder} exists and is not empty; remove it or choose another folder"
-        )
     temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)

@@ -1,0 +1,75 @@
+"""`v4jax convert`: from one checkpoint format to another."""
+
+import os
+from typing import Any
+
+SUMMARY = "writes a checkpoint in another format: released, bfloat16, transformers"
+USAGE = """
+Reads a folder in the released or the transformers layout and writes it anew. What is stored
+quantized is never re-quantized: released to released gives the same bytes, and bfloat16 holds
+quantized weights exactly. The output appears complete or not at all. Memory: the whole model.
+
+  v4jax convert --input=/models/v4-flash --output=/models/v4-flash-bf16 --format=bfloat16
+  v4jax convert --input=/models/v4-flash --output=/models/v4-flash-hf --format=transformers
+  v4jax convert --input=nano --output=/tmp/nano --seed=1     (random weights, to try things out)
+"""
+FORMATS = ("released", "bfloat16", "transformers")
+
+
+def define(flags: Any, values: Any) -> None:
+    """Defines the flags."""
+    flags.DEFINE_string(
+        "input",
+        None,
+        "Checkpoint folder, or the name of a packaged configuration for random weights. Required.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output", None, "Folder to write; must not exist or be empty. Required.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "format",
+        "released",
+        FORMATS,
+        "released: FP8 and FP4 as published; bfloat16: the same names, dequantized; transformers: "
+        "what its from_pretrained reads.",
+        flag_values=values,
+    )
+    flags.DEFINE_float("shard_gib", 5.0, "Largest size of one file.", flag_values=values)
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of the random weights of a packaged configuration.", flag_values=values
+    )
+
+
+def run(values: Any, positional: list[str]) -> int:
+    """Converts the checkpoint."""
+    from v4jax.checkpoint import read_model, write_model
+    from v4jax.cli import model_flags
+    from v4jax.errors import RequestError
+
+    model_flags.require(values, "input", "output")
+    if positional:
+        raise RequestError(f"unexpected argument {positional[0]!r}; use --input=… and --output=…")
+    if not values.shard_gib > 0:
+        raise RequestError(f"--shard_gib must be positive, got {values.shard_gib}")
+    if os.path.isdir(values.input):
+        model = read_model(values.input)
+    else:
+        model = _random_model(values.input, values.format, values.seed)
+    shard_bytes = int(values.shard_gib * 2**30)
+    write_model(model, values.output, values.format, shard_bytes=shard_bytes)
+    return 0
+
+
+def _random_model(name: str, format: str, seed: int) -> Any:
+    from flax import nnx
+
+    from v4jax import log
+    from v4jax.config import get_numerics
+    from v4jax.config.loading import load_model_config
+    from v4jax.model import Transformer
+
+    log.warning(f"{name} has random weights, no trained ones: its answers mean nothing")
+    storage = "released" if format == "released" else "float32"
+    config, numerics = load_model_config(name), get_numerics("released")
+    return Transformer(config, numerics, storage=storage, rngs=nnx.Rngs(seed))
