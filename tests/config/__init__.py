@@ -1,0 +1,1 @@
+"""Tests of v4jax.config: tables of configurations, good and broken."""

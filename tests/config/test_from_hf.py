@@ -1,0 +1,232 @@
+"""`config.json` → ModelConfig: what the released files say, and what every broken one is told."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from v4jax.config import LayerKind, RouterKind, YarnScaling
+from v4jax.config.from_hf import FIXED, INFORMATIONAL, model_config_from_hf
+from v4jax.config.loading import load_model_config
+from v4jax.errors import ConfigError
+
+from .released import FLASH, FLASH_TRANSFORMERS, PRO, RELEASED
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_files_are_the_packaged_configurations(name):
+    assert model_config_from_hf(RELEASED[name]) == load_model_config(name)
+
+
+def test_transformers_keys_say_the_same():
+    assert model_config_from_hf(FLASH_TRANSFORMERS) == model_config_from_hf(FLASH)
+
+
+def test_layers_of_flash():
+    config = model_config_from_hf(FLASH)
+    kinds = [layer.kind for layer in config.layers]
+    assert kinds.count(LayerKind.WINDOW) == 2
+    assert kinds.count(LayerKind.CSA) == 21
+    assert kinds.count(LayerKind.HCA) == 20
+    assert [layer.router for layer in config.layers][:4] == [RouterKind.HASH] * 3 + [
+        RouterKind.TOPK
+    ]
+    assert config.layers[0].rope.scaling is None and config.layers[0].rope.theta == 10000.0
+    assert (
+        config.layers[2].rope.scaling == YarnScaling() and config.layers[2].rope.theta == 160000.0
+    )
+    assert [layer.kind for layer in config.mtp_layers] == [LayerKind.WINDOW]
+    assert hash(config) == hash(model_config_from_hf(FLASH))
+
+
+def test_layers_of_pro():
+    kinds = [layer.kind for layer in model_config_from_hf(PRO).layers]
+    assert (kinds.count(LayerKind.HCA), kinds.count(LayerKind.CSA)) == (31, 30)
+
+
+@dataclasses.dataclass
+class Same:
+    """Changes to Flash's file that do not change the model, or change it in one known way."""
+
+    change: dict
+    expected: dict = dataclasses.field(default_factory=dict)
+
+
+NO_QUANTIZATION = {"quantization_config": None, "expert_dtype": None}
+SAME = {
+    "ratios without the MTP entry": Same({"compress_ratios": FLASH["compress_ratios"][:-1]}),
+    "informational keys": Same({key: "anything" for key in INFORMATIONAL}),
+    "both vocabularies": Same({"layer_types": FLASH_TRANSFORMERS["layer_types"]}),
+    "aliases": Same({"num_local_experts": 256, "intermediate_size": 2048}),
+    "legacy rates": Same({"compress_rate_csa": 4, "compress_rate_hca": 128}),
+    "expert_dtype inside": Same(
+        {
+            "expert_dtype": None,
+            "quantization_config": FLASH["quantization_config"] | {"expert_dtype": "fp8"},
+        },
+        {"expert_dtype": "fp8"},
+    ),
+    "no expert_dtype": Same({"expert_dtype": None}, {"expert_dtype": "fp4"}),
+    "not quantized": Same(NO_QUANTIZATION),
+    "no rope scaling": Same({"rope_scaling": None}, {"rope_scaling": None}),
+    "default rope type": Same({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
+    "other eps": Same({"rms_norm_eps": 1e-20}, {"rms_norm_eps": 1e-20}),
+    "one eos in a list": Same({"eos_token_id": [1]}),
+}
+
+
+@pytest.mark.parametrize("case", SAME.values(), ids=SAME.keys())
+def test_equivalent_files(case):
+    expected = dataclasses.replace(model_config_from_hf(FLASH), **case.expected)
+    assert model_config_from_hf(FLASH | case.change) == expected
+
+
+def test_general_ratios_come_with_layer_types():
+    names = FLASH_TRANSFORMERS["layer_types"]
+    rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
+    config = model_config_from_hf(FLASH_TRANSFORMERS | {"compress_rates": rates})
+    assert config.compress_ratios[:5] == (0, 0, 8, 64, 8)
+    assert [kind.value for kind in config.layer_types] == [*names, "sliding_attention"]
+
+
+def nested(key, **changes):
+    """Changes inside one object of Flash's file."""
+    return {key: FLASH[key] | changes}
+
+
+def rope_parameters(part, **changes):
+    """Changes inside one part of transformers' rope_parameters."""
+    rope = copy.deepcopy(FLASH_TRANSFORMERS["rope_parameters"])
+    rope[part] |= changes
+    return {"rope_parameters": rope, "compress_ratios": FLASH["compress_ratios"]}
+
+
+# {what is wrong: (change to Flash's file, what the message must say)}; ... removes the key.
+BROKEN = {
+    "other family": ({"model_type": "deepseek_v41"}, r"model_type must be 'deepseek_v4'"),
+    "no family": ({"model_type": ...}, r"lacks the key 'model_type'"),
+    "architecture": ({"architectures": ["DeepseekV41ForCausalLM"]}, r"architectures must be \["),
+    "scoring": ({"scoring_func": "sigmoid"}, r"scoring_func must be 'sqrtsoftplus', got 'sigmoid'"),
+    "unnormalized": ({"norm_topk_prob": False}, r"norm_topk_prob must be True, got False"),
+    "activation": ({"hidden_act": "gelu"}, r"hidden_act must be 'silu'"),
+    "attention bias": ({"attention_bias": True}, r"attention_bias must be False"),
+    "mlp bias": ({"mlp_bias": True}, r"mlp_bias must be False"),
+    "dropout": ({"attention_dropout": 0.1}, r"attention_dropout must be 0.0"),
+    "tied": ({"tie_word_embeddings": True}, r"tie_word_embeddings must be False"),
+    "shared experts": ({"n_shared_experts": 2}, r"n_shared_experts must be 1, got 2"),
+    "key-value heads": ({"num_key_value_heads": 8}, r"num_key_value_heads must be 1, got 8"),
+    "top-k method": ({"topk_method": "greedy"}, r"topk_method must be 'noaux_tc'"),
+    "quant method": (
+        nested("quantization_config", quant_method="awq"),
+        r"quant_method must be 'fp8'",
+    ),
+    "fp8 kind": (
+        nested("quantization_config", fmt="e5m2"),
+        r"quantization_config: fmt must be 'e4m3'",
+    ),
+    "static scales": (
+        nested("quantization_config", activation_scheme="static"),
+        r"activation_scheme must be 'dynamic'",
+    ),
+    "unknown quantization key": (
+        nested("quantization_config", group_size=32),
+        r"quantization_config: unknown key 'group_size'",
+    ),
+    "expert dtype": (
+        {"expert_dtype": "int4"},
+        r"model.expert_dtype must be 'fp4' or 'fp8', got int4",
+    ),
+    "two expert dtypes": (
+        nested("quantization_config", expert_dtype="fp8"),
+        r"expert_dtype = fp8 and expert_dtype_outside = fp4 contradict",
+    ),
+    "vision": ({"vision_n_layers": 32}, r"vision_n_layers is a key of a vision checkpoint"),
+    "dspark": ({"dspark_block_size": 5}, r"dspark_block_size is a key of a DSpark checkpoint"),
+    "nested": ({"text_config": {}}, r"text_config is a key of a nested"),
+    "unknown": ({"qk_norm_gain": 2.0}, r"unknown key 'qk_norm_gain' \(= 2.0\) could change"),
+    "misspelt": ({"hidden_sizes": 1}, r"unknown key 'hidden_sizes'.*did you mean 'hidden_size'\?"),
+    "missing": ({"hidden_size": ...}, r"config.json lacks the key 'hidden_size'"),
+    "missing eps": ({"rms_norm_eps": ...}, r"lacks the key 'rms_norm_eps'"),
+    "missing theta": ({"compress_rope_theta": ...}, r"lacks the key 'compress_rope_theta'"),
+    "missing rope dim": ({"qk_rope_head_dim": ...}, r"lacks the key 'qk_rope_head_dim'"),
+    "text for a number": ({"hidden_size": "4096"}, r"hidden_size must be an integer, got '4096'"),
+    "true for a number": ({"hc_mult": True}, r"hc_mult must be an integer, got True"),
+    "no number": ({"rope_theta": float("nan")}, r"rope_theta must be finite, got nan"),
+    "zero": ({"sliding_window": 0}, r"model.sliding_window must be positive, got 0"),
+    "groups": ({"o_groups": 7}, r"num_attention_heads must be a multiple of o_groups = 7, got 64"),
+    "too many chosen": ({"num_experts_per_tok": 300}, r"must not exceed n_routed_experts = 256"),
+    "token id": ({"eos_token_id": 129280}, r"eos_token_id must be a token id below vocab_size"),
+    "several eos": ({"eos_token_id": [1, 2]}, r"eos_token_id must be one token id, got \[1, 2\]"),
+    "magnitude factor": (
+        nested("rope_scaling", attention_factor=1.277),
+        r"attention_factor must be 1.0, got 1.277",
+    ),
+    "mscale": (nested("rope_scaling", mscale=1.0), r"rope_scaling: unknown key 'mscale'"),
+    "rope kind": (nested("rope_scaling", type="linear"), r"type must be 'yarn' or 'default', got"),
+    "yarn on window layers": (
+        rope_parameters("main", **FLASH["rope_scaling"], rope_type="yarn"),
+        r"window layers have no YaRN",
+    ),
+    "two rotations": (
+        rope_parameters("compress", factor=40),
+        r"rope_scaling = .* and rope_parameters = .* contradict",
+    ),
+    "two thetas": (
+        rope_parameters("compress", rope_theta=40000),
+        r"compress_rope_theta = 160000.0 and rope_parameters = 40000.0 contradict",
+    ),
+    "rotary factor": (
+        {"partial_rotary_factor": 0.25},
+        r"partial_rotary_factor = 0.25 contradicts 64 rotated channels",
+    ),
+    "no schedule": ({"compress_ratios": ...}, r"needs compress_ratios or layer_types"),
+    "short schedule": ({"compress_ratios": [0, 4]}, r"compress_ratios must have 44 entries"),
+    "ratio of the wrong type": (
+        {"compress_ratios": [0, "4"]},
+        r"every entry of compress_ratios must",
+    ),
+    "two HCA ratios": (
+        {"compress_ratios": [0, 128, 64] + [0] * 41},
+        r"compress_ratios must be equal on all HCA layers",
+    ),
+    "layer name": (
+        {"compress_ratios": ..., "layer_types": ["full_attention"] * 43},
+        r"every entry of layer_types must be one of .*got 'full_attention'",
+    ),
+    "two schedules": (
+        {"layer_types": ["sliding_attention"] * 43},
+        r"compress_ratios = .* and layer_types = .* contradict",
+    ),
+    "no routers": ({"num_hash_layers": ...}, r"lacks the key 'num_hash_layers'"),
+    "too many hash layers": ({"num_hash_layers": 44}, r"num_hash_layers must be between 0 and 43"),
+    "two router lists": (
+        {"mlp_layer_types": ["moe"] * 43},
+        r"num_hash_layers = .* and mlp_layer_types = .* contradict",
+    ),
+    "two expert counts": (
+        {"num_local_experts": 8},
+        r"n_routed_experts = 256 and num_local_experts = 8 contradict",
+    ),
+    "object for a list": ({"compress_ratios": {}}, r"compress_ratios must be a list"),
+}
+
+
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_files(change, message):
+    raw = {key: value for key, value in (FLASH | change).items() if value is not ...}
+    with pytest.raises(ConfigError, match=message):
+        model_config_from_hf(raw)
+
+
+def test_every_released_key_is_used_or_explained():
+    for key in FLASH:
+        changed = FLASH | {key: "no value that any key has"}
+        if key in INFORMATIONAL:
+            assert model_config_from_hf(changed) == model_config_from_hf(FLASH)
+        else:
+            with pytest.raises(ConfigError, match=key):
+                model_config_from_hf(changed)
+
+
+def test_fixed_and_informational_do_not_overlap():
+    assert not FIXED.keys() & INFORMATIONAL.keys()
