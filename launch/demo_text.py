@@ -6,6 +6,7 @@ python launch/demo_text.py show answers.jsonl
 
 import argparse
 import json
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +58,14 @@ def write(path: Path, tokens: int) -> None:
 
 
 def show(path: Path) -> None:
-    """Prints questions and answers. JSON strings: random bytes must not command the terminal."""
+    """Prints questions and answers, quoted: random bytes must not command the terminal."""
+    sys.stdout.reconfigure(errors="replace")
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "error" in record:
             print(f"line {record['line']}: {record['error']['message']}")
         else:
-            print(f"\nQ: {record['question']}\nA: {json.dumps(record['answer'])}")
+            print(f"\nQ: {record['question']}\nA: {record['answer']!r}")
 
 
 def _read(path: Path) -> str:
