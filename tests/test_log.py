@@ -56,6 +56,7 @@ def test_plain_progress_speaks_at_intervals(capsys, clock):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
     assert lines[0] == "batch: 14 %, document 1 of 2, 1,234 tokens/s, 86 s left"
+    assert lines[-1] == "batch: 89 %, document 1 of 2, 1,234 tokens/s, 11 s left"
 
 
 def test_bar_on_a_terminal(capsys, monkeypatch):

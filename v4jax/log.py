@@ -145,7 +145,7 @@ class Progress:
         now = time.perf_counter()
         if now < self._next:
             return
-        left = "" if seconds_left is None else f"{format_seconds(seconds_left)} left"
+        left = "" if seconds_left is None else f"{_format_estimate(seconds_left)} left"
         speed = "" if rate is None else f"{rate:,.0f} {self.unit}/s"
         status = ", ".join(part for part in (note, speed, left) if part)
         if self._bar is not None:
@@ -157,6 +157,10 @@ class Progress:
             self._next = now + _PLAIN_SECONDS
             percent = 100 * min(done / self.total, 1.0) if self.total else 100.0
             info(f"{self.name}: {percent:.0f} %" + (f", {status}" if status else ""))
+
+
+def _format_estimate(seconds: float) -> str:
+    return "under 10 s" if seconds < 10 else format_seconds(seconds)
 
 
 def _build_bar():

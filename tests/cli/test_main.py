@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from v4jax.cli import main
+from v4jax.cli import main, model_flags
+from v4jax.config import NUMERICS
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +80,10 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
     assert (status, out) == (2, "")
     assert err.startswith(f"v4jax: error: {message}") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numerics_are_those_of_the_config():
+    assert set(model_flags.NUMERICS) == set(NUMERICS)
 
 
 def test_help_does_not_load_jax():
