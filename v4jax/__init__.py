@@ -1,4 +1,4 @@
-"""v4jax: DeepSeek-V4 in JAX and Flax, right on the released weights and sparse up to a million tokens.
+"""v4jax: DeepSeek-V4 in JAX and Flax, right on the released weights, sparse to a million tokens.
 
     import v4jax
     model = v4jax.load("nano")                        # or a checkpoint folder

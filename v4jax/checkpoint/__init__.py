@@ -2,6 +2,7 @@
 
 Read `names.py` first (the one table: tensor name ↔ place in a module), then `hf_reader.py`.
 
+    api.py               load and save
     hf_folder.py         what a folder holds, before a tensor is read
     hf_sources.py        which tensors make up which parameter, and whether they may
     hf_reader.py         folder → Transformer
@@ -13,6 +14,7 @@ Host memory while reading: the model plus its largest parameter on an accelerato
 on the CPU (`tests/benchmarks/bench_load.py` measures it).
 """
 
+from v4jax.checkpoint.api import load, save
 from v4jax.checkpoint.census import Entry, Totals, census, total
 from v4jax.checkpoint.hf_reader import read_abstract, read_model
 from v4jax.checkpoint.hf_writer import FORMATS, write_model
@@ -22,8 +24,10 @@ __all__ = [
     "Entry",
     "Totals",
     "census",
+    "load",
     "read_abstract",
     "read_model",
+    "save",
     "total",
     "write_model",
 ]

@@ -5,11 +5,11 @@ value is a plain array or a `ScaledArray`.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from v4jax.config import ModelConfig
@@ -40,12 +40,12 @@ class Declare:
 
     def matrix(self, fmt: Format, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """Declares a weight [..., out, in], normally distributed with `initializer_range`."""
-        value = jax.random.normal(self.rngs.params(), self._lead(shape), jnp.float32)
-        return self._param(value * self.config.initializer_range, fmt, axes)
+        value = draw_normal(self.rngs.params(), self._lead(shape), self.config.initializer_range)
+        return self._param(value, fmt, axes)
 
     def constant(self, fmt: Format, value: float, shape: tuple[int, ...], axes: tuple[str, ...]):
         """Declares a parameter that starts at one value everywhere."""
-        return self._param(jnp.full(self._lead(shape), value, jnp.float32), fmt, axes)
+        return self._param(np.full(self._lead(shape), value, np.float32), fmt, axes)
 
     def buffer(self, value: jax.Array, axes: tuple[str, ...]) -> Buffer:
         """Declares a stored value that is not trained; every repeat starts equal."""
@@ -55,7 +55,10 @@ class Declare:
     def _param(self, value, fmt, axes):
         if fmt != "float32" and self.storage != "released":
             fmt = self.storage
-        value = quantize_weight(value, fmt) if fmt in ("fp4", "fp8") else value.astype(fmt)
+        if fmt in ("fp4", "fp8"):
+            value = quantize_weight(value, fmt)
+        else:
+            value = jnp.asarray(value.astype(jnp.dtype(fmt)))
         return nnx.Param(value, axes=self._axes(axes))
 
     def _lead(self, shape):
@@ -65,8 +68,13 @@ class Declare:
         return axes if self.repeats is None else ("layers", *axes)
 
 
-def count_parameters(value) -> int:
-    """Returns the logical number of elements of a parameter's value: FP4 codes count singly, scales
-    do not.
+def draw_normal(key: jax.Array, shape: tuple[int, ...], deviation: float):
+    """Returns normal values in float32, from NumPy where the key is concrete.
+
+    JAX would compile one program per shape, 80 of them for the smallest model. Under a
+    transformation (arrays born on a pod, abstract shapes) the values come from JAX and differ.
     """
-    return math.prod(value.shape)
+    if isinstance(key, jax.core.Tracer):
+        return jax.random.normal(key, shape, jnp.float32) * deviation
+    generator = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key))))
+    return generator.standard_normal(shape, np.float32) * np.float32(deviation)

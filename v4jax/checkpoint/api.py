@@ -1,0 +1,64 @@
+"""`load` and `save`: a model from a folder or a configuration's name, and back to a folder."""
+
+import pathlib
+
+import jax
+from flax import nnx
+
+from v4jax import log
+from v4jax.checkpoint.hf_reader import read_model
+from v4jax.checkpoint.hf_writer import write_model
+from v4jax.config import Numerics, get_numerics
+from v4jax.config.loading import load_model_config
+from v4jax.errors import ConfigError
+from v4jax.model import Transformer
+
+LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
+
+
+def load(
+    name_or_folder: str | pathlib.Path, numerics: str | Numerics = "float32", *, seed: int = 0
+) -> Transformer:
+    """Returns a model: read from a checkpoint folder, or made with random weights from a name.
+
+    Args:
+      name_or_folder: a folder in the released or the transformers layout, or the name (or file) of
+        a configuration, such as "nano".
+      numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
+        folder's weights stay in their stored formats whatever it is.
+      seed: of random weights; a folder ignores it.
+
+    Raises:
+      ConfigError: the name, the numerics or the configuration is bad.
+      CheckpointError: the folder's files are.
+    """
+    numerics = get_numerics(numerics)
+    path = pathlib.Path(name_or_folder)
+    if path.is_dir():
+        return read_model(path, numerics)
+    config = load_model_config(name_or_folder)
+
+    def build() -> Transformer:
+        return Transformer(config, numerics, storage=numerics.activation_dtype, rngs=nnx.Rngs(seed))
+
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(build)))
+    if parameters > LARGEST_RANDOM:
+        raise ConfigError(
+            f"{name_or_folder} has {parameters / 1e9:.0f} billion parameters, too many for random "
+            "weights; give the folder of its checkpoint, or a small configuration such as nano"
+        )
+    log.info(f"{name_or_folder}: random weights (seed {seed}), {parameters / 1e6:.1f} M parameters")
+    return build()
+
+
+def save(model: Transformer, folder: str | pathlib.Path, format: str = "released") -> None:
+    """Writes a checkpoint folder that `load` reads back.
+
+    Args:
+      format: "released" (the published names, FP8 and FP4; weights that came so are written back
+        byte for byte), "bfloat16" (the published names, plain), or "transformers".
+
+    Raises:
+      CheckpointError: the format is unknown, or the folder is not empty or cannot be written.
+    """
+    write_model(model, folder, format)
