@@ -88,12 +88,12 @@ def read_header(path: pathlib.Path) -> list[Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         entries = json.loads(header, object_pairs_hook=unique_keys)
-        entries.pop("__metadata__", None)
-        found = [_parse_entry(path, name, entry) for name, entry in entries.items()]
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except ValueError as error:
         raise CheckpointError(f"{path} has a broken header: {error}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} has a broken header: it is no JSON object")
+    entries.pop("__metadata__", None)
+    found = [_parse_entry(path, name, entry) for name, entry in entries.items()]
     found.sort(key=lambda pair: pair[1])
     end = 0
     for tensor, (first, last) in found:
@@ -188,7 +188,7 @@ def write_header(
 
 def write_tensor(tensor: Tensor, values: np.ndarray) -> None:
     """Writes the bytes of a tensor into the place that `write_header` gave it."""
-    values = np.ascontiguousarray(values)
+    values = np.asarray(values, order="C")
     assert values.nbytes == tensor.nbytes and values.shape == tensor.shape, tensor
     view, done = memoryview(values.reshape(-1).view(np.uint8)), 0
     with open(tensor.file, "r+b", buffering=0) as file:
