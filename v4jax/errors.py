@@ -15,7 +15,7 @@ class ConfigError(V4JaxError, ValueError):
 
 
 class CheckpointError(V4JaxError, ValueError):
-    """A checkpoint is missing, unknown, truncated or mis-shaped; the message names tensor and file."""
+    """A checkpoint is missing, truncated or mis-shaped; the message names tensor and file."""
 
 
 class ShapeError(V4JaxError, ValueError):

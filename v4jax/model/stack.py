@@ -14,8 +14,10 @@ from v4jax.cache import FullSequence, HybridCache
 from v4jax.cache.formats import entry_format, index_format
 from v4jax.cache.hybrid import LayerView
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
+from v4jax.kernels.stacked import Stacked
 from v4jax.model.block import Block
 from v4jax.model.context import Context
+from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
 
 
@@ -47,7 +49,7 @@ class Stack(nnx.Module):
             memory = full_sequence(self.config, self.numerics, layer, context)
             return block(streams, context, memory)[0]
 
-        return self._run(run, streams)
+        return self._run(run, streams, slice_experts=True)
 
     def extend(
         self, streams: Float[Array, "b t n d"], context: Context, cache: HybridCache
@@ -63,9 +65,14 @@ class Stack(nnx.Module):
             streams, view = block(streams, context, view)
             return streams, view.cache
 
-        return self._run(run, (streams, cache))
+        return self._run(run, (streams, cache), slice_experts=False)
 
-    def _run(self, run: Callable, carry):
+    def _run(self, run: Callable, carry, *, slice_experts: bool):
+        """Folds `run(block, carry, layer, layer_index)` over all layers.
+
+        With `slice_experts` the scan slices every parameter of its step, which is what gradients
+        want; without, routed experts stay in their stack and are indexed where they are used.
+        """
         plan, layers = self.config.stack_plan, self.config.layers
         for i, block in enumerate(self.prefix):
             carry = run(block, carry, layers[i], jnp.int32(i))
@@ -73,17 +80,31 @@ class Stack(nnx.Module):
 
             def repeat(carry, scanned):
                 number, blocks = scanned
+                if not slice_experts:
+                    blocks = take_repeat(self.period, number)
                 for place, block in enumerate(blocks):
                     index = plan.prefix + number * plan.period + place
                     carry = run(block, carry, layers[plan.prefix + place], index)
                 return carry, None
 
             numbers = jnp.arange(plan.repeats, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(repeat, carry, (numbers, self.period))
+            sliced = self.period if slice_experts else None
+            carry, _ = jax.lax.scan(repeat, carry, (numbers, sliced))
         first = len(layers) - plan.suffix
         for i, block in enumerate(self.suffix, start=first):
             carry = run(block, carry, layers[i], jnp.int32(i))
         return carry
+
+
+def take_repeat(period: nnx.List, number: Array) -> nnx.List:
+    """Returns the blocks of one repeat; routed experts as `Stacked`, not copied."""
+
+    def take(node):
+        if isinstance(node, Experts):
+            return jax.tree.map(lambda stack: Stacked(stack, number), node)
+        return jax.lax.dynamic_index_in_dim(node, number, keepdims=False)
+
+    return jax.tree.map(take, period, is_leaf=lambda node: isinstance(node, Experts))
 
 
 def kind_position(layers: tuple[Layer, ...], kind: LayerKind, index: Array) -> Array:

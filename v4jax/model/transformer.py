@@ -159,7 +159,8 @@ class Transformer(nnx.Module):
             slot = over[0]
             raise CacheError(
                 f"sequence {slot} holds {used[slot]} tokens and gets {lengths[slot]} more, "
-                f"but the cache was made for {cache.capacity}; make it larger with init_cache(batch, max_tokens)"
+                f"but the cache was made for {cache.capacity}; "
+                "make it larger with init_cache(batch, max_tokens)"
             )
 
 

@@ -1,0 +1,136 @@
+"""Prefill and decode against transformers, same weights, one run, float32.
+
+    python -m tests.benchmarks.bench_transformers [--tokens 8192] [--skip-transformers]
+
+Both sides compute the logits of the last token only, head included. Ours is timed after a warm-up
+call of each shape (compilation), transformers after a short call. Needs the [oracle] extra.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+import v4jax
+from tests.oracle import checkpoints
+
+# The first issue's configuration; what it leaves open keeps the released proportions.
+CONFIG = checkpoints.tiny_config(
+    [0, 0, 4, 128, 4, 128, 4, 128],
+    hidden_size=256,
+    num_attention_heads=8,
+    head_dim=64,
+    qk_rope_head_dim=32,
+    q_lora_rank=128,
+    o_groups=4,
+    o_lora_rank=64,
+    n_routed_experts=32,
+    num_experts_per_tok=6,
+    moe_intermediate_size=128,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=64,
+    num_hash_layers=2,
+    vocab_size=129280,
+    num_nextn_predict_layers=0,
+)
+CONFIG["compress_ratios"] = CONFIG["compress_ratios"][:8]
+DECODED = 32
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip-transformers", action="store_true")
+    options = parser.parse_args()
+    tensors = {
+        name: array if array.dtype.kind == "i" else array.astype(np.float32)
+        for name, array in checkpoints.random_checkpoint(CONFIG, 0, quantized=False).items()
+    }
+    ids = np.random.RandomState(0).randint(0, CONFIG["vocab_size"], options.tokens)
+    ours, our_logits = time_ours(tensors, ids, options)
+    report("v4jax", ours, options.tokens)
+    if not options.skip_transformers:
+        theirs, their_logits = time_transformers(tensors, ids)
+        report("transformers", theirs, options.tokens)
+        print(f"prefill {theirs[0] / ours[0]:.1f} times, decode {theirs[1] / ours[1]:.1f} times")
+        error = np.abs(our_logits - their_logits).max()
+        print(f"largest difference of the last logits {error:.1e}, deviation {our_logits.std():.2f}")
+
+
+def report(name, times, tokens):
+    prefill, decode = times
+    print(
+        f"{name}: prefill {prefill:.2f} s = {tokens / prefill:.0f} tokens/s, "
+        f"decode {decode * 1e3:.2f} ms per token",
+        flush=True,
+    )
+
+
+def time_ours(tensors, ids, options):
+    """Returns (prefill seconds, decode seconds per token) and the logits after the prompt."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.write_checkpoint(pathlib.Path(folder), tensors, CONFIG)
+        model = v4jax.load(folder, numerics="float32")
+
+    def prefill():
+        cache = model.init_cache(1, len(ids) + 2 * DECODED)
+        for start in range(0, len(ids), options.chunk):
+            part = ids[None, start : start + options.chunk]
+            logits, cache = model.extend(part, cache, logits="last", donate=True)
+        return jax.block_until_ready(logits), cache
+
+    def decode(logits, cache):
+        for _ in range(DECODED):
+            token = np.asarray(logits).argmax(-1)[:, None]
+            logits, cache = model.extend(token, cache, logits="last", donate=True)
+        jax.block_until_ready(logits)
+
+    decode(*prefill())
+    best = [np.inf, np.inf]
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        logits, cache = prefill()
+        middle = time.perf_counter()
+        last = np.asarray(logits)[0]
+        decode(logits, cache)
+        end = time.perf_counter()
+        best = [min(best[0], middle - start), min(best[1], (end - middle) / DECODED)]
+    return best, last
+
+
+def time_transformers(tensors, ids):
+    """Returns the same for transformers."""
+    import torch
+
+    from tests.oracle import hf
+
+    model = hf.build(tensors, CONFIG)
+
+    @torch.no_grad()
+    def call(tokens, cache):
+        tokens = torch.tensor(tokens[None])
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def new_cache():
+        return hf.DynamicCache(config=model.config)
+
+    call(ids[:256], new_cache())
+    cache = new_cache()
+    start = time.perf_counter()
+    logits = call(ids, cache).logits[0, -1]
+    middle = time.perf_counter()
+    last = logits.numpy()
+    for _ in range(DECODED):
+        logits = call(np.array([int(logits.argmax())]), cache).logits[0, -1]
+    end = time.perf_counter()
+    return (middle - start, (end - middle) / DECODED), last
+
+
+if __name__ == "__main__":
+    main()
