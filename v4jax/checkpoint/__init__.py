@@ -10,8 +10,10 @@ Read `names.py` first (the one table: tensor name ↔ place in a module), then `
     safetensors_file.py  the container format
     census.py            parameter counts and bytes, from shapes alone
 
-Host memory while reading: the model plus its largest parameter on an accelerator, the model alone
-on the CPU (`tests/benchmarks/bench_load.py` measures it).
+Host memory while reading: the largest parameter on an accelerator, the model alone on the CPU.
+Measured for a model of 1,024 MiB whose largest parameter has 255 MiB: 263 MiB of host memory where
+the device keeps the arrays, 1,032 MiB on the CPU (`tests/benchmarks/bench_load.py`). A parameter
+holds all repeats of a scanned block: the largest of Flash is 42.5 GiB, of Pro 243 GiB.
 """
 
 from v4jax.checkpoint.api import load, save

@@ -2,9 +2,9 @@
 
 Everything that can be wrong with names, shapes, dtypes and files is found from the headers, before
 a model exists. Then each parameter gets one host array, its tensors are read into slices of it by
-several threads, and it is put on the device before the next one starts. Host memory therefore peaks
-at one parameter beyond the model on an accelerator; on the CPU, JAX takes over the array itself.
-(Going file by file instead would hold every scanned parameter half filled until the last file.)
+several threads, and it is put on the device before the next one starts. Beside an accelerator, host
+memory therefore peaks at one parameter; on the CPU, JAX takes over the array itself, so that it
+peaks at the model. (Going file by file would hold every scanned parameter until the last file.)
 
 Packed FP4, FP8 and their scales stay as they are. What the model keeps in float32 is widened from
 bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.

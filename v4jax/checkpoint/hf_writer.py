@@ -85,8 +85,8 @@ def write_model(
     shards = plan_shards(list(pieces.values()), shard_bytes)
     carry_from = carry_from or model.folder
     with log.phase("save", f"writing {folder} as {format}") as phase, _new_folder(folder) as target:
-        tensors = _write_headers(target, shards)
-        total = _write_index(target, tensors)
+        tensors = write_headers(target, shards)
+        total = write_index(target, tensors)
         _write_json(target / CONFIG_NAME, _config(model.config, format, pieces))
         _write_json(target / "generation_config.json", _generation_config(model.config))
         _write_tensors(model, format, pieces, {tensor.name: tensor for tensor in tensors})
@@ -176,7 +176,8 @@ def _encode(place: Place, value, format: Format, config: ModelConfig) -> list[np
     return [value.astype(np.int64 if dtype == "int32" else jnp.dtype(dtype), copy=False)]
 
 
-def _write_headers(target: pathlib.Path, shards: list[list[Piece]]) -> list[Tensor]:
+def write_headers(target: pathlib.Path, shards: list[list[Piece]]) -> list[Tensor]:
+    """Creates the files of `shards`, with room for every tensor; returns where each goes."""
     tensors = []
     for number, shard in enumerate(shards, start=1):
         path = target / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -185,7 +186,7 @@ def _write_headers(target: pathlib.Path, shards: list[list[Piece]]) -> list[Tens
     return tensors
 
 
-def _write_index(target: pathlib.Path, tensors: list[Tensor]) -> int:
+def write_index(target: pathlib.Path, tensors: list[Tensor]) -> int:
     """Writes the index; returns the bytes of all tensors."""
     total = sum(tensor.nbytes for tensor in tensors)
     weight_map = {tensor.name: tensor.file.name for tensor in tensors}

@@ -11,7 +11,7 @@ quantized weights exactly. The output appears complete or not at all. Memory: th
 
   v4jax convert --input=/models/v4-flash --output=/models/v4-flash-bf16 --format=bfloat16
   v4jax convert --input=/models/v4-flash --output=/models/v4-flash-hf --format=transformers
-  v4jax convert --input=nano --output=/tmp/nano --seed=1     (random weights, to try things out)
+  v4jax convert --input=nano --output=nano-random --seed=1    (random weights, to try things out)
 """
 FORMATS = ("released", "bfloat16", "transformers")
 
@@ -55,13 +55,13 @@ def run(values: Any, positional: list[str]) -> int:
     if os.path.isdir(values.input):
         model = read_model(values.input)
     else:
-        model = _random_model(values.input, values.format, values.seed)
+        model = _random_model(values.input, values.seed)
     shard_bytes = int(values.shard_gib * 2**30)
     write_model(model, values.output, values.format, shard_bytes=shard_bytes)
     return 0
 
 
-def _random_model(name: str, format: str, seed: int) -> Any:
+def _random_model(name: str, seed: int) -> Any:
     from flax import nnx
 
     from v4jax import log
@@ -70,6 +70,5 @@ def _random_model(name: str, format: str, seed: int) -> Any:
     from v4jax.model import Transformer
 
     log.warning(f"{name} has random weights, no trained ones: its answers mean nothing")
-    storage = "released" if format == "released" else "float32"
     config, numerics = load_model_config(name), get_numerics("released")
-    return Transformer(config, numerics, storage=storage, rngs=nnx.Rngs(seed))
+    return Transformer(config, numerics, storage="float32", rngs=nnx.Rngs(seed))

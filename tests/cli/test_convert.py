@@ -1,0 +1,69 @@
+"""`v4jax convert`, on tiny checkpoints."""
+
+import pytest
+from checkpoint import folders
+from oracle import checkpoints
+
+from v4jax.checkpoint import read_model
+from v4jax.cli import main
+
+
+def convert(*arguments: str) -> int:
+    """Runs the verb."""
+    return main.run(["convert", *arguments])
+
+
+def test_released_to_released_and_bfloat16(tmp_path, capsys):
+    tensors = folders.tensors_of()
+    folders.write(tmp_path / "in", tensors)
+    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/same") == 0
+    written, _ = checkpoints.read_checkpoint(tmp_path / "same")
+    assert all(folders.same_bytes(written[name], array) for name, array in tensors.items())
+    plain = ("--format=bfloat16", "--shard_gib=0.0001")
+    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/plain", *plain) == 0
+    written, _ = checkpoints.read_checkpoint(tmp_path / "plain")
+    assert written.keys() == checkpoints.dequantize(tensors).keys()
+    assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 1
+    assert "save: wrote" in capsys.readouterr().err
+
+
+def test_a_name_gives_random_weights(tmp_path, capsys):
+    for seed in (1, 2):
+        assert convert("--input=tiny", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
+    assert "tiny has random weights" in capsys.readouterr().err
+    first, second = (folders.stored_tensors(read_model(tmp_path / str(seed))) for seed in (1, 2))
+    assert first["head.weight"].tobytes() != second["head.weight"].tobytes()
+
+
+# {what is wrong: (flags, what the message must say)}; {tmp} is a folder, {in} a good checkpoint.
+BROKEN = {
+    "no input": (["--output={tmp}/out"], "--input is required"),
+    "no output": (["--input={in}"], "--output is required"),
+    "positional": (["--input={in}", "--output={tmp}/out", "more"], "unexpected argument 'more'"),
+    "format": (["--input={in}", "--output={tmp}/out", "--format=int4"], "format"),
+    "shard size": (
+        ["--input={in}", "--output={tmp}/out", "--shard_gib=0"],
+        "--shard_gib must be positive, got 0.0",
+    ),
+    "no such model": (["--input={tmp}/none", "--output={tmp}/out"], "a folder with config.json"),
+    "no checkpoint": (["--input={tmp}", "--output={tmp}/out"], "has no config.json"),
+    "full output": (["--input={in}", "--output={in}"], "exists and is not empty"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BROKEN.values(), ids=BROKEN.keys())
+def test_bad_requests(tmp_path, capsys, flags, message):
+    folders.write(tmp_path / "in")
+    names = {"tmp": tmp_path, "in": tmp_path / "in"}
+    assert convert(*(flag.format(**names) for flag in flags)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_input_leaves_no_output(tmp_path, capsys):
+    tensors = folders.tensors_of()
+    del tensors["norm.weight"]
+    folders.write(tmp_path / "in", tensors)
+    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/out") == 2
+    assert "tensor norm.weight is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
