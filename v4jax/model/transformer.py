@@ -180,13 +180,7 @@ def _forward(model: Transformer, tokens):
 @jax.jit
 def _forward_mtp(model: Transformer, tokens):
     streams, _ = run_layers(model, tokens)
-    following = tokens[:, 1:]
-    layer = model.config.mtp_layers[0]
-    start = jnp.zeros(tokens.shape[0], jnp.int32)
-    context = make_context(following, start, start + following.shape[1], {layer.rope})
-    memory = full_sequence(model.config, model.numerics, layer, context)
-    normed, _, _ = model.mtp[0](streams[:, :-1], embed(model, following), context, memory)
-    return matmul_float32(normed, model.head[...])
+    return read_drafts(model, streams, tokens)
 
 
 def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
@@ -227,3 +221,17 @@ def embed(model: Transformer, tokens) -> Float[Array, "b t d"]:
 def read_logits(model: Transformer, streams) -> Float[Array, "b t v"]:
     """Returns float32 logits of streams (spec B.15)."""
     return matmul_float32(model.norm(model.collapse(streams)), model.head[...])
+
+
+def read_drafts(model: Transformer, streams, tokens) -> Float[Array, "b u v"]:
+    """Returns the first MTP block's logits of streams and tokens at positions 0 … t−1 (spec B.15).
+
+    Row u pairs the streams of token u with token u+1; the last streams have no pair.
+    """
+    following = tokens[:, 1:]
+    layer = model.config.mtp_layers[0]
+    start = jnp.zeros(tokens.shape[0], jnp.int32)
+    context = make_context(following, start, start + following.shape[1], {layer.rope})
+    memory = full_sequence(model.config, model.numerics, layer, context)
+    normed, _, _ = model.mtp[0](streams[:, :-1], embed(model, following), context, memory)
+    return matmul_float32(normed, model.head[...])
