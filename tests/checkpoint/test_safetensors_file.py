@@ -70,6 +70,7 @@ BROKEN = {
     "header beyond the end": ((99).to_bytes(8, "little") + b"{}", r"cannot hold a header of 99"),
     "absurd header": (b"\xff" * 16, r"truncated or no safetensors file"),
     "no JSON": (header(b"{not json"), r"broken header"),
+    "nested without end": (header(b"[" * 100_000), r"broken header"),
     "no UTF-8": (header(b'{"\xff": 1}'), r"broken header"),
     "no object": (header([1]), r"broken header"),
     "twice": (header(b'{"a": 1, "a": 2}'), r"broken header: 'a' appears twice"),

@@ -99,7 +99,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         return {}
     try:
         raw = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is broken: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

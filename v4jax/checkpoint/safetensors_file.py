@@ -88,7 +88,7 @@ def read_header(path: pathlib.Path) -> list[Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         entries = json.loads(header, object_pairs_hook=unique_keys)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a broken header: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} has a broken header: it is no JSON object")
