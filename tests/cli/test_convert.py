@@ -30,7 +30,7 @@ def test_released_to_released_and_bfloat16(tmp_path, capsys):
 def test_a_name_gives_random_weights(tmp_path, capsys):
     for seed in (1, 2):
         assert convert("--input=tiny", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
-    assert "tiny has random weights" in capsys.readouterr().err
+    assert "tiny: random weights (seed 2)" in capsys.readouterr().err
     first, second = (folders.stored_tensors(read_model(tmp_path / str(seed))) for seed in (1, 2))
     assert first["head.weight"].tobytes() != second["head.weight"].tobytes()
 
@@ -45,6 +45,7 @@ BROKEN = {
         ["--input={in}", "--output={tmp}/out", "--shard_gib=0"],
         "--shard_gib must be positive, got 0.0",
     ),
+    "too large": (["--input=v4_flash", "--output={tmp}/out"], "too many for random weights"),
     "no such model": (["--input={tmp}/none", "--output={tmp}/out"], "a folder with config.json"),
     "no checkpoint": (["--input={tmp}", "--output={tmp}/out"], "has no config.json"),
     "full output": (["--input={in}", "--output={in}"], "exists and is not empty"),

@@ -1,6 +1,5 @@
 """`v4jax convert`: from one checkpoint format to another."""
 
-import os
 from typing import Any
 
 SUMMARY = "writes a checkpoint in another format: released, bfloat16, transformers"
@@ -43,7 +42,7 @@ def define(flags: Any, values: Any) -> None:
 
 def run(values: Any, positional: list[str]) -> int:
     """Converts the checkpoint."""
-    from v4jax.checkpoint import read_model, write_model
+    from v4jax.checkpoint import load, write_model
     from v4jax.cli import model_flags
     from v4jax.errors import RequestError
 
@@ -52,23 +51,7 @@ def run(values: Any, positional: list[str]) -> int:
         raise RequestError(f"unexpected argument {positional[0]!r}; use --input=… and --output=…")
     if not values.shard_gib > 0:
         raise RequestError(f"--shard_gib must be positive, got {values.shard_gib}")
-    if os.path.isdir(values.input):
-        model = read_model(values.input)
-    else:
-        model = _random_model(values.input, values.seed)
+    model = load(values.input, seed=values.seed)
     shard_bytes = int(values.shard_gib * 2**30)
     write_model(model, values.output, values.format, shard_bytes=shard_bytes)
     return 0
-
-
-def _random_model(name: str, seed: int) -> Any:
-    from flax import nnx
-
-    from v4jax import log
-    from v4jax.config import get_numerics
-    from v4jax.config.loading import load_model_config
-    from v4jax.model import Transformer
-
-    log.warning(f"{name} has random weights, no trained ones: its answers mean nothing")
-    config, numerics = load_model_config(name), get_numerics("released")
-    return Transformer(config, numerics, storage="float32", rngs=nnx.Rngs(seed))
