@@ -18,8 +18,8 @@ from v4jax.model import abstract_transformer
 TOKENS = 300  # two windows of 128 and a rest that is no multiple of 4
 CAPACITY = 320
 
-# Logits have deviation near 1 (see `model`). Chunkings differ in the order of float32 sums only: the
-# largest difference seen is 2.1e-5. The bound is the one promised towards the published code.
+# Logits have deviation near 1 (see `model`). Chunkings differ in the order of float32 sums only:
+# the largest difference seen is 2.1e-5. The bound is the one promised towards the published code.
 TOLERANCE = 1e-4
 
 

@@ -2,6 +2,7 @@
 entries, sinks.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -75,31 +76,36 @@ class Attention(nnx.Module):
 
         window, sink = self.config.sliding_window, self.sink[...]
         if self.layer.kind is LayerKind.CSA:
-            selected, memory = self.indexer(x, latent_btr, context, memory)
-            entries, memory = self.compressor(x, memory)
-            attended_bthc = sparse_attention.attend(
-                queries_bthc,
-                recent_bsc,
-                sink,
-                context.start,
-                window=window,
-                entries=entries,
-                selected=selected,
-            )
+            with jax.named_scope("indexer"):
+                selected, memory = self.indexer(x, latent_btr, context, memory)
+            with jax.named_scope("compressor"):
+                entries, memory = self.compressor(x, memory)
+            with jax.named_scope("sparse_attention"):
+                attended_bthc = sparse_attention.attend(
+                    queries_bthc,
+                    recent_bsc,
+                    sink,
+                    context.start,
+                    window=window,
+                    entries=entries,
+                    selected=selected,
+                )
         else:
             entries = None
             if self.layer.kind is LayerKind.HCA:
-                entries, memory = self.compressor(x, memory)
-            attended_bthc, _ = dense_attention.attend(
-                queries_bthc,
-                recent_bsc,
-                sink,
-                context.start,
-                context.end,
-                window=window,
-                entries=entries,
-                ratio=self.layer.ratio,
-            )
+                with jax.named_scope("compressor"):
+                    entries, memory = self.compressor(x, memory)
+            with jax.named_scope("dense_attention"):
+                attended_bthc, _ = dense_attention.attend(
+                    queries_bthc,
+                    recent_bsc,
+                    sink,
+                    context.start,
+                    context.end,
+                    window=window,
+                    entries=entries,
+                    ratio=self.layer.ratio,
+                )
         return self._project_output(rotate(attended_bthc, cosine, sine, inverse=True)), memory
 
     def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:

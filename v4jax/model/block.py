@@ -2,6 +2,7 @@
 streams.
 """
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -31,8 +32,10 @@ class Block(nnx.Module):
         self, streams: Float[Array, "b t n d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t n d"], LayerMemory]:
         x, mix = self.attention_hyper(streams)
-        output, memory = self.attention(self.attention_norm(x), context, memory)
+        with jax.named_scope("attention"):
+            output, memory = self.attention(self.attention_norm(x), context, memory)
         streams = self.attention_hyper.expand(output, streams, mix)
         x, mix = self.moe_hyper(streams)
-        output = self.moe(self.moe_norm(x), context.tokens)
+        with jax.named_scope("moe"):
+            output = self.moe(self.moe_norm(x), context.tokens)
         return self.moe_hyper.expand(output, streams, mix), memory

@@ -1,5 +1,6 @@
 """Hyper-connections around each sublayer, and the collapse of the streams after the last layer."""
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -29,20 +30,22 @@ class HyperConnection(nnx.Module):
 
     def __call__(self, streams: Float[Array, "b t n d"]) -> tuple[Float[Array, "b t d"], Mix]:
         """Returns the sublayer's input and the mix that `expand` needs."""
-        return kernel.mix(
-            streams,
-            self.fn[...],
-            self.base[...],
-            self.scale[...],
-            norm_eps=self.config.rms_norm_eps,
-            eps=self.config.hc_eps,
-            iterations=self.config.hc_sinkhorn_iters,
-        )
+        with jax.named_scope("hyper_connections"):
+            return kernel.mix(
+                streams,
+                self.fn[...],
+                self.base[...],
+                self.scale[...],
+                norm_eps=self.config.rms_norm_eps,
+                eps=self.config.hc_eps,
+                iterations=self.config.hc_sinkhorn_iters,
+            )
 
     @staticmethod
     def expand(output, streams, mix: Mix) -> Float[Array, "b t n d"]:
         """Returns the streams after the sublayer."""
-        return kernel.expand(output, streams, mix)
+        with jax.named_scope("hyper_connections"):
+            return kernel.expand(output, streams, mix)
 
 
 class HyperHead(nnx.Module):

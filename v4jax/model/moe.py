@@ -1,5 +1,6 @@
 """Mixture of experts: router, routed experts, shared expert."""
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,8 @@ class MoE(nnx.Module):
         self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
         flat_td = x.reshape(-1, x.shape[-1])
-        ids_tk, weights_tk = self.router(flat_td, tokens.reshape(-1))
-        output_td = self.experts(flat_td, ids_tk, weights_tk) + self.shared(flat_td)
+        with jax.named_scope("router"):
+            ids_tk, weights_tk = self.router(flat_td, tokens.reshape(-1))
+        with jax.named_scope("experts"):
+            output_td = self.experts(flat_td, ids_tk, weights_tk) + self.shared(flat_td)
         return output_td.astype(x.dtype).reshape(x.shape)

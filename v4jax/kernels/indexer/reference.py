@@ -1,12 +1,11 @@
-"""Exact selection in plain jnp, in bounded memory: tiles of queries × blocks of entries, groups as
-candidates.
+"""Exact selection in plain jnp, in bounded memory: tiles of queries × blocks of entries.
 
 A block's scores are cut into groups of GROUP neighbouring entries. The running state of a query is
-its best `count` groups by (largest score, smaller id first), with all their scores. That suffices:
-if `count` groups rank before a group g, each of them holds an entry that ranks before every entry
-of g, so no entry of g is among the best `count`. One final top-k over the kept groups, ordered by
-id so that ties go to the smaller id, gives the answer. Sorting thus touches 1/GROUP of the scores,
-and nothing of size queries × entries exists.
+its best `count` groups by (largest score, smaller id first), with all their scores, in order of id.
+That suffices: if `count` groups rank before a group g, each of them holds an entry that ranks
+before every entry of g, so no entry of g is among the best `count`. One final top-k over the kept
+groups gives the answer; since they stand in order of id, ties go to the smaller id. Sorting thus
+touches 1/GROUP of the scores, and nothing of size queries × entries exists.
 """
 
 import jax
@@ -68,10 +67,11 @@ def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
         )
         new_scores = scores_bqw.reshape(*rows, groups, GROUP)
         new_id = jnp.broadcast_to(first + jnp.arange(groups) * GROUP, (*rows, groups))
-        # Kept groups come first and have smaller ids than new ones: top_k's preference for the
-        # smaller index is the preference for the smaller id.
+        # Kept groups stand in order of id, before the new ones, whose ids are larger: top_k's
+        # preference for the smaller index is the preference for the smaller id.
         all_max = jnp.concatenate([best_max, new_scores.max(axis=-1)], axis=-1)
-        best_max, chosen = jax.lax.top_k(all_max, count)
+        chosen = jnp.sort(jax.lax.top_k(all_max, count)[1], axis=-1)
+        best_max = jnp.take_along_axis(all_max, chosen, axis=-1)
         best_id = jnp.take_along_axis(jnp.concatenate([best_id, new_id], axis=-1), chosen, axis=-1)
         all_scores = jnp.concatenate([best_scores, new_scores], axis=-2)
         best_scores = jnp.take_along_axis(all_scores, chosen[..., None], axis=-2)
@@ -88,10 +88,8 @@ def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
     )
     blocks = jnp.arange(ceil_div(keys.capacity, block), dtype=jnp.int32)
     (_, best_id, best_scores), _ = jax.lax.scan(step, state, blocks)
-    order = jnp.argsort(best_id, axis=-1)
-    ids = jnp.take_along_axis(best_id, order, axis=-1)[..., None] + jnp.arange(GROUP)
-    scores = jnp.take_along_axis(best_scores, order[..., None], axis=-2)
-    values, chosen = jax.lax.top_k(scores.reshape(*rows, -1), count)
+    ids = best_id[..., None] + jnp.arange(GROUP)
+    values, chosen = jax.lax.top_k(best_scores.reshape(*rows, -1), count)
     ids = jnp.take_along_axis(ids.reshape(*rows, -1), chosen, axis=-1)
     return jnp.where(values > UNSEEN, ids, -1)
 
