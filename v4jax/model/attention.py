@@ -14,10 +14,11 @@ from v4jax.kernels.scaled_matmul import matmul
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
-from v4jax.model.norm import RMSNorm, rescale
+from v4jax.model.norm import RMSNorm, rescale_stepwise
 from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotate
 from v4jax.quant import ScaledArray
+from v4jax.quant.formats import round_to
 
 
 class Attention(nnx.Module):
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
         queries_bthc = queries_bthc.reshape(
             *x.shape[:2], self.config.num_attention_heads, self.config.head_dim
         )
-        queries_bthc = rescale(queries_bthc, self.config.rms_norm_eps).astype(x.dtype)
+        queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
         queries_bthc = rotate(queries_bthc, cosine, sine)
         key_values_btc = self.key_value_norm(self._linear(x, self.key_value))
         key_values_btc = rotate(key_values_btc, cosine[:, :, 0], sine[:, :, 0])
@@ -122,7 +123,8 @@ class Attention(nnx.Module):
             weight_grk,
             preferred_element_type=jnp.float32,
             precision="highest",
-        ).astype(grouped.dtype)
+        )
+        low_btgr = round_to(low_btgr, grouped.dtype)
         return self._linear(low_btgr.reshape(*low_btgr.shape[:2], groups * rank), self.output_up)
 
     def _linear(self, x, param):

@@ -12,6 +12,7 @@ from v4jax.kernels.table import EntryTable
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotate, rotation
+from v4jax.quant.formats import round_to
 
 
 class Compressor(nnx.Module):
@@ -49,7 +50,7 @@ class Compressor(nnx.Module):
             rows.first_window,
             overlaps=self.layer.overlaps,
         )
-        normed_bwc = self.norm(pooled_bwc.astype(x.dtype))
+        normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
         windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
         entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, windows * self.layer.ratio))
         return memory.append_entries(self.which, entries_bwc, rows)

@@ -13,6 +13,7 @@ from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotate
+from v4jax.quant.formats import round_to
 
 
 class Indexer(nnx.Module):
@@ -56,9 +57,8 @@ class Indexer(nnx.Module):
         queries_btix = rotate(queries_btix, cosine[:, :, None], sine[:, :, None])
         stored_as = index_format(self.config, self.numerics)
         queries_btix = stored_as.decode(stored_as.encode(queries_btix))  # rounds like the keys
-        weights_bti = matmul(x, self.head_weights[...]) * jnp.asarray(
-            width**-0.5 * heads**-0.5, x.dtype
-        )
+        weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)
+        weights_bti = round_to(weights_bti * (width**-0.5 * heads**-0.5), x.dtype)
         keys, memory = self.compressor(x, memory)
         selected = kernel.select(
             queries_btix,

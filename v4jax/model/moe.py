@@ -8,6 +8,7 @@ from v4jax.config import ModelConfig, Numerics, RouterKind
 from v4jax.model.experts import Experts, SharedExpert
 from v4jax.model.parameters import Declare
 from v4jax.model.router import Router
+from v4jax.quant.formats import round_to
 
 
 class MoE(nnx.Module):
@@ -26,4 +27,4 @@ class MoE(nnx.Module):
             ids_tk, weights_tk = self.router(flat_td, tokens.reshape(-1))
         with jax.named_scope("experts"):
             output_td = self.experts(flat_td, ids_tk, weights_tk) + self.shared(flat_td)
-        return output_td.astype(x.dtype).reshape(x.shape)
+        return round_to(output_td, x.dtype).reshape(x.shape)

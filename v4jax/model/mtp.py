@@ -1,5 +1,6 @@
 """Multi-token prediction: one more block that predicts the token after the next."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,6 +12,7 @@ from v4jax.model.context import Context
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
+from v4jax.quant.formats import round_to
 
 
 class MTP(nnx.Module):
@@ -53,5 +55,6 @@ class MTP(nnx.Module):
             self.stream_projection.get_value(),
             quantize_activations=rounding,
         )
-        streams, memory = self.block(embedded[:, :, None] + history, context, memory)
+        joined = embedded[:, :, None].astype(jnp.float32) + history.astype(jnp.float32)
+        streams, memory = self.block(round_to(joined, history.dtype), context, memory)
         return self.norm(self.collapse(streams)), streams, memory

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from v4jax.config import Rope
+from v4jax.quant.formats import round_to
 
 
 def frequencies(rope: Rope) -> np.ndarray:
@@ -63,4 +64,5 @@ def rotate(
     even, odd = turned[..., 0::2], turned[..., 1::2]
     sine = -sine if inverse else sine
     turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
-    return jnp.concatenate([plain, turned.reshape(*x.shape[:-1], dim).astype(x.dtype)], axis=-1)
+    turned = round_to(turned.reshape(*x.shape[:-1], dim), x.dtype)
+    return jnp.concatenate([plain, turned], axis=-1)

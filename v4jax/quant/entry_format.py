@@ -43,12 +43,16 @@ class EntryFormat:
             values, scales = formats.quantize_fp8(x[..., :plain], ENTRY_BLOCK)
             padding = round_up(scales.shape[-1], SCALE_ALIGNMENT) - scales.shape[-1]
             scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, padding)])
-            return {"values": values, "rope": x[..., plain:].astype(self.dtype), "scales": scales}
+            return {
+                "values": values,
+                "rope": formats.round_to(x[..., plain:], self.dtype),
+                "scales": scales,
+            }
         if self.kind == "fp4":
-            rotated = formats.hadamard(x.astype(self.dtype))
+            rotated = formats.hadamard(formats.round_to(x, self.dtype))
             packed, scales = formats.quantize_fp4(rotated, INDEX_BLOCK)
             return {"packed": packed, "scales": scales}
-        return {"values": x.astype(self.kind)}
+        return {"values": formats.round_to(x, self.kind)}
 
     def decode(self, stored: dict[str, jax.Array]) -> Float[Array, "... c"]:
         """Returns the vectors that `stored` holds, in `dtype`."""

@@ -32,6 +32,18 @@ FP4_MIDPOINTS = (
 )
 
 
+def round_to(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
+    """Returns x rounded to `dtype` for good.
+
+    XLA may leave out a float32 → bfloat16 → float32 round trip around an operation that it computes
+    in float32 (`xla_allow_excess_precision`, on by default): a plain `astype` is then no rounding.
+    It never leaves out `reduce_precision`.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16 and x.dtype != jnp.bfloat16:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
 def scale_byte(amax: Float[Array, "..."], largest: float, floor: float) -> UInt8[Array, "..."]:
     """Returns the e8m0 byte of 2^⌈log2(max(amax, floor) / largest)⌉, read from the float32
     product's bits.
@@ -175,4 +187,4 @@ def hadamard(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         )
         y = y.reshape(x.shape)
         width *= 2
-    return (y * jnp.float32(channels**-0.5)).astype(x.dtype)
+    return round_to(y * jnp.float32(channels**-0.5), x.dtype)

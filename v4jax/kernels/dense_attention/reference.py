@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from v4jax.kernels.softmax import MASKED, Partial, finish, merge, partial_weights
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
+from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div, round_up
 
 QUERY_TILE = 128
@@ -30,7 +31,7 @@ def attend(queries, recent, sink, start, end, *, window, entries: EntryTable | N
         return jnp.concatenate([attended, log_mass[..., None]], axis=-1)
 
     joined = map_query_tiles(attend_tile, tile, queries)
-    return joined[..., :channels].astype(queries.dtype), joined[..., channels]
+    return round_to(joined[..., :channels], queries.dtype), joined[..., channels]
 
 
 def pad_recent(recent_bsc, window, tile):
@@ -100,7 +101,7 @@ def weigh(scores_bqhs, values_bsc) -> Partial:
     maximum, mass, weights = partial_weights(scores_bqhs)
     weighted = jnp.einsum(
         "bqhs,bsc->bqhc",
-        weights.astype(values_bsc.dtype),
+        round_to(weights, values_bsc.dtype),
         values_bsc,
         preferred_element_type=jnp.float32,
         precision="highest",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from v4jax.kernels.scaled_matmul import product, round_activations
 from v4jax.quant import ScaledArray
+from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div
 
 LARGEST_TILE = 128
@@ -71,15 +72,15 @@ def apply_expert(x_qd, weights_q, gate_up_2fd, down_df, limit, quantized):
         product(x_qd, gate_up_2fd[0].astype(dtype)),
         product(x_qd, gate_up_2fd[1].astype(dtype)),
     )
-    hidden = swiglu(gate.astype(dtype), up.astype(dtype), limit)
+    hidden = swiglu(round_to(gate, dtype), round_to(up, dtype), limit)
     if weights_q is not None:
         hidden = hidden * weights_q[..., None]
-    hidden = hidden.astype(dtype)
+    hidden = round_to(hidden, dtype)
     if quantized:
         hidden = round_activations(hidden)
     # Each expert's output is rounded to the activation dtype, as a linear layer's is; the sum is
     # float32.
-    return product(hidden, down_df.astype(dtype)).astype(dtype).astype(jnp.float32)
+    return round_to(product(hidden, down_df.astype(dtype)), dtype).astype(jnp.float32)
 
 
 def swiglu(gate, up, limit):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from v4jax.quant.formats import round_to
+
 
 class Mix(NamedTuple):
     """What one site does to the streams of a token.
@@ -77,7 +79,7 @@ def expand(
         )
         for k in range(n)
     ]
-    return jnp.stack(mixed, axis=2).astype(streams.dtype)
+    return round_to(jnp.stack(mixed, axis=2), streams.dtype)
 
 
 def collapse(
@@ -113,7 +115,7 @@ def weigh_streams(streams, weights_btn):
         weights_btn[..., j, None] * streams[:, :, j].astype(jnp.float32)
         for j in range(streams.shape[2])
     )
-    return total.astype(streams.dtype)
+    return round_to(total, streams.dtype)
 
 
 def sinkhorn(logits_jkbt, eps, iterations):

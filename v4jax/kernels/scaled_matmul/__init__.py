@@ -24,7 +24,7 @@ def matmul(
         if quantize_activations:
             x = round_activations(x)
         weight = weight.dequantize(x.dtype)
-    return product(x, weight.astype(x.dtype)).astype(x.dtype)
+    return formats.round_to(product(x, weight.astype(x.dtype)), x.dtype)
 
 
 def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:

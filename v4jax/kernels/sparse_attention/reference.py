@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from v4jax.kernels.dense_attention.reference import attend_window, pad_recent
 from v4jax.kernels.softmax import MASKED, Partial, finish, merge, partial_weights
 from v4jax.kernels.tiles import map_query_tiles
+from v4jax.quant.formats import round_to
 
 # Gathered channels of one tile: bounds the memory of the gather (4 MiB in float32).
 GATHERED_ELEMENTS = 1 << 20
@@ -23,7 +24,7 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
         positions_bq = start[:, None] + first + jnp.arange(queries_bqhc.shape[1])
         partial = attend_window(queries_bqhc, recent, first, positions_bq, window)
         partial = merge(partial, attend_selected(queries_bqhc, entries, selected_bqk))
-        return finish(partial, sink)[0].astype(queries.dtype)
+        return round_to(finish(partial, sink)[0], queries.dtype)
 
     return map_query_tiles(attend_tile, tile, queries, selected)
 
@@ -42,7 +43,7 @@ def attend_selected(queries_bqhc, entries, selected_bqk) -> Partial:
     maximum, mass, weights = partial_weights(scores_bqhk)
     weighted = jnp.einsum(
         "bqhk,bqkc->bqhc",
-        weights.astype(keys_bqkc.dtype),
+        round_to(weights, keys_bqkc.dtype),
         keys_bqkc,
         preferred_element_type=jnp.float32,
         precision="highest",
