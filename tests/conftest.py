@@ -1,4 +1,4 @@
-"""Settings of every test: CPU, and compilations that favour compile time.
+"""Settings of every test: CPU, compilations that favour compile time, checked shapes.
 
 The suite's time is XLA compiling small programs; optimization level 1 halves it and changes results
 by rounding only.
@@ -10,3 +10,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 ).strip()
+
+from jaxtyping import install_import_hook
+
+# Public signatures say their shapes; the tests hold them to it. (`model.transformer` is left out:
+# what a user calls accepts numpy arrays and lists as well.)
+_MODEL = "attention block compressor experts hyper_connections indexer moe mtp norm rope router"
+install_import_hook(
+    ["v4jax.kernels", "v4jax.quant.formats", *(f"v4jax.model.{name}" for name in _MODEL.split())],
+    "beartype.beartype",
+)

@@ -2,6 +2,10 @@
 
     python -m tests.benchmarks.bench_transformers [--tokens 8192] [--skip-transformers]
 
+With the four index heads of this configuration many entries score exactly 0 and tie, so the two
+select differently once selection truncates; equality is therefore checked before it does, at 256
+tokens. (The tests compare long sequences with enough index heads.)
+
 Both sides compute the logits of the last token only, head included. Ours is timed after a warm-up
 call of each shape (compilation), transformers after a short call. Needs the [oracle] extra.
 """
@@ -39,6 +43,7 @@ CONFIG = checkpoints.tiny_config(
 )
 CONFIG["compress_ratios"] = CONFIG["compress_ratios"][:8]
 DECODED = 32
+COMPARED = 256  # tokens; index_topk × 4, so every entry is selected
 
 
 def main():
@@ -60,7 +65,7 @@ def main():
         report("transformers", theirs, options.tokens)
         print(f"prefill {theirs[0] / ours[0]:.1f} times, decode {theirs[1] / ours[1]:.1f} times")
         error = np.abs(our_logits - their_logits).max()
-        print(f"largest difference of the last logits {error:.1e}, deviation {our_logits.std():.2f}")
+        print(f"logits after {COMPARED} tokens differ by at most {error:.1e}")
 
 
 def report(name, times, tokens):
@@ -73,7 +78,7 @@ def report(name, times, tokens):
 
 
 def time_ours(tensors, ids, options):
-    """Returns (prefill seconds, decode seconds per token) and the logits after the prompt."""
+    """Returns (prefill seconds, decode seconds per token) and the logits after COMPARED tokens."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.write_checkpoint(pathlib.Path(folder), tensors, CONFIG)
         model = v4jax.load(folder, numerics="float32")
@@ -91,17 +96,18 @@ def time_ours(tensors, ids, options):
             logits, cache = model.extend(token, cache, logits="last", donate=True)
         jax.block_until_ready(logits)
 
+    cache = model.init_cache(1, COMPARED)
+    compared, _ = model.extend(ids[None, :COMPARED], cache, logits="last")
     decode(*prefill())
     best = [np.inf, np.inf]
     for _ in range(options.repeats):
         start = time.perf_counter()
         logits, cache = prefill()
         middle = time.perf_counter()
-        last = np.asarray(logits)[0]
         decode(logits, cache)
         end = time.perf_counter()
         best = [min(best[0], middle - start), min(best[1], (end - middle) / DECODED)]
-    return best, last
+    return best, np.asarray(compared)[0]
 
 
 def time_transformers(tensors, ids):
@@ -120,16 +126,15 @@ def time_transformers(tensors, ids):
     def new_cache():
         return hf.DynamicCache(config=model.config)
 
-    call(ids[:256], new_cache())
+    compared = call(ids[:COMPARED], new_cache()).logits[0, -1].numpy()
     cache = new_cache()
     start = time.perf_counter()
     logits = call(ids, cache).logits[0, -1]
     middle = time.perf_counter()
-    last = logits.numpy()
     for _ in range(DECODED):
         logits = call(np.array([int(logits.argmax())]), cache).logits[0, -1]
     end = time.perf_counter()
-    return (middle - start, (end - middle) / DECODED), last
+    return (middle - start, (end - middle) / DECODED), compared
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ queries may see. Every method returns the memory after the call as well, so that
 explicit.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +29,7 @@ class CompressorRows(NamedTuple):
     completed: Int[Array, "b"]
 
 
+@runtime_checkable
 class LayerMemory(Protocol):
     """The memory of one layer during one call.
 

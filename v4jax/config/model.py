@@ -38,6 +38,18 @@ class YarnScaling:
     beta_slow: float = 1.0
     original_max_position_embeddings: int = 65536
 
+    def __post_init__(self):
+        for field in ("factor", "beta_slow", "original_max_position_embeddings"):
+            if not getattr(self, field) > 0:
+                raise ConfigError(
+                    f"model.rope_scaling.{field} must be positive, got {getattr(self, field)}"
+                )
+        if not self.beta_fast > self.beta_slow:
+            raise ConfigError(
+                f"model.rope_scaling.beta_fast must exceed beta_slow = {self.beta_slow}, "
+                f"got {self.beta_fast}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:

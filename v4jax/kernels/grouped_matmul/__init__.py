@@ -4,16 +4,19 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray
 from v4jax.shapes import check_shape
+
+Weight = jax.Array | ScaledArray | Stacked
 
 
 def apply_experts(
     x: Float[Array, "t d"],
     expert_ids: Int[Array, "t k"],
     weights: Float[Array, "t k"],
-    gate_up: jax.Array | ScaledArray,
-    down: jax.Array | ScaledArray,
+    gate_up: Weight,
+    down: Weight,
     *,
     limit: float,
     quantize_activations: bool = False,
@@ -50,8 +53,8 @@ def apply_experts(
 
 def apply_shared_expert(
     x: Float[Array, "t d"],
-    gate_up: jax.Array | ScaledArray,
-    down: jax.Array | ScaledArray,
+    gate_up: Weight,
+    down: Weight,
     *,
     limit: float,
     quantize_activations: bool = False,

@@ -1,5 +1,6 @@
 """The lightning indexer: which compressed entries a query attends to."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels.indexer import reference
@@ -38,4 +39,6 @@ def select(
     """
     batch, tokens, heads, _ = queries.shape
     check_shape("head_weights", head_weights, (batch, tokens, heads))
+    # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
+    queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
     return reference.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
