@@ -1,0 +1,55 @@
+"""Naive attention for the tests: one dense softmax over all keys, with a mask made query by query.
+
+`xp` is NumPy with float64 arrays for values, or jax.numpy for gradients.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.kernels.table import EntryTable
+from v4jax.quant import EntryFormat
+
+# Float32 against float64 over sums of tens of products of size 1.
+FLOAT32 = 1e-5
+# Entries that no query may see, and rows before position 0, hold this: a mask that leaks shows.
+GARBAGE = 1e4
+
+
+def table(entries_bwc):
+    """Returns an entry table of float32 entries as the second of three layers; the others NaN."""
+    entries_bwc = jnp.asarray(entries_bwc, jnp.float32)
+    stored = jnp.full((3, *entries_bwc.shape), jnp.nan).at[1].set(entries_bwc)
+    stored_as = EntryFormat("float32", entries_bwc.shape[-1], 2, "float32")
+    return EntryTable({"values": stored}, jnp.int32(1), stored_as)
+
+
+def window_seen(start, tokens, window):
+    """Returns which of the `window` + `tokens` recent rows each query sees: [b, t, s]."""
+    seen = np.zeros((len(start), tokens, window + tokens), bool)
+    for b, first in enumerate(start):
+        for t in range(tokens):
+            for row in range(window + tokens):
+                position, query = first - window + row, first + t
+                seen[b, t, row] = position >= 0 and query - window < position <= query
+    return seen
+
+
+def entries_seen(start, tokens, capacity, ratio):
+    """Returns which entries each query may see: those whose last token is not after it."""
+    seen = np.zeros((len(start), tokens, capacity), bool)
+    for b, first in enumerate(start):
+        for t in range(tokens):
+            for entry in range(capacity):
+                seen[b, t, entry] = entry * ratio + ratio - 1 <= first + t
+    return seen
+
+
+def attend(xp, queries, keys, seen, sink):
+    """Returns (attended [b, t, h, c], log-sum-exp [b, t, h]) of keys [b, n, c], mask [b, t, n]."""
+    scores = xp.einsum("bthc,bnc->bthn", queries, keys) / np.sqrt(queries.shape[-1])
+    scores = xp.where(seen[:, :, None], scores, -np.inf)
+    highest = xp.maximum(scores.max(-1), sink)
+    weights = xp.exp(scores - highest[..., None])
+    total = weights.sum(-1) + xp.exp(sink - highest)
+    attended = xp.einsum("bthn,bnc->bthc", weights / total[..., None], keys)
+    return attended, xp.log(total) + highest
