@@ -53,3 +53,20 @@ def attend(xp, queries, keys, seen, sink):
     total = weights.sum(-1) + xp.exp(sink - highest)
     attended = xp.einsum("bthn,bnc->bthc", weights / total[..., None], keys)
     return attended, xp.log(total) + highest
+
+
+def numeric_gradients(function, inputs, weight, step=1e-6):
+    """Returns the central differences of Σ weight · function(*inputs), in float64."""
+    inputs = [np.asarray(x, np.float64) for x in inputs]
+    gradients = []
+    for x in inputs:
+        gradient = np.zeros_like(x)
+        for place in np.ndindex(x.shape):
+            kept = x[place]
+            sides = []
+            for x[place] in (kept + step, kept - step):
+                sides.append((function(*inputs) * weight).sum())
+            x[place] = kept
+            gradient[place] = (sides[0] - sides[1]) / (2 * step)
+        gradients.append(gradient)
+    return gradients
