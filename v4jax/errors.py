@@ -1,5 +1,4 @@
-"""The errors v4jax raises on bad input: each message names the rule, the value received and the
-remedy.
+"""The errors v4jax raises on bad input: the rule, the value received, the remedy.
 
 `assert` elsewhere marks what only a bug of ours could break; everything a user can cause is one of
 these.

@@ -13,8 +13,7 @@ from v4jax.kernels.table import EntryTable
 
 
 class CompressorRows(NamedTuple):
-    """Raw rows of successive tokens, cut into whole windows, as `kernels.compressor.pool` takes
-    them.
+    """Raw rows of successive tokens, cut into whole windows.
 
     values, gates [b, s, z]: from the first token of window `first_window` on (with overlap, from
       the window before).
@@ -43,9 +42,7 @@ class LayerMemory(Protocol):
     def append_window(
         self, key_values: Float[Array, "b t c"]
     ) -> tuple[Float[Array, "b s c"], Self]:
-        """Returns `window` rows of history before the call's tokens and then these, in order, as
-        stored.
-        """
+        """Returns `window` rows of history and then the call's tokens, in order, as stored."""
 
     def append_rows(
         self, which: str, values: Float[Array, "b t z"], gates: Float[Array, "b t z"]

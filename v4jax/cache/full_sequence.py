@@ -1,6 +1,4 @@
-"""`FullSequence`: the memory of a call that starts at position 0 and keeps nothing (training,
-scoring).
-"""
+"""`FullSequence`: the memory of a call that starts at position 0 and keeps nothing."""
 
 import dataclasses
 

@@ -1,5 +1,4 @@
-"""`HybridCache`: everything a batch of sequences has to keep between calls, and one layer's view of
-it.
+"""`HybridCache`: what a batch of sequences keeps between calls, and one layer's view of it.
 
 Per layer a ring of the last `sliding_window` key-values; per compressed layer its entries,
 contiguous per sequence, and the raw rows of its unfinished window; on CSA layers index keys and the
@@ -73,8 +72,7 @@ class HybridCache:
         return dataclasses.replace(self, lengths=jnp.where(slots, 0, self.lengths))
 
     def take(self, indices: jax.Array) -> "HybridCache":
-        """Returns a cache whose slot i is a copy of slot indices[i]: forks a document, or picks
-        sequences.
+        """Returns a cache whose slot i is a copy of slot indices[i]: forks, or picks sequences.
 
         Raises:
           CacheError: `indices` is no integer vector, or one of them is no slot.
@@ -186,9 +184,7 @@ class LayerView:
         return result, dataclasses.replace(self, cache=cache)
 
     def append_entries(self, which, vectors, rows):
-        """See `LayerMemory.append_entries`; unfinished windows are dropped by an out-of-bounds
-        index.
-        """
+        """See `LayerMemory.append_entries`; an out-of-bounds index drops unfinished windows."""
         name = self._name(which)
         stored_as = self.cache.index_format if which == "index" else self.cache.entry_format
         batch, windows = vectors.shape[:2]

@@ -16,8 +16,7 @@ def append(
     start: Int[Array, "b"],
     end: Int[Array, "b"],
 ) -> jax.Array:
-    """Returns `rings` [l, b, size, …] with the rows of positions start … end−1 written in layer
-    `layer`.
+    """Returns `rings` [l, b, size, …] with positions start … end−1 written in one layer.
 
     Args:
       rows: [b, t, …], the row of position start+i at place i; rows from end−start on are padding.
@@ -38,9 +37,7 @@ def append(
 
 
 def ordered(rings: jax.Array, layer: Int[Array, ""], start: Int[Array, "b"]) -> jax.Array:
-    """Returns the rows of positions start−size … start−1 in order [b, size, …]; rows before 0 are
-    arbitrary.
-    """
+    """Returns the rows of positions start−size … start−1; those before 0 are arbitrary."""
     ring = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
     size = ring.shape[1]
     return take_rows(ring, (start[:, None] + jnp.arange(size)) % size)

@@ -29,9 +29,7 @@ class RouterKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """Frequency interpolation of the compressed layers' rotation (spec B.5). No magnitude factor
-    exists.
-    """
+    """Frequency interpolation of the compressed layers' rotation (spec B.5); no magnitude."""
 
     factor: float = 16.0
     beta_fast: float = 32.0
@@ -77,8 +75,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class StackPlan:
-    """How the layers fold into single layers and a repeated period: every layer is in exactly one
-    place.
+    """How the layers fold: every layer is in exactly one place.
 
     Layers 0 … prefix−1 are single; then `period` layers repeat `repeats` times; the rest are single
     again.
@@ -153,9 +150,7 @@ class ModelConfig:
 
     @property
     def stack_plan(self) -> StackPlan:
-        """The folding of `layers` with the fewest blocks to compile; ties prefer the shorter
-        prefix.
-        """
+        """The folding of `layers` with the fewest blocks to compile."""
         return plan_stack(self.layers)
 
     @property
@@ -173,8 +168,7 @@ class ModelConfig:
 
 
 def plan_stack(layers: tuple[Layer, ...]) -> StackPlan:
-    """Finds the prefix, repeated period and suffix that cover `layers` with the fewest distinct
-    blocks.
+    """Finds the prefix, repeated period and suffix with the fewest distinct blocks.
 
     >>> a, b, c = (Layer(LayerKind.HCA, r, RouterKind.TOPK, Rope(1e4, None, 8)) for r in (1, 2, 3))
     >>> plan_stack((a, b, c, b, c, b, c))

@@ -16,9 +16,7 @@ MASKED = -1e30
 
 
 class Partial(NamedTuple):
-    """Softmax over some keys, for queries [...]: maximum [...], mass [...], weighted [..., c]; all
-    float32.
-    """
+    """Softmax over some keys, for queries […], float32."""
 
     maximum: Float[Array, "..."]
     mass: Float[Array, "..."]

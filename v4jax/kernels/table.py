@@ -1,6 +1,4 @@
-"""`EntryTable`: cached entries of one layer, read in place from the arrays of all layers of its
-kind.
-"""
+"""`EntryTable`: cached entries of one layer, read in place from the stack of its kind."""
 
 import dataclasses
 
@@ -30,9 +28,7 @@ class EntryTable:
         return next(iter(self.stored.values())).shape[2]
 
     def block(self, first: Int[Array, ""], size: int) -> Float[Array, "b size c"]:
-        """Returns entries first … first+size−1 of every sequence; `first + size` must not exceed
-        the capacity.
-        """
+        """Returns entries first … first+size−1, which must not exceed the capacity."""
 
         def read(array):
             start = (self.layer, 0, first, *(0,) * (array.ndim - 3))
@@ -42,9 +38,7 @@ class EntryTable:
         return self.format.decode(jax.tree.map(read, self.stored))
 
     def take(self, ids: Int[Array, "b q k"]) -> Float[Array, "b q k c"]:
-        """Returns the entries with these ids; ids outside 0 … capacity−1 read the nearest valid
-        row.
-        """
+        """Returns the entries with these ids; ids out of range read the nearest row."""
         batch = jnp.arange(ids.shape[0])[:, None, None]
         ids = jnp.clip(ids, 0, self.capacity - 1)
         rows = jax.tree.map(

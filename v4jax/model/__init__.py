@@ -1,5 +1,4 @@
-"""The modules of DeepSeek-V4: one file per mechanism, the same modules for training, prefill and
-decode.
+"""The modules of DeepSeek-V4, the same for training, prefill and decode.
 
 Read `block.py` first, then `attention.py` and `moe.py`; `transformer.py` has the calls a user
 makes.

@@ -1,6 +1,4 @@
-"""Attention: one shared key-value vector per token, low-rank queries, window plus compressed
-entries, sinks.
-"""
+"""Attention: low-rank queries, one shared key-value per token, window, entries, sinks."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +20,7 @@ from v4jax.quant.formats import round_to
 
 
 class Attention(nnx.Module):
-    """Attends over the last `sliding_window` tokens and, by the layer's kind, over compressed
-    entries.
+    """Attends over the window and, by the layer's kind, over compressed entries.
 
     The same 512-vector is key and value; what a query may see comes from `memory`, so training,
     prefill and decode share this code. The output is rotated back by the query's position, which

@@ -1,6 +1,4 @@
-"""One layer: attention and experts, each between a collapse and an expansion of the residual
-streams.
-"""
+"""One layer: attention and experts, each between a collapse and an expansion of the streams."""
 
 import jax
 from flax import nnx

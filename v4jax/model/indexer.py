@@ -43,9 +43,7 @@ class Indexer(nnx.Module):
         context: Context,
         memory: LayerMemory,
     ) -> tuple[Int[Array, "b t k"], LayerMemory]:
-        """Appends the tokens' index keys; returns the selected entry ids (−1 for none) and the
-        memory.
-        """
+        """Appends the tokens' index keys; returns the selected ids (−1: none) and the memory."""
         heads, width = self.config.index_n_heads, self.config.index_head_dim
         queries = matmul(
             query_latent,

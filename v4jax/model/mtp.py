@@ -16,8 +16,7 @@ from v4jax.quant.formats import round_to
 
 
 class MTP(nnx.Module):
-    """Joins the streams after the last layer with the next token's embedding and runs one window
-    block.
+    """Joins the last streams with the next token's embedding and runs one window block.
 
     Embedding and head are the main model's. Position t pairs the streams of token t with token t+1
     and predicts token t+2; the context's tokens are therefore the shifted ones.

@@ -1,5 +1,4 @@
-"""Rotary positions on the trailing channels, in interleaved pairs; YaRN on compressed layers, no
-magnitude factor.
+"""Rotary positions on the trailing channels, in interleaved pairs; YaRN where compressed.
 
 Source: spec B.5.
 """
@@ -15,9 +14,7 @@ from v4jax.quant.formats import round_to
 
 
 def frequencies(rope: Rope) -> np.ndarray:
-    """Returns the rotation per token of each channel pair, float32 [dim/2], rounded as the
-    published code does.
-    """
+    """Returns the rotation per token of each pair, float32 [dim/2], rounded as published."""
     dim = rope.dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     freqs = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
@@ -39,8 +36,7 @@ def frequencies(rope: Rope) -> np.ndarray:
 
 
 def rotation(rope: Rope, positions: Int[Array, "b t"]) -> tuple[Array, Array]:
-    """Returns cosine and sine [b, t, dim/2] of position × frequency; the product is rounded to
-    float32.
+    """Returns cosine and sine [b, t, dim/2] of position × frequency, rounded to float32.
 
     That rounding is part of the model (up to 0.03 rad near one million tokens): it is an
     elementwise product, never a matrix product that a chip may compute in bfloat16.
@@ -52,8 +48,7 @@ def rotation(rope: Rope, positions: Int[Array, "b t"]) -> tuple[Array, Array]:
 def rotate(
     x: Float[Array, "... c"], cosine: Array, sine: Array, *, inverse: bool = False
 ) -> Float[Array, "... c"]:
-    """Rotates the last 2·cosine.shape[-1] channels by the given angles, in float32, rounded to x's
-    dtype.
+    """Rotates the trailing channels in float32 by the given angles; rounds to x's dtype.
 
     Args:
       cosine, sine: broadcast against x[..., pairs].

@@ -14,8 +14,7 @@ SMALLEST_LOGIT = -80.0  # below, softplus underflows and the gradient of its roo
 
 
 class Router(nnx.Module):
-    """Scores experts by √softplus, in float32, and chooses by score plus bias, or by a table of
-    token ids.
+    """Scores experts by √softplus; chooses by score plus bias, or by a table of token ids.
 
     The bias takes part in the choice only. Chosen scores are normalized to sum to
     `routed_scaling_factor`; they come from the learned gate on hash layers too.

@@ -1,6 +1,4 @@
-"""The layers: single blocks, then a repeated period that is compiled once and scanned, then single
-blocks again.
-"""
+"""The layers: single blocks, a scanned period that is compiled once, single blocks again."""
 
 import itertools
 from collections.abc import Callable
@@ -54,9 +52,7 @@ class Stack(nnx.Module):
     def extend(
         self, streams: Float[Array, "b t n d"], context: Context, cache: HybridCache
     ) -> tuple[Float[Array, "b t n d"], HybridCache]:
-        """Returns the streams of tokens that follow what `cache` holds, and the cache with them
-        appended.
-        """
+        """Returns the streams of tokens that follow what `cache` holds, and the new cache."""
 
         def run(block, carry, layer, layer_index):
             streams, cache = carry

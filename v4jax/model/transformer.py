@@ -54,8 +54,7 @@ class Transformer(nnx.Module):
         self.mtp = nnx.List(MTP(declare, config, layer, numerics) for layer in config.mtp_layers)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
-        """Returns the logits of the next token at every position of sequences that start at
-        position 0.
+        """Returns the next token's logits at every position of sequences that start at 0.
 
         Raises:
           ShapeError: tokens are no integers [batch, tokens], empty, or outside the vocabulary.
@@ -63,8 +62,7 @@ class Transformer(nnx.Module):
         return _forward(self, self._check_tokens(tokens))
 
     def predict_ahead(self, tokens: Int[Array, "b t"]) -> Float[Array, "b u v"]:
-        """Returns the first MTP block's logits [b, t−1, v]: row u predicts token u+2 from tokens 0
-        … u+1.
+        """Returns the first MTP block's logits [b, t−1, v]: row u predicts token u+2.
 
         Raises:
           ConfigError: the model has no MTP block.
@@ -198,9 +196,7 @@ _extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="c
 
 
 def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCache | None = None):
-    """Returns the streams [b, t, n, d] after the last layer, and the extended cache (None without
-    one).
-    """
+    """Returns the streams after the last layer, and the extended cache (None without one)."""
     batch, count = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if start is None else start
     end = start + count if end is None else end

@@ -1,5 +1,4 @@
-"""Number formats of the release: FP8 and FP4 with power-of-two block scales, for weights and for
-cached vectors.
+"""The release's number formats with power-of-two block scales: weights, cached vectors.
 
 Read `formats.py` first (the arithmetic, bit for bit), then `scaled_array.py` (weights) and
 `entry_format.py` (cached vectors).

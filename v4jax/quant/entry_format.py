@@ -1,5 +1,4 @@
-"""How one cached vector is stored: window entries, compressed entries and index keys all go through
-here.
+"""How one cached vector is stored: window entries, compressed entries, index keys.
 
 `decode(encode(x))` is the rounding that the published code applies to a key-value vector, so
 quantization of activations and storage in the cache are the same thing.
@@ -76,8 +75,6 @@ class EntryFormat:
 
     @property
     def bytes_per_entry(self) -> int:
-        """Bytes of one stored vector, padding included (published: 584 for an entry, 68 for an
-        index key).
-        """
+        """Bytes of one stored vector with padding (published: entry 584, index key 68)."""
         shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, self.channels), jnp.float32))
         return sum(x.shape[-1] * x.dtype.itemsize for x in shapes.values())

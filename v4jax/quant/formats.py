@@ -45,8 +45,7 @@ def round_to(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
 
 
 def scale_byte(amax: Float[Array, "..."], largest: float, floor: float) -> UInt8[Array, "..."]:
-    """Returns the e8m0 byte of 2^⌈log2(max(amax, floor) / largest)⌉, read from the float32
-    product's bits.
+    """Returns the e8m0 byte of 2^⌈log2(max(amax, floor) / largest)⌉, from the float32's bits.
 
     Args:
       amax: largest magnitude of each block.
@@ -82,9 +81,7 @@ def encode_e8m0(scales: np.ndarray) -> np.ndarray:
 
 
 def round_fp4(scaled: Float[Array, "..."]) -> UInt8[Array, "..."]:
-    """Returns the 4-bit code of the nearest e2m1 value; ties to the even code; magnitudes beyond 6
-    saturate.
-    """
+    """Returns the code of the nearest e2m1 value; ties to even, beyond 6 saturates."""
     magnitude = jnp.abs(scaled)
     code = jnp.zeros(scaled.shape, jnp.uint8)
     for midpoint, relation in FP4_MIDPOINTS:

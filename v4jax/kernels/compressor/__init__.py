@@ -14,8 +14,7 @@ def pool(
     *,
     overlaps: bool,
 ) -> Float[Array, "b w c"]:
-    """Returns pooled windows U_w = Σ_j softmax_j(gate_j + bias_j) · value_j, per channel, in
-    float32.
+    """Returns U_w = Σ_j softmax_j(gate_j + bias_j) · value_j per channel, in float32.
 
     Without overlap (HCA) z = c and a window pools its own m tokens. With overlap (CSA) z = 2c: a
     window pools 2m slots, the previous window's tokens through their first c channels and its own

@@ -18,8 +18,7 @@ def attend(
     entries: EntryTable | None = None,
     ratio: int = 0,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """Returns softmax(q·k / √c, with sink) · k over the window and all visible entries, and its
-    log-sum-exp.
+    """Returns softmax(q·k / √c) · k over window, visible entries and sink, and its log-sum-exp.
 
     The query at position p sees raw tokens p−window+1 … p and entries w < (p+1) // ratio; each
     vector is key and value at once, the same for all heads.

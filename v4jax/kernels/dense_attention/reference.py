@@ -1,6 +1,4 @@
-"""Dense attention in plain jnp: tiles of queries, the window first, then blocks of entries, merged
-exactly.
-"""
+"""Dense attention in plain jnp: the window, then blocks of entries, merged exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +53,7 @@ def attend_window(queries_bqhc, recent_bsc, first, positions_bq, window) -> Part
 def attend_entries(
     queries_bqhc, entries: EntryTable, positions_bq, last_b, ratio, partial
 ) -> Partial:
-    """Merges into `partial` the softmax over all visible entries, block by block up to the last
-    visible one.
-    """
+    """Merges the visible entries into `partial`, block by block up to the last visible one."""
     channels = queries_bqhc.shape[-1]
     block = min(ENTRY_BLOCK, entries.capacity)
     visible_bq = visible_entries(positions_bq, ratio)
@@ -95,9 +91,7 @@ def score(queries_bqhc, keys_bsc, channels):
 
 
 def weigh(scores_bqhs, values_bsc) -> Partial:
-    """Returns the partial softmax of masked scores; weights are rounded to the values' dtype for
-    the product.
-    """
+    """Returns the partial softmax; weights are rounded to the values' dtype for the product."""
     maximum, mass, weights = partial_weights(scores_bqhs)
     weighted = jnp.einsum(
         "bqhs,bsc->bqhc",

@@ -21,8 +21,7 @@ def apply_experts(
     limit: float,
     quantize_activations: bool = False,
 ) -> Float[Array, "t d"]:
-    """Returns Σ_k down_e · (weight_k · SwiGLU(gate_up_e · x)) for the chosen experts e, summed in
-    float32.
+    """Returns Σ_k down_e · (weight_k · SwiGLU(gate_up_e · x)) over the chosen experts, float32.
 
     SwiGLU(a, b) = silu(min(a, limit)) · clip(b, −limit, limit); the routing weight multiplies
     before `down`. No token is dropped, whatever the load.

@@ -1,8 +1,9 @@
-"""Experts in plain jnp: tokens sorted by expert, cut into tiles of one expert each, one tile after
-another.
+"""Experts in plain jnp: tokens sorted by expert, in tiles of one expert each.
 
 `jax.lax.ragged_dot` is not used: on CPU its work grows with the number of experts.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_acti
             rows_qd, weights_q, take(gate_up, expert), take(down, expert), limit, quantized
         )
 
-    if tokens * chosen <= SMALLEST_TILE * chosen:
+    if tokens <= SMALLEST_TILE:
         # Few tokens: one assignment at a time, no sorting.
         rows = jnp.repeat(x, chosen, axis=0)[:, None]
         outputs = jax.lax.map(lambda args: run(*args), (flat_ids, rows, flat_weights[:, None]))
@@ -97,26 +98,21 @@ def take(weight, expert):
     return weight[expert]
 
 
-class TilePlan:
+class TilePlan(NamedTuple):
     """Where each assignment (token, choice) goes: n tiles of one expert and q rows each.
 
     experts [n]; assignments [n, q] (0 where the row is empty); valid [n, q]; places [t·k]: row of
     each assignment in the flattened tiles.
     """
 
-    def __init__(self, experts, assignments, valid, places):
-        self.experts, self.assignments, self.valid, self.places = (
-            experts,
-            assignments,
-            valid,
-            places,
-        )
+    experts: jax.Array
+    assignments: jax.Array
+    valid: jax.Array
+    places: jax.Array
 
 
 def choose_tile(assignments: int, experts: int) -> int:
-    """Returns rows per tile: about half the mean load, so that padding stays below a half, a power
-    of two.
-    """
+    """Returns rows per tile: a power of two near half the mean load, so padding stays small."""
     mean = max(assignments // (2 * experts), 1)
     return min(max(1 << (mean.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 

@@ -35,8 +35,7 @@ def mix(
     eps: float,
     iterations: int,
 ) -> tuple[Float[Array, "b t d"], Mix]:
-    """Returns the sublayer's input Σ_j pre_j · X_j, in the streams' dtype, and how to merge its
-    output back.
+    """Returns the sublayer's input Σ_j pre_j · X_j, and how to merge its output back.
 
     pre = σ(·)+eps, post = 2σ(·), residual = Sinkhorn(softmax(·)) of three slices of one projection
     of the RMS-normalized, flattened streams.

@@ -18,8 +18,7 @@ def select(
     ratio: int,
     count: int,
 ) -> Int[Array, "b t k"]:
-    """Returns the ids of the `count` visible entries with the highest index scores, −1 where fewer
-    are visible.
+    """Returns the ids of the `count` best visible entries, −1 where fewer are visible.
 
     The score of entry w for the query at position p is Σ_i head_weights[p, i] · ReLU(q[p, i] ·
     k[w]), in float32; visible are w < (p+1) // ratio. Ties go to the smaller id. The result is the

@@ -95,9 +95,7 @@ def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
 
 
 def score(queries_bqix, weights_bqi, keys_bwx):
-    """Returns index scores in float32 [b, q, w], head by head so that only one head's products are
-    held.
-    """
+    """Returns index scores in float32 [b, q, w]; only one head's products are held."""
 
     def add_head(scores_bqw, head):
         queries_bqx, weights_bq = head

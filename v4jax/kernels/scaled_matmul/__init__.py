@@ -28,9 +28,7 @@ def matmul(
 
 
 def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:
-    """Returns x · weightᵀ with both promoted to float32: router scores, compressor projections,
-    logits.
-    """
+    """Returns x · weightᵀ, both in float32: router scores, compressor projections, logits."""
     return product(x.astype(jnp.float32), weight.astype(jnp.float32))
 
 
