@@ -1,0 +1,77 @@
+"""The cache's size is the published one, and misuse says what to do."""
+
+import jax
+import numpy as np
+import pytest
+
+from v4jax.cache import init_cache
+from v4jax.config.loading import load_model_config
+from v4jax.config.numerics import FLOAT32, RELEASED
+from v4jax.errors import CacheError
+
+MILLION = 1 << 20
+
+# Specification C.3: bytes per token of entries and index keys, constant window bytes, and the
+# unfinished windows (float32), which the published table leaves out.
+PUBLISHED = {
+    "v4_flash": dict(per_token=3514.25, windows=43 * 74752, unfinished=12.2e6, gib=3.4349),
+    "v4_pro": dict(per_token=5031.4375, windows=61 * 74752, unfinished=18.7e6, gib=4.9178),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bytes_are_the_published_ones(name):
+    """Counted on the real cache arrays at 1,048,576 tokens (from shapes, nothing is allocated)."""
+    config, published = load_model_config(name), PUBLISHED[name]
+    cache = jax.eval_shape(lambda: init_cache(config, RELEASED, 1, MILLION))
+
+    def count(tree):
+        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    windows = count(cache.stored["window"])
+    entries = count(cache.stored) - windows
+    assert windows == published["windows"]
+    assert entries == published["per_token"] * MILLION
+    assert count(cache.unfinished) == pytest.approx(published["unfinished"], rel=0.01)
+    assert (windows + entries) / 2**30 == pytest.approx(published["gib"], abs=5e-5)
+    assert cache.bytes() == count(cache)
+
+
+def test_capacity_below_one_window():
+    """A cache shorter than a compression window still has a place for entries to be masked."""
+    cache = init_cache(load_model_config("tiny"), FLOAT32, 2, 3)
+    assert cache.capacity == 3 and cache.stored["hca"]["values"].shape[2] == 1
+
+
+BAD = {
+    "no sequence": (lambda c: init_cache(c, FLOAT32, 0, 8), "batch must be at least 1, got 0"),
+    "no token": (lambda c: init_cache(c, FLOAT32, 1, 0), "max_tokens must be 1 … "),
+    "too long": (
+        lambda c: init_cache(c, FLOAT32, 1, c.max_position_embeddings + 1),
+        "max_position_embeddings = 1048576, got 1048577",
+    ),
+    "mask of another length": (
+        lambda c: init_cache(c, FLOAT32, 2, 8).reset(np.array([True])),
+        "slots must be a boolean mask of shape [2], got bool[1]",
+    ),
+    "indices for a mask": (
+        lambda c: init_cache(c, FLOAT32, 2, 8).reset(np.array([0, 1])),
+        "slots must be a boolean mask of shape [2], got int",
+    ),
+    "no such slot": (
+        lambda c: init_cache(c, FLOAT32, 2, 8).take(np.array([0, 2])),
+        "indices must be slots 0 … 1, got [0, 2]",
+    ),
+    "mask for indices": (
+        lambda c: init_cache(c, FLOAT32, 2, 8).take(np.array([True, False])),
+        "indices must be an integer vector, got bool[2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_misuse(case):
+    call, message = BAD[case]
+    with pytest.raises(CacheError) as error:
+        call(load_model_config("tiny"))
+    assert message in str(error.value)
