@@ -1,0 +1,94 @@
+"""Linear layers on stored weights against exact products of what the bytes say."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import quantizers
+
+from v4jax.kernels import scaled_matmul
+from v4jax.quant import ScaledArray
+
+from .. import naive
+
+matmul = jax.jit(scaled_matmul.matmul, static_argnames="quantize_activations")
+
+# name: (rows, columns); 128 divides neither, one, both.
+SHAPES = {"tiles": (128, 256), "odd": (200, 136), "small": (24, 40)}
+
+
+@functools.cache
+def make(shape, stored):
+    """Returns (weight as we hold it, the same as float64)."""
+    weight = np.random.RandomState(0).standard_normal(shape) / np.sqrt(shape[1])
+    if stored == "float32":
+        return jnp.asarray(weight, jnp.float32), weight.astype(np.float32).astype(np.float64)
+    if stored == "bfloat16":
+        return jnp.asarray(weight, jnp.bfloat16), quantizers.to_bf16(weight).astype(np.float64)
+    if stored == "fp8":
+        values, scales = quantizers.quantize_fp8_weight(weight)
+        exact, tile = quantizers.dequantize_fp8_weight(values, scales), (128, 128)
+    else:
+        values, scales = quantizers.quantize_fp4_weight(weight)
+        exact, tile = quantizers.dequantize_fp4_weight(values, scales), (1, 32)
+        values = values.view(np.uint8)
+    scales = quantizers.encode_scales(scales).view(np.uint8)
+    return ScaledArray(jnp.asarray(values), jnp.asarray(scales), tile), exact.astype(np.float64)
+
+
+def draw(columns, tokens=3):
+    x = np.random.RandomState(1).standard_normal((2, tokens, columns))
+    # Blocks of very different sizes, one of them zero.
+    return x * np.array([1.0, 1e-3, 0.0])[:tokens, None]
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "fp8", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_values(shape, stored):
+    weight, exact = make(shape, stored)
+    x = jnp.asarray(draw(shape[1]), jnp.float32)
+    expected = np.asarray(x, float) @ exact.T
+    np.testing.assert_allclose(matmul(x, weight), expected, 0, naive.FLOAT32)
+
+
+@pytest.mark.parametrize("stored", ["fp8", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_rounded_activations(shape, stored):
+    """The same codes as the published quantizer, block by block; the product is exact."""
+    weight, exact = make(shape, stored)
+    x = jnp.asarray(draw(shape[1]), jnp.float32)
+    rounded = quantizers.act_dequant(*quantizers.act_quant(np.asarray(x)), 128)
+    expected = rounded.astype(np.float64) @ exact.T
+    found = matmul(x, weight, quantize_activations=True)
+    np.testing.assert_allclose(found, expected, 0, naive.FLOAT32)
+    assert np.abs(expected - np.asarray(x, float) @ exact.T).max() > 100 * naive.FLOAT32
+
+
+@pytest.mark.parametrize("stored", ["float32", "fp8", "fp4"])
+def test_bfloat16_accumulates_in_float32(stored):
+    weight, exact = make(SHAPES["odd"], stored)
+    if stored == "float32":  # the weight is cast to the activations' dtype
+        exact = quantizers.to_bf16(exact).astype(np.float64)
+    x = jnp.asarray(draw(136), jnp.bfloat16)
+    found = matmul(x, weight)
+    assert found.dtype == jnp.bfloat16
+    expected = quantizers.to_bf16(np.asarray(x.astype(jnp.float32), float) @ exact.T)
+    # A sum that lies within float32 noise of a rounding boundary may fall on either side.
+    assert np.mean(np.asarray(found.astype(jnp.float32)) == expected) > 0.99
+
+
+def test_float32_product_of_bfloat16():
+    weight, exact = make(SHAPES["odd"], "bfloat16")
+    x = jnp.asarray(draw(136), jnp.bfloat16)
+    found = jax.jit(scaled_matmul.matmul_float32)(x, weight)
+    assert found.dtype == jnp.float32
+    expected = np.asarray(x.astype(jnp.float32), float) @ exact.T
+    np.testing.assert_allclose(found, expected, 0, naive.FLOAT32)
+
+
+def test_plain_weights_see_plain_activations():
+    weight, _ = make(SHAPES["odd"], "float32")
+    x = jnp.asarray(draw(136), jnp.float32)
+    np.testing.assert_array_equal(matmul(x, weight, quantize_activations=True), matmul(x, weight))
