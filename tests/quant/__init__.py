@@ -1,0 +1,1 @@
+"""Tests of v4jax.quant: number formats, bit for bit."""
