@@ -63,12 +63,7 @@ def prefill(model, length):
     )
 
 
-# The backward pass of a scanned HCA layer keeps its masks: they depend on positions alone, so JAX
-# hoists them out of the scan over layers as [tiles, block, …] residuals, checkpointing or not.
-HOISTED_MASKS = pytest.mark.xfail(strict=True, reason="needs attention's own backward (custom_vjp)")
-
-
-@pytest.mark.parametrize("program", [forward, prefill, pytest.param(train, marks=HOISTED_MASKS)])
+@pytest.mark.parametrize("program", [forward, prefill, train])
 def test_nothing_grows_with_queries_times_keys(model, program):
     small, large = (array_sizes(program(model, length).jaxpr) for length in LENGTHS)
     assert len(small) == len(large) > 1000

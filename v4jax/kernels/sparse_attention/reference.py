@@ -1,8 +1,12 @@
 """Sparse attention in plain jnp: tiles of queries, each gathering its own selected entries."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.dense_attention.reference import attend_window, pad_recent
+from v4jax.kernels.dense_attention import gradient
+from v4jax.kernels.dense_attention.reference import attend_window, pad_recent, window_keys
 from v4jax.kernels.softmax import MASKED, Partial, finish, merge, partial_weights
 from v4jax.kernels.tiles import map_query_tiles
 from v4jax.quant.formats import round_to
@@ -15,18 +19,76 @@ SMALLEST_TILE = 8
 
 def attend(queries, recent, sink, start, *, window, entries, selected):
     """See `v4jax.kernels.sparse_attention.attend`."""
+    stored, layer, stored_as = gradient.open_table(entries)
+    return _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected):
     channels = queries.shape[-1]
-    tile = GATHERED_ELEMENTS // (selected.shape[-1] * channels)
-    tile = min(max(tile, SMALLEST_TILE), QUERY_TILE, queries.shape[1])
+    entries = gradient.close_table(stored, layer, stored_as)
+    tile = choose_tile(queries, selected)
     recent = pad_recent(recent, window, tile)
 
     def attend_tile(first, queries_bqhc, selected_bqk):
         positions_bq = start[:, None] + first + jnp.arange(queries_bqhc.shape[1])
         partial = attend_window(queries_bqhc, recent, first, positions_bq, window)
         partial = merge(partial, attend_selected(queries_bqhc, entries, selected_bqk))
-        return round_to(finish(partial, sink)[0], queries.dtype)
+        attended, log_mass = finish(partial, sink)
+        return jnp.concatenate([attended, log_mass[..., None]], axis=-1)
 
-    return map_query_tiles(attend_tile, tile, queries, selected)
+    joined = map_query_tiles(attend_tile, tile, queries, selected)
+    return round_to(joined[..., :channels], queries.dtype), joined[..., channels]
+
+
+def _attend_forward(window, stored_as, *arguments):
+    results = _attend(window, stored_as, *arguments)
+    return results, (*arguments, *results)
+
+
+def _attend_backward(window, stored_as, kept, grads):
+    queries, recent, sink, start, stored, layer, selected, attended, log_mass = kept
+    entries = gradient.close_table(stored, layer, stored_as)
+    tile = choose_tile(queries, selected)
+    padded = pad_recent(recent, window, tile)
+    slopes = gradient.row_slopes(attended, *grads)
+    batch = jnp.arange(queries.shape[0])[:, None, None]
+
+    def attend_tile(sums, first, selected_bqk, queries_bqhc, *row_values):
+        recent_sum, entry_sum = sums
+        positions_bq = start[:, None] + first + jnp.arange(queries_bqhc.shape[1])
+        keys_bsc, seen_bqs = window_keys(padded, first, positions_bq, window)
+        query_grads, grads = gradient.key_gradients(queries_bqhc, keys_bsc, seen_bqs, *row_values)
+        recent_sum = gradient.add_rows(recent_sum, first, grads)
+        more, grads_bqkc = gradient.own_key_gradients(
+            queries_bqhc, entries.take(selected_bqk), selected_bqk >= 0, *row_values
+        )
+        # The gradient of an absent id is zero, wherever it is added.
+        ids_bqk = jnp.maximum(selected_bqk, 0)
+        return (recent_sum, entry_sum.at[batch, ids_bqk].add(grads_bqkc)), query_grads + more
+
+    sums = (jnp.zeros(padded.shape, jnp.float32), gradient.zero_sums(entries))
+    (recent_sum, entry_sum), query_grads = gradient.fold_query_tiles(
+        attend_tile, sums, tile, selected, queries, log_mass, grads[0], slopes
+    )
+    return (
+        query_grads.astype(queries.dtype),
+        recent_sum[:, : recent.shape[1]].astype(recent.dtype),
+        gradient.sink_gradient(sink, log_mass, slopes),
+        None,
+        gradient.stored_gradient(entries, entry_sum),
+        None,
+        None,
+    )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def choose_tile(queries, selected) -> int:
+    """Returns how many queries gather at once."""
+    tile = GATHERED_ELEMENTS // (selected.shape[-1] * queries.shape[-1])
+    return min(max(tile, SMALLEST_TILE), QUERY_TILE, queries.shape[1])
 
 
 def attend_selected(queries_bqhc, entries, selected_bqk) -> Partial:
