@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from v4jax.errors import ShapeError
 
@@ -45,11 +46,20 @@ def check_shape(name: str, array: jax.Array, shape: Sequence[int | None]) -> Non
         raise ShapeError(f"{name} must have shape {wanted}, got {list(array.shape)}")
 
 
-def check_integer(name: str, array: jax.Array) -> None:
-    """Raises unless `array` holds integers.
+def as_integers(name: str, values) -> np.ndarray | jax.Array:
+    """Returns `values` as an array of integers; lists and scalars become NumPy arrays.
 
     Raises:
-      ShapeError: the dtype is no integer.
+      ShapeError: they are no integers, or rows of different lengths.
     """
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ShapeError(f"{name} must be integers, got dtype {array.dtype}; use int32")
+    if not isinstance(values, np.ndarray | jax.Array):
+        try:
+            values = np.asarray(values)
+        except ValueError as error:
+            raise ShapeError(
+                f"{name} must be an array, got rows of different lengths; pad them on the right "
+                "and say how long they are with lengths="
+            ) from error
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ShapeError(f"{name} must be integers, got dtype {values.dtype}; use int32")
+    return values

@@ -71,7 +71,7 @@ class FakeModel:
         """Returns an empty cache."""
         return FakeCache(jnp.ones(batch, jnp.uint32), jnp.zeros(batch, jnp.int32), max_tokens)
 
-    def extend(self, tokens, cache, lengths=None, logits="all", donate=False):
+    def extend(self, tokens, cache, lengths=None, logits="all", *, donate=False, trusted=False):
         """Appends tokens; see the contract."""
         assert logits in ("all", "last")
         assert tokens.shape[1] <= cache.capacity

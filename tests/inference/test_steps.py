@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from v4jax.errors import CacheError
 from v4jax.inference.request import SamplingOptions
 from v4jax.inference.steps import decode, prefill
 
@@ -67,3 +68,16 @@ def test_the_last_token_is_not_read():
         == 1
     )
     assert model.calls == []
+
+
+def test_an_answer_without_room():
+    model = FakeModel()
+    for room, fits in ((5, True), (6, False)):  # the last token is written and not read
+        logits, cache = prefill(model, [[1] * 12], model.init_cache(1, 16), chunk_tokens=16)
+        options = [SamplingOptions(max_new_tokens=room)]
+        steps = decode(model, logits, cache, options, eos_token=-1)
+        if fits:
+            assert len(list(steps)) == room
+        else:
+            with pytest.raises(CacheError, match="12 tokens and an answer of up to 6 do not fit"):
+                next(steps)

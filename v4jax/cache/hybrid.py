@@ -10,10 +10,12 @@ Source: spec C.1.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from v4jax.cache import ring
@@ -63,11 +65,11 @@ class HybridCache:
         Raises:
           CacheError: `slots` is no boolean mask of length batch.
         """
-        slots = jnp.asarray(slots)
-        if slots.shape != (self.batch,) or slots.dtype != jnp.bool_:
+        slots = _as_array(slots)
+        if slots.shape != (self.batch,) or slots.dtype != np.bool_:
             raise CacheError(
                 f"slots must be a boolean mask of shape [{self.batch}], "
-                f"got {slots.dtype}{list(slots.shape)}"
+                f"got {slots.dtype}{list(slots.shape)}; mark with True what is to be emptied"
             )
         return dataclasses.replace(self, lengths=jnp.where(slots, 0, self.lengths))
 
@@ -77,10 +79,11 @@ class HybridCache:
         Raises:
           CacheError: `indices` is no integer vector, or one of them is no slot.
         """
-        indices = jnp.asarray(indices)
-        if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
+        indices = _as_array(indices)
+        if indices.ndim != 1 or not indices.size or not jnp.issubdtype(indices.dtype, jnp.integer):
             raise CacheError(
-                f"indices must be an integer vector, got {indices.dtype}{list(indices.shape)}"
+                f"indices must be an integer vector, got {indices.dtype}{list(indices.shape)}; "
+                "name a slot of this cache for every slot of the new one"
             )
         if not isinstance(indices, jax.core.Tracer) and (
             (indices < 0).any() or (indices >= self.batch).any()
@@ -97,6 +100,60 @@ class HybridCache:
             unfinished=jax.tree.map(pick, self.unfinished),
         )
 
+    def check_fits(self, config: ModelConfig, numerics: Numerics) -> None:
+        """Raises unless these are the arrays that `init_cache` makes for the model.
+
+        Raises:
+          CacheError: the cache belongs to another model or to other numerics, or a call with
+            `donate=True` has used its buffers.
+        """
+        leaves, structure = jax.tree.flatten(self)
+        if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+            raise CacheError(
+                "the cache was donated to an earlier call, which reused its buffers; go on with "
+                "the cache that the call returned, or leave donate=True away"
+            )
+        capacity = min(self.capacity, config.max_position_embeddings)
+        wanted, wanted_structure = _wanted_leaves(config, numerics, self.batch, capacity)
+        shapes = [(x.shape, x.dtype) for x in leaves]
+        if structure != wanted_structure or shapes != wanted:
+            wanted = _describe(_abstract_cache(config, numerics, self.batch, capacity))
+            mine = _describe(self)
+            name = next(n for n in {**mine, **wanted} if mine.get(n) != wanted.get(n))
+            raise CacheError(
+                "the cache belongs to another model or to other numerics: its "
+                f"{name} is {mine.get(name)}, the model needs {wanted.get(name)}; make it with "
+                "this model's init_cache"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted_leaves(config: ModelConfig, numerics: Numerics, batch: int, capacity: int):
+    leaves, structure = jax.tree.flatten(_abstract_cache(config, numerics, batch, capacity))
+    return [(x.shape, x.dtype) for x in leaves], structure
+
+
+def _abstract_cache(config: ModelConfig, numerics: Numerics, batch: int, capacity: int):
+    return jax.eval_shape(lambda: init_cache(config, numerics, batch, capacity))
+
+
+def _describe(cache: HybridCache) -> dict[str, str]:
+    """Returns {attribute: its value, or dtype and shape}."""
+    static = {
+        "capacity": str(cache.capacity),
+        "entry format": f"{cache.entry_format.kind} of {cache.entry_format.channels}",
+        "index format": f"{cache.index_format.kind} of {cache.index_format.channels}",
+    }
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(cache)
+    }
+    return static | arrays
+
+
+def _as_array(values) -> np.ndarray | jax.Array:
+    return values if isinstance(values, jax.Array) else np.asarray(values)
+
 
 def init_cache(config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int) -> HybridCache:
     """Returns empty caches for `batch` sequences of up to `max_tokens` tokens.
@@ -104,6 +161,10 @@ def init_cache(config: ModelConfig, numerics: Numerics, batch: int, max_tokens: 
     Raises:
       CacheError: `batch` or `max_tokens` is out of range.
     """
+    for name, size in (("batch", batch), ("max_tokens", max_tokens)):
+        if not isinstance(size, int | np.integer) or isinstance(size, bool):
+            raise CacheError(f"{name} must be an integer, got {size!r}")
+    batch, max_tokens = int(batch), int(max_tokens)
     if batch < 1:
         raise CacheError(f"batch must be at least 1, got {batch}")
     if not 1 <= max_tokens <= config.max_position_embeddings:

@@ -10,7 +10,7 @@ from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
-from v4jax.errors import ConfigError
+from v4jax.errors import CheckpointError, ConfigError
 from v4jax.model import Transformer
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
@@ -33,6 +33,13 @@ def load(
       CheckpointError: the folder's files are.
     """
     numerics = get_numerics(numerics)
+    if not isinstance(name_or_folder, str | pathlib.Path):
+        raise ConfigError(
+            "load takes a checkpoint folder or the name of a configuration, got "
+            f"{type(name_or_folder).__name__}; Transformer(config, …) makes a model of a config"
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed must be an integer, got {seed!r}")
     path = pathlib.Path(name_or_folder)
     if path.is_dir():
         return read_model(path, numerics)
@@ -61,4 +68,6 @@ def save(model: Transformer, folder: str | pathlib.Path, format: str = "released
     Raises:
       CheckpointError: the format is unknown, or the folder is not empty or cannot be written.
     """
+    if not isinstance(model, Transformer):
+        raise CheckpointError(f"save takes a model that load returned, got {type(model).__name__}")
     write_model(model, folder, format)

@@ -49,6 +49,6 @@ def get_numerics(numerics: str | Numerics) -> Numerics:
     """
     if isinstance(numerics, Numerics):
         return numerics
-    if numerics not in NUMERICS:
+    if not isinstance(numerics, str) or numerics not in NUMERICS:
         raise ConfigError(f"numerics must be one of {sorted(NUMERICS)}, got {numerics!r}")
     return NUMERICS[numerics]

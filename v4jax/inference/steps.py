@@ -1,7 +1,8 @@
 """The two loops around the model's one call: reading tokens in chunks, and writing them one by one.
 
-The cache that enters a loop is consumed: each step reuses its buffers. While writing, the next step
-is dispatched before the host looks at the token of the last one.
+The cache that enters a loop is consumed: each step reuses its buffers. While writing, the model's
+step is dispatched before the host looks at the token it reads, so that the device does not wait
+for the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from v4jax.errors import CacheError
 from v4jax.inference.request import SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
 
@@ -77,14 +79,24 @@ def decode(
 
     Yields:
       One token per sequence, EOS included; None for a sequence that has ended.
+
+    Raises:
+      CacheError: the cache has no room for an answer; the last token of one needs none.
     """
     state = init_sampler(options, slots=logits_bv.shape[0])
     left = [option.max_new_tokens for option in options]
+    for used, room in zip(cache.lengths.tolist(), left, strict=False):
+        if used + room - 1 > cache.capacity:
+            raise CacheError(
+                f"a sequence of {used} tokens and an answer of up to {room} do not fit a cache "
+                f"made for {cache.capacity}; make it larger or lower max_new_tokens"
+            )
     while any(left):
         tokens, active, state = sample(logits_bv, state, eos_token=eos_token)
         if max(left) > 1:  # the last token of an answer is never read by the model
+            lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(
-                tokens[:, None], cache, active.astype(jnp.int32), logits="last", donate=True
+                tokens[:, None], cache, lengths, logits="last", donate=True, trusted=True
             )
         chosen: list[int | None] = [
             int(token) if remaining else None

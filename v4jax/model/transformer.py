@@ -20,7 +20,7 @@ from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.stack import Stack, full_sequence
-from v4jax.shapes import check_integer, check_shape
+from v4jax.shapes import as_integers, check_shape
 
 
 class Transformer(nnx.Module):
@@ -94,6 +94,7 @@ class Transformer(nnx.Module):
         logits: Literal["all", "last"] = "all",
         *,
         donate: bool = False,
+        trusted: bool = False,
     ) -> tuple[Array, HybridCache]:
         """Appends tokens to every sequence; returns their logits and the new cache.
 
@@ -105,36 +106,42 @@ class Transformer(nnx.Module):
           logits: "all" returns [b, t, v]; "last" returns [b, v], of the last real token (of the
             first token where there is none: discard it).
           donate: reuses the buffers of `cache`, which must not be used afterwards; for loops.
+          trusted: leaves the values of tokens and lengths unchecked. Checking them waits for the
+            device; a loop that made them itself can so dispatch ahead.
 
         Raises:
           ShapeError: an argument has the wrong shape, dtype or values.
           CacheError: a sequence would exceed its capacity, or the cache belongs to another model.
         """
-        tokens = self._check_tokens(tokens)
+        tokens = self._check_tokens(tokens, trusted)
         if logits not in ("all", "last"):
             raise ShapeError(f"logits must be 'all' or 'last', got {logits!r}")
+        if not isinstance(cache, HybridCache):
+            raise CacheError(
+                f"cache must be a HybridCache, got {type(cache).__name__}; make it with "
+                "this model's init_cache"
+            )
         batch, count = tokens.shape
         if cache.batch != batch:
             raise CacheError(
                 f"tokens have batch {batch} but the cache holds {cache.batch} sequences; "
                 f"make it with init_cache({batch}, …)"
             )
-        if lengths is None:
-            lengths = np.full(batch, count, np.int32)
-        check_integer("lengths", lengths)
+        cache.check_fits(self.config, self.numerics)
+        lengths = np.full(batch, count, np.int32) if lengths is None else lengths
+        lengths = as_integers("lengths", lengths)
         check_shape("lengths", lengths, (batch,))
-        self._check_room(cache, lengths, count)
+        if not trusted:
+            self._check_room(cache, lengths, count)
         step = _extend_donating if donate else _extend
         return step(self, tokens, cache, jnp.asarray(lengths, jnp.int32), logits)
 
-    def _check_tokens(self, tokens) -> Array:
-        if not hasattr(tokens, "shape"):
-            tokens = np.asarray(tokens)
-        check_integer("tokens", tokens)
+    def _check_tokens(self, tokens, trusted: bool = False) -> Array:
+        tokens = as_integers("tokens", tokens)
         check_shape("tokens", tokens, (None, None))
         if 0 in tokens.shape:
             raise ShapeError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
-        if not isinstance(tokens, jax.core.Tracer):
+        if not (trusted or isinstance(tokens, jax.core.Tracer)):
             host = np.asarray(tokens)
             bad = host[(host < 0) | (host >= self.config.vocab_size)]
             if bad.size:
