@@ -48,12 +48,13 @@ PIECES = {
     "hca_attention": Agreement(0.80, 2e-3),  # 0.988, 0.890
     "hash_moe": Agreement(0.99, 1e-3),  # 1, 1
     "moe": Agreement(0.99, 1e-3),  # 1, 0.9998
-    "first_layer": Agreement(0.55, 8e-3),  # 0.981, 0.675
+    "first_layer": Agreement(0.55, 8e-3),  # 0.954, 0.693
     # Float32 after one bfloat16 norm: equal up to the order of sums.
     "logits": Agreement(0.0, 1e-4),
-    "drafts": Agreement(0.0, 3e-2),
+    "drafts": Agreement(0.0, 3e-2),  # rms 0.003, 0.004
 }
-# Whole model, logits of standard deviation 1: a wrong formula differs by about 1.
+# Whole model, logits of standard deviation 1: a wrong formula differs by about 1 (measured: rms
+# 0.08, 93 % of the largest equal; the roundings themselves move logits by 0.16).
 WHOLE_RMS = 0.15
 WHOLE_ARGMAX = 0.85
 
