@@ -19,6 +19,14 @@ def test_seconds(seconds, text):
     assert log.format_seconds(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\n\tü\U0001f642", "a\n\tü\U0001f642"), ("a\x1b[2Jb\x07\0", "a\ufffd[2Jb\ufffd\ufffd")],
+)
+def test_a_terminal_is_not_commanded(text, shown):
+    assert log.printable(text) == shown
+
+
 @pytest.fixture
 def clock(monkeypatch):
     class Clock:

@@ -177,6 +177,11 @@ def _build_bar():
     )
 
 
+def printable(text: str) -> str:
+    """Replaces control characters, with which text from outside could command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def format_bytes(size_bytes: float) -> str:
     """Gives a size with its unit, three digits: `148 GiB`, `6.72 MiB`, `12 bytes`."""
     if size_bytes < 1024:

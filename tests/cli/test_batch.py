@@ -1,6 +1,7 @@
 """`v4jax batch`, with the fake model."""
 
 import json
+import signal
 
 import pytest
 
@@ -49,6 +50,41 @@ def test_status_when_every_document_failed(command, tmp_path):
     assert main.run(command) == 1
 
 
-def test_summary_that_cannot_be_written(command, tmp_path, capsys):
-    assert main.run([*command, f"--summary={tmp_path}/none/summary.json"]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+SUMMARIES = {
+    "no folder": ("none/summary.json", "name a file in a folder that exists"),
+    "a folder": ("", "name a file in a folder that exists"),
+    "the input": ("docs.jsonl", "--summary and --input are the same file"),
+    "the output": ("answers.jsonl", "--summary and --output are the same file"),
+}
+
+
+@pytest.mark.parametrize("name, message", SUMMARIES.values(), ids=SUMMARIES.keys())
+def test_bad_summary_is_found_before_the_work(command, tmp_path, capsys, name, message):
+    assert main.run([*command, f"--summary={tmp_path}/{name}"]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+@pytest.mark.parametrize("signum, status, word", [(15, 143, "terminated"), (2, 130, "interrupted")])
+def test_stopped_in_the_middle(command, tmp_path, capsys, fake_model, signum, status, word):
+    extend, calls = fake_model.extend, []
+
+    def stop_at_the_sixth(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signum)
+        return extend(*arguments, **options)
+
+    fake_model.extend = stop_at_the_sixth
+    assert main.run(command) == status
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/answers.jsonl holds 0 answers, and the same command continues" in err
+    assert err.endswith(f"v4jax: {word}\n")
+    assert main.run(command) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_empty_input_is_said(command, tmp_path, capsys):
+    (tmp_path / "docs.jsonl").write_text("\n")
+    assert main.run(command) == 0
+    assert "docs.jsonl holds no documents" in capsys.readouterr().err

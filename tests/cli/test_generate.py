@@ -3,9 +3,7 @@
 import io
 import sys
 
-import pytest
-
-from v4jax.cli import generate, main
+from v4jax.cli import main
 
 FLAGS = ("--model=nano", "--max_new_tokens=12", "--chunk_tokens=64")
 
@@ -39,11 +37,3 @@ def test_stdin_that_is_no_text(capsys, fake_model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     assert main.run(["generate", *FLAGS, "--prompt=-"]) == 2
     assert "stdin is not UTF-8: byte 0xff at position 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("a\n\tü\U0001f642", "a\n\tü\U0001f642"), ("a\x1b[2Jb\x07", "a\ufffd[2Jb\ufffd")],
-)
-def test_a_terminal_is_not_commanded(text, shown):
-    assert generate._printable(text) == shown

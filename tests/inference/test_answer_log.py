@@ -150,3 +150,9 @@ def test_a_full_disk_is_said_plainly(path, monkeypatch):
         with pytest.raises(V4JaxError, match="No space left on device; start the job again"):
             log.append([record(1)])
         assert not log.has(1, 0)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
+def test_what_cannot_be_continued_is_refused(path):
+    with pytest.raises(V4JaxError, match=f"cannot write {path}: it is not a regular file"):
+        AnswerLog(path, "job")

@@ -65,6 +65,9 @@ BAD = {
     "torn": Bad(b'{"text": "ab', "the line is not JSON: Unterminated string"),
     "not an object": Bad(b'["text"]', "the line must be a JSON object, got ['text']"),
     "not UTF-8": Bad(b'{"text": "\xff"}', "the line is not UTF-8: byte 0xff at position 10"),
+    "a field twice": Bad(
+        b'{"text": "a", "text": "b"}', "the line is not JSON: 'text' appears twice"
+    ),
     "nested without end": Bad(b"[" * 100_000, "the line is not JSON: nested too deeply"),
     "endless number": Bad(
         b'{"id": ' + b"1" * 5000 + b"}", "the line is not JSON: Exceeds the limit"

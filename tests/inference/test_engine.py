@@ -122,3 +122,5 @@ def test_tokenizer_of_another_model():
 def test_bad_options():
     with pytest.raises(ConfigError, match="chunk_tokens must be at least 1, got 0"):
         make_engine(chunk_tokens=0)
+    with pytest.raises(ConfigError, match=r"max_tokens must be at most .* 4,096, got 4,097"):
+        make_engine(max_tokens=4097)

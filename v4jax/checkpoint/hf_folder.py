@@ -10,9 +10,10 @@ import pathlib
 from typing import Literal
 
 from v4jax.checkpoint import names
-from v4jax.checkpoint.safetensors_file import Tensor, read_header, unique_keys
+from v4jax.checkpoint.safetensors_file import Tensor, read_header
 from v4jax.config import ModelConfig
 from v4jax.config.from_hf import model_config_from_hf
+from v4jax.config.json_keys import unique_keys
 from v4jax.config.loading import read_config_json
 from v4jax.errors import CheckpointError
 

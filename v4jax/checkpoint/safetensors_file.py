@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from v4jax.config.json_keys import unique_keys
 from v4jax.errors import CheckpointError
 
 # Packed FP4 (I8) and e8m0 scales are bytes in memory.
@@ -56,16 +57,6 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """Returns a JSON object, for `object_pairs_hook`; a repeated key is an error."""
-    result = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"{key!r} appears twice")
-        result[key] = value
-    return result
 
 
 def read_header(path: pathlib.Path) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """`v4jax batch`: long documents in, answers out."""
 
 import json
+import os
 from typing import Any
 
 from v4jax.cli import model_flags
@@ -54,11 +55,12 @@ def define(flags: Any, values: Any) -> None:
 
 def run(values: Any, positional: list[str]) -> int:
     """Runs the job and prints its summary."""
-    from v4jax.errors import RequestError, V4JaxError
+    from v4jax.errors import RequestError
 
     model_flags.require(values, "model", "input", "output")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
+    _check_summary(values)
     from v4jax.inference import BatchJob, Engine, EngineOptions, run_batch
 
     options = EngineOptions(
@@ -83,12 +85,35 @@ def run(values: Any, positional: list[str]) -> int:
         overwrite=values.overwrite,
     )
     summary = run_batch(job, lambda: Engine(model_flags.load_model(values), options))
+    print("\n".join(summary.lines()), flush=True)
     if values.summary:
-        try:
-            with open(values.summary, "w", encoding="utf-8") as file:
-                json.dump(summary.to_json(), file, indent=2)
-                file.write("\n")
-        except OSError as error:
-            raise V4JaxError(f"cannot write {values.summary}: {error.strerror}") from error
-    print("\n".join(summary.lines()))
+        _write_summary(values.summary, summary.to_json())
     return 1 if summary.documents and summary.failed == summary.documents else 0
+
+
+def _check_summary(values: Any) -> None:
+    """Raises now, and not after hours of work, if the summary could not be written."""
+    from v4jax.errors import RequestError
+
+    if not values.summary:
+        return
+    for name in ("input", "output"):
+        if os.path.realpath(values.summary) == os.path.realpath(getattr(values, name)):
+            raise RequestError(f"--summary and --{name} are the same file, {values.summary}")
+    folder = os.path.dirname(os.path.abspath(values.summary))
+    if os.path.isdir(values.summary) or not os.access(folder, os.W_OK):
+        raise RequestError(
+            f"cannot write --summary={values.summary}; name a file in a folder that exists and can "
+            "be written"
+        )
+
+
+def _write_summary(path: str, content: dict[str, Any]) -> None:
+    from v4jax.errors import V4JaxError
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise V4JaxError(f"cannot write {path}: {error.strerror}") from error

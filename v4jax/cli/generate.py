@@ -46,7 +46,7 @@ def run(values: Any, positional: list[str]) -> int:
     engine = Engine(model_flags.load_model(values), options)
     answer = None
     for piece, whole in engine.stream(prompt):
-        sys.stdout.write(_printable(piece) if sys.stdout.isatty() else piece)
+        sys.stdout.write(log.printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
         answer = whole
     sys.stdout.write("\n")
@@ -63,8 +63,3 @@ def _read_prompt(prompt: str) -> str:
     from v4jax.inference.documents import decode_utf8
 
     return decode_utf8(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
-
-
-def _printable(text: str) -> str:
-    """Replaces control characters, with which a model could command the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

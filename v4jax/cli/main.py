@@ -4,16 +4,19 @@
     v4jax batch --help     explains one
     v4jax --version
 
-Exit status: 0 done, 1 the verb says so, 2 an error in the request, 130 interrupted.
+Exit status: 0 done, 1 the verb says so, 2 an error in the request, 130 interrupted, 143 terminated.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from types import ModuleType
 
@@ -38,16 +41,41 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     try:
-        return _dispatch(arguments)
+        with _ends_in_order():
+            return _dispatch(arguments)
     except (V4JaxError, flags.Error) as error:
         print(f"v4jax: error: {error}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print("v4jax: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("v4jax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as ctrl-C does: progress bar and unfinished files go away."""
+
+
+@contextlib.contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Makes SIGTERM an exception for a while, where signals can be handled at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _dispatch(arguments: list[str]) -> int:

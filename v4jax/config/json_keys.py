@@ -77,6 +77,16 @@ class JsonKeys:
         return None if raw is None else JsonKeys(raw, f"{self.path}: {key}")
 
 
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Returns a JSON object, for `object_pairs_hook`; a repeated key is an error."""
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} appears twice")
+        result[key] = value
+    return result
+
+
 def did_you_mean(name: str, known) -> str:
     """Returns `; did you mean 'x'?` for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=1)

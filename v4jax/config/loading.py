@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 
 from v4jax.config.from_hf import layer_kinds, model_config_from_hf, router_kinds
-from v4jax.config.json_keys import did_you_mean
+from v4jax.config.json_keys import did_you_mean, unique_keys
 from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
 
@@ -74,7 +74,7 @@ def read_config_json(folder: pathlib.Path) -> dict:
     """
     path = pathlib.Path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -49,9 +49,15 @@ class AnswerLog:
         self.path, self.job = path, job
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
         try:
+            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                raise V4JaxError(
+                    f"cannot write {path}: it is not a regular file, and a job continues from what "
+                    "stands in one; copy the answers on when it has ended"
+                )
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise V4JaxError(f"cannot write {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            reason = getattr(error, "strerror", None) or error
+            raise V4JaxError(f"cannot write {path}: {reason}") from error
         try:
             self._lock()
             if overwrite:

@@ -79,7 +79,9 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
         raise RequestError(f"input and output are the same file, {job.input}")
     with AnswerLog(job.output, job.digest, overwrite=job.overwrite) as answers:
         work = _plan(job, answers)
-        before = sum("error" not in record for record in answers.records.values())
+        before = _count_answers(answers)
+        if not (work.documents or answers.records):
+            log.warning(f"batch: {job.input} holds no documents")
         if answers.records:
             left = f"{work.documents:,} documents are left"
             log.info(f"batch: {job.output} holds {before:,} answers, {left}")
@@ -87,11 +89,22 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
         compile_seconds = 0.0
         if work.documents:
             engine = load_engine()
-            _Run(job, answers, engine, meter, work).run()
+            try:
+                _Run(job, answers, engine, meter, work).run()
+            except KeyboardInterrupt:
+                log.info(
+                    f"batch: stopped; {job.output} holds {_count_answers(answers):,} answers, and "
+                    "the same command continues"
+                )
+                raise
             compile_seconds = engine.compile_seconds
         return summarize(
             answers.records, meter, questions_before=before, compile_seconds=compile_seconds
         )
+
+
+def _count_answers(answers: AnswerLog) -> int:
+    return sum("error" not in record for record in answers.records.values())
 
 
 @dataclass
@@ -216,7 +229,7 @@ class _Run:
             meter.answered(len(open_questions), sum(a.answer_tokens for a in given))
 
     def _fail(self, line: InputLine, document_id: str | int | None, error: V4JaxError) -> None:
-        log.warning(f"batch: line {line.number}: {error}")
+        log.warning(f"batch: line {line.number}: {log.printable(str(error))}")
         failure = {"kind": type(error).__name__, "message": str(error)}
         record = {"line": line.number, "id": document_id, "error": failure, "input": line.digest}
         self.answers.append([record])

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from v4jax.config.json_keys import unique_keys
 from v4jax.errors import RequestError, UnsupportedError
 from v4jax.inference.request import Document, Question, SamplingOptions, describe
 
@@ -84,7 +85,7 @@ def parse_line(line: InputLine) -> dict[str, Any]:
     """Returns the JSON object of a line, its field names checked."""
     text = decode_utf8(line.data, "the line")
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise RequestError("the line is not JSON: nested too deeply") from error
     except ValueError as error:

@@ -86,7 +86,7 @@ class Engine:
       tokenizer: by default that of the model's folder or configuration.
 
     Raises:
-      ConfigError: model and tokenizer do not belong together.
+      ConfigError: model and tokenizer do not belong together, or max_tokens exceeds the context.
     """
 
     def __init__(
@@ -102,6 +102,11 @@ class Engine:
             raise ConfigError(
                 f"tokenizer: its {tokenizer.vocab_size} ids with EOS {tokenizer.eos_id} do not fit "
                 f"a model of vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}"
+            )
+        if options.max_tokens and options.max_tokens > config.max_position_embeddings:
+            raise ConfigError(
+                f"max_tokens must be at most the model's max_position_embeddings "
+                f"{config.max_position_embeddings:,}, got {options.max_tokens:,}"
             )
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.compile_seconds = 0.0
@@ -261,8 +266,7 @@ class Engine:
         return min(rounded, self._limit())
 
     def _limit(self) -> int:
-        context = self.model.config.max_position_embeddings
-        return min(self.options.max_tokens or context, context)
+        return self.options.max_tokens or self.model.config.max_position_embeddings
 
     def _check_length(
         self,
