@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.grouped_matmul import reference
 from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray
@@ -39,15 +40,9 @@ def apply_experts(
     check_shape("x", x, (tokens, width))
     check_shape("weights", weights, (tokens, chosen))
     assert down.shape[:2] == (experts, width), (gate_up.shape, down.shape)
-    return reference.apply_experts(
-        x,
-        expert_ids,
-        weights,
-        gate_up,
-        down,
-        limit=limit,
-        quantize_activations=quantize_activations,
-    )
+    run = choose(x, gate_up, down).apply_experts
+    options = {"limit": limit, "quantize_activations": quantize_activations}
+    return run(x, expert_ids, weights, gate_up, down, **options)
 
 
 def apply_shared_expert(
@@ -64,9 +59,27 @@ def apply_shared_expert(
       gate_up: [2, f, d].
       down: [d, f].
     """
-    return reference.apply_shared_expert(
-        x, gate_up, down, limit=limit, quantize_activations=quantize_activations
-    )
+    run = choose(x, gate_up, down).apply_shared_expert
+    return run(x, gate_up, down, limit=limit, quantize_activations=quantize_activations)
+
+
+def choose(x, gate_up, down):
+    """Returns the module whose functions run on these arguments."""
+
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.grouped_matmul import pallas_tpu
+
+        return pallas_tpu.supported(x, gate_up, down)
+
+    checks = {"pallas_tpu": check_tpu, "reference": lambda: None}
+    if dispatch.choose("grouped_matmul", checks) == "reference":
+        return reference
+    from v4jax.kernels.grouped_matmul import pallas_tpu
+
+    return pallas_tpu
 
 
 __all__ = ["apply_experts", "apply_shared_expert"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from v4jax.kernels import dispatch
 from v4jax.quant import ScaledArray, formats
 from v4jax.quant.scaled_array import FP8_BLOCK
 
@@ -23,8 +24,24 @@ def matmul(
     if isinstance(weight, ScaledArray):
         if quantize_activations:
             x = round_activations(x)
+        if _choose(x, weight) == "pallas_tpu":
+            from v4jax.kernels.scaled_matmul import pallas_tpu
+
+            return pallas_tpu.matmul(x, weight)
         weight = weight.dequantize(x.dtype)
     return formats.round_to(product(x, weight.astype(x.dtype)), x.dtype)
+
+
+def _choose(x, weight) -> str:
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.scaled_matmul import pallas_tpu
+
+        return pallas_tpu.supported(x, weight)
+
+    return dispatch.choose("scaled_matmul", {"pallas_tpu": check_tpu, "reference": lambda: None})
 
 
 def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:

@@ -1,0 +1,202 @@
+"""The experts' TPU kernels: interpreted against the reference, and compiled for real chips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax.kernels import dispatch
+from v4jax.kernels.grouped_matmul import choose, pallas_tpu, reference
+from v4jax.kernels.stacked import Stacked
+from v4jax.planning import ahead_of_time
+from v4jax.quant import quantize_weight
+from v4jax.quant.formats import dequantize_fp8, quantize_fp8
+
+EXPERTS, CHOSEN, INPUT, WIDTH = 5, 3, 256, 256
+LIMIT = 0.7  # about the size of the activations: both clamps are active
+KINDS = ("bfloat16", "fp8", "fp4")
+# Both compute the same roundings from the same float32 sums in another order: single roundings of
+# an inner value or of an output fall on the other side, one unit of 8 bits at values of size 1.
+ROUNDINGS = 2**-7
+
+
+@functools.partial(jax.jit, static_argnames=("limit", "quantize_activations"))
+def run(*arguments, limit, quantize_activations=False):
+    options = {"limit": limit, "quantize_activations": quantize_activations}
+    return pallas_tpu.apply_experts(*arguments, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("limit", "quantize_activations"))
+def wanted(*arguments, limit, quantize_activations=False):
+    options = {"limit": limit, "quantize_activations": quantize_activations}
+    return reference.apply_experts(*arguments, **options)
+
+
+def store(array, kind):
+    if kind == "bfloat16":
+        return jnp.asarray(array, jnp.bfloat16)
+    return jax.jit(quantize_weight, static_argnums=1)(jnp.asarray(array, jnp.float32), kind)
+
+
+@functools.cache
+def make_weights(kind, experts=EXPERTS):
+    random = np.random.RandomState(0)
+    gate_up = random.standard_normal((experts, 2, WIDTH, INPUT)) / np.sqrt(INPUT)
+    down = random.standard_normal((experts, INPUT, WIDTH)) / np.sqrt(WIDTH)
+    # Blocks of different sizes: every scale is its own.
+    gate_up *= 2.0 ** random.randint(-2, 2, (1, 1, 1, INPUT // 32)).repeat(32, -1)
+    return store(gate_up, kind), store(down, kind)
+
+
+def draw(tokens):
+    random = np.random.RandomState(1)
+    ids = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)])
+    x = jnp.asarray(random.standard_normal((tokens, INPUT)), jnp.bfloat16)
+    weights = jnp.asarray(random.uniform(0.1, 1, (tokens, CHOSEN)), jnp.float32)
+    return x, ids.astype(np.int32), weights
+
+
+# name → expert ids; tiles of 16 rows divide none of the loads.
+LOADS = {
+    "mixed": draw(37)[1],
+    "one token": draw(1)[1],
+    "all choices on the last expert": np.full((21, CHOSEN), EXPERTS - 1, np.int32),
+    "experts without tokens": np.tile(np.array([[4, 0, 2]], np.int32), (37, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ids", LOADS.values(), ids=LOADS.keys())
+def test_values(ids, kind):
+    x, _, weights = draw(len(ids))
+    arguments = x, ids, weights, *make_weights(kind)
+    found, expected = run(*arguments, limit=LIMIT), wanted(*arguments, limit=LIMIT)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
+    assert np.mean(np.asarray(found) == np.asarray(expected)) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_rounded_activations(kind):
+    x, ids, weights = draw(37)
+    arguments = x, ids, weights, *make_weights(kind)
+    options = {"limit": LIMIT, "quantize_activations": True}
+    found, expected = run(*arguments, **options), wanted(*arguments, **options)
+    assert np.mean(np.asarray(found) == np.asarray(expected)) > 0.9
+    assert np.mean(np.asarray(found) == np.asarray(run(*arguments, limit=LIMIT))) < 0.1
+
+
+def test_rounding_to_fp8_is_the_published_one():
+    """Every size of value and block: subnormals of e4m3, ties, zeros, saturation."""
+    random = np.random.RandomState(0)
+    x = random.standard_normal((64, 256)) * 2.0 ** random.randint(-12, 4, (64, 256))
+    x[0], x[1, :16] = 0, np.arange(16) / 16 + 1
+    x[2] *= 1e-5
+    x = jnp.asarray(x, jnp.float32)
+    expected = dequantize_fp8(*quantize_fp8(x, 128), 128)
+    np.testing.assert_array_equal(jax.jit(pallas_tpu.round_fp8)(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_of_a_stack(kind):
+    x, ids, weights = draw(21)
+    plain = make_weights(kind)
+    stacks = jax.tree.map(lambda a: Stacked(jnp.stack([a * 0, a]), jnp.int32(1)), plain)
+    found = run(x, ids, weights, *stacks, limit=LIMIT)
+    np.testing.assert_array_equal(found, run(x, ids, weights, *plain, limit=LIMIT))
+
+
+@pytest.mark.parametrize("kind", ["fp8"])
+def test_shared_expert(kind):
+    x = draw(37)[0]
+    weights = jax.tree.map(lambda a: a[2], make_weights(kind))
+    options = {"limit": LIMIT, "quantize_activations": True}
+    found = pallas_tpu.apply_shared_expert(x, *weights, **options)
+    expected = reference.apply_shared_expert(x, *weights, **options)
+    np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
+
+
+def test_blocks_of_several_passes():
+    """More outputs than a block and a pass hold, and successive tiles of one expert."""
+    random = np.random.RandomState(3)
+    gate_up = store(random.standard_normal((2, 2, 1280, 256)) / 16, "fp4")
+    down = store(random.standard_normal((2, 256, 1280)) / 36, "fp4")
+    x = jnp.asarray(random.standard_normal((70, 256)), jnp.bfloat16)
+    ids = np.sort(random.randint(0, 2, (70, 1)).astype(np.int32), 0)
+    arguments = x, ids, jnp.ones((70, 1)), gate_up, down
+    found, expected = run(*arguments, limit=LIMIT), wanted(*arguments, limit=LIMIT)
+    np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
+
+
+# What cannot run, and a word of the reason.
+REFUSED = {
+    "float32 activations": (jnp.float32, (256, 256), "bfloat16", "activations"),
+    "narrow": (jnp.bfloat16, (256, 64), "fp4", "divide"),
+    "float32 weights": (jnp.bfloat16, (256, 256), "float32", "quantized"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_refused(case):
+    dtype, (width, inner), kind, word = case
+    shapes = (2, 2, inner, width), (2, width, inner)
+    if kind == "float32":
+        weights = [jnp.zeros(shape) for shape in shapes]
+    else:
+        weights = [store(np.zeros(shape), kind) for shape in shapes]
+    x = jnp.zeros((4, width), dtype)
+    assert word in pallas_tpu.supported(x, *weights)
+    with dispatch.compiling_for("tpu"):
+        assert choose(x, *weights) is reference
+
+
+def test_cpu_keeps_the_reference():
+    assert choose(draw(4)[0], *make_weights("fp4")) is reference
+
+
+def abstract(shape, kind):
+    return jax.eval_shape(lambda: store(jnp.zeros(shape), kind))
+
+
+# Hidden size, expert width, experts.
+FLASH, PRO = (4096, 2048, 256), (7168, 3072, 384)
+# name → (size, stored, rows per tile)
+COMPILED = {
+    "Flash decodes": (FLASH, "fp4", 16),
+    "Flash prefills": (FLASH, "fp4", 32),
+    "Flash prefills on many chips": (FLASH, "fp4", 512),
+    "an eighth of Flash in bfloat16": ((4096, 2048, 32), "bfloat16", 512),
+    "Pro prefills on many chips": (PRO, "fp4", 512),
+    "an eighth of Pro in FP8": ((7168, 3072, 48), "fp8", 512),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(
+    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
+)
+@pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
+def test_compiles(case, topology):
+    (width, inner, experts), kind, tile = case
+    tiles = 8
+
+    def both(rows, weights, gate_up, down, places, used):
+        hidden = pallas_tpu.multiply_gated(
+            rows, weights, gate_up, down, places, used, limit=10.0, quantized=kind != "bfloat16"
+        )
+        return pallas_tpu.linear.multiply_tiles(hidden, down, places, used, tile=tile)
+
+    compiled = ahead_of_time.compile_for(
+        topology,
+        both,
+        jax.ShapeDtypeStruct((tiles * tile, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tiles, tile), jnp.float32),
+        abstract((experts, 2, inner, width), kind),
+        abstract((experts, width, inner), kind),
+        jax.ShapeDtypeStruct((tiles,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    assert compiled.as_text().count("tpu_custom_call") >= 2

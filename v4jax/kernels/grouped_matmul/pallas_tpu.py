@@ -1,0 +1,238 @@
+"""Routed experts on TPU: two kernels over tiles of tokens sorted by expert.
+
+The first multiplies by gate and up, clamps, applies SwiGLU and the routing weight and rounds, so
+only the hidden rows leave VMEM; the second multiplies by down. Both run over blocks of outputs and,
+inside, over the tiles that are really used (a number known on device): an expert's block is fetched
+and expanded once for all its tiles, an expert without tokens costs nothing, and a stack of layers
+is indexed by the fetch, never sliced.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4jax.kernels import dispatch
+from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.scaled_matmul import pallas_tpu as linear
+from v4jax.kernels.scaled_matmul import round_activations, unpack_tpu
+from v4jax.quant import ScaledArray
+from v4jax.quant.formats import FP8_AMAX_FLOOR, FP8_MAX
+
+
+def supported(x, gate_up, down) -> str | None:
+    """Returns why the kernels cannot run on these arguments, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"activations must be bfloat16, got {x.dtype}"
+    return unpack_tpu.why_not("gate_up", gate_up) or unpack_tpu.why_not("down", down)
+
+
+def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_activations):
+    """See `v4jax.kernels.grouped_matmul.apply_experts`."""
+    return _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
+    tokens, chosen = expert_ids.shape
+    quantized = quantize_activations and isinstance(gate_up, ScaledArray)
+    if quantized:
+        x = round_activations(x)
+    experts = gate_up.shape[0]
+    tile = choose_tile(tokens * chosen, experts)
+    plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
+    weights_nq = jnp.where(plan.valid, weights.reshape(-1)[plan.assignments], 0.0)
+    rows_ad = ordered(x, gate_up)[plan.assignments.reshape(-1) // chosen]
+    used = plan.valid[:, 0].sum().astype(jnp.int32)
+    places = plan.experts.astype(jnp.int32)
+    hidden_af = multiply_gated(
+        rows_ad, weights_nq, gate_up, down, places, used, limit=limit, quantized=quantized
+    )
+    output_ad = linear.multiply_tiles(hidden_af, down, places, used, tile=tile)
+    chosen_tkd = output_ad[plan.places].reshape(tokens, chosen, -1)
+    return chosen_tkd.astype(jnp.float32).sum(axis=1)
+
+
+def _apply_forward(limit, quantize_activations, *arguments):
+    return _apply(limit, quantize_activations, *arguments), arguments
+
+
+def _apply_backward(limit, quantize_activations, arguments, gradient):
+    """Recomputes by the reference; quantized weights are constants."""
+    x, expert_ids, weights, gate_up, down = arguments
+    options = {"limit": limit, "quantize_activations": quantize_activations}
+    no_ids = linear.zero_gradient(expert_ids)
+    if unpack_tpu.kind_of(gate_up) == unpack_tpu.kind_of(down) == "bfloat16":
+
+        def run(x, weights, gate_up, down):
+            return reference.apply_experts(x, expert_ids, weights, gate_up, down, **options)
+
+        _, pull = jax.vjp(run, x, weights, gate_up, down)
+        d_x, d_weights, d_gate_up, d_down = pull(gradient)
+        return d_x, no_ids, d_weights, d_gate_up, d_down
+
+    def run(x, weights):
+        return reference.apply_experts(x, expert_ids, weights, gate_up, down, **options)
+
+    _, pull = jax.vjp(run, x, weights)
+    d_x, d_weights = pull(gradient)
+    constant = jax.tree.map(linear.zero_gradient, (gate_up, down))
+    return d_x, no_ids, d_weights, *constant
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
+
+
+def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
+    """See `v4jax.kernels.grouped_matmul.apply_shared_expert`: one expert that has every token."""
+    gate_up, down = jax.tree.map(lambda array: array[None], (gate_up, down))
+    ids = jnp.zeros((x.shape[0], 1), jnp.int32)
+    return apply_experts(
+        x,
+        ids,
+        jnp.ones(ids.shape, jnp.float32),
+        gate_up,
+        down,
+        limit=limit,
+        quantize_activations=quantize_activations,
+    )
+
+
+def choose_tile(assignments: int, experts: int) -> int:
+    """Returns rows per tile: a power of two near half the mean load, so padding stays small."""
+    mean = max(assignments // (2 * experts), 1)
+    tile = 1 << (mean.bit_length() - 1)
+    return min(max(tile, linear.SMALLEST_TILE), linear.LARGEST_TILE)
+
+
+def ordered(x, weight):
+    """Returns x in the order of columns in which `weight` is contracted."""
+    return unpack_tpu.split(x) if unpack_tpu.kind_of(weight) == "fp4" else x
+
+
+def multiply_gated(rows_ad, weights_nq, gate_up, down, experts, used, *, limit, quantized):
+    """Returns the rounded inner activations [tiles·tile, f] in the column order that `down` wants.
+
+    Args:
+      rows_ad: bfloat16, tiles of one expert each, in the column order that `gate_up` wants.
+      weights_nq: routing weights, 0 in empty rows.
+    """
+    tile = weights_nq.shape[1]
+    gate_up, layer = linear.layer_of(gate_up)
+    kind = unpack_tpu.kind_of(gate_up)
+    width_f, width_d = gate_up.shape[-2:]
+    block = linear.choose_rows(width_f, width_d, kind, 2, tile)
+    splits = unpack_tpu.kind_of(down) == "fp4"
+    call = pl.pallas_call(
+        functools.partial(_gated_body, kind, block, splits, quantized, limit),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(width_f // block, used),
+            in_specs=[
+                pl.BlockSpec((tile, width_d), lambda block, tile, layer, experts: (tile, 0)),
+                pl.BlockSpec((tile, 1), lambda block, tile, layer, experts: (tile, 0)),
+                *linear.weight_specs(gate_up, block),
+            ],
+            out_specs=pl.BlockSpec(
+                (tile, block), lambda block, tile, layer, experts: (tile, block)
+            ),
+            scratch_shapes=linear.expansion(kind, 2, block, width_d),
+        ),
+        out_shape=jax.ShapeDtypeStruct((rows_ad.shape[0], width_f), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=linear.VMEM_BYTES
+        ),
+        interpret=dispatch.platform() != "tpu",
+        name=f"grouped_matmul_gated_{kind}",
+    )
+    weights_a1 = weights_nq.astype(jnp.float32).reshape(-1, 1)
+    return call(layer, experts, rows_ad, weights_a1, *linear.weight_operands(gate_up, layer))
+
+
+def _gated_body(
+    kind,
+    block,
+    splits,
+    quantized,
+    limit,
+    layer_ref,
+    experts_ref,
+    rows_ref,
+    weights_ref,
+    values_ref,
+    *rest,
+):
+    """One block of inner activations of one tile.
+
+    prefetch: layer [1], experts [tiles]. input: rows [tile, d], weights [tile, 1], values
+    [2, block, d] as stored, scales unless bfloat16. output: hidden [tile, block]. scratch: the
+    expanded block, unless bfloat16.
+    """
+    del layer_ref
+    if kind == "bfloat16":
+        (out_ref,) = rest
+    else:
+        scales_ref, out_ref, scratch_ref = rest
+        first_tile = pl.program_id(0) * (block // unpack_tpu.LANES)
+
+        @pl.when(linear.is_new(experts_ref))
+        def _():
+            for which in range(2):
+                unpack_tpu.unpack(
+                    kind,
+                    values_ref.at[which],
+                    scales_ref.at[which],
+                    scratch_ref.at[which],
+                    first_tile,
+                )
+
+    step = min(linear.PASS, block)
+
+    def product(which, i):
+        if kind == "bfloat16":
+            weight = values_ref[which, pl.ds(pl.multiple_of(i * step, step), step), :]
+        else:
+            weight = unpack_tpu.read(scratch_ref.at[which], i, step)
+        return linear.multiply(rows_ref[...], weight).astype(jnp.bfloat16)
+
+    @pl.loop(0, block // step)
+    def _(i):
+        hidden = reference.swiglu(product(0, i), product(1, i), limit) * weights_ref[...]
+        hidden = hidden.astype(jnp.bfloat16)
+        if quantized:
+            hidden = round_fp8(hidden.astype(jnp.float32)).astype(jnp.bfloat16)
+        if splits:
+            # A product with a permutation is exact.
+            matrix = unpack_tpu.split_matrix(jnp.bfloat16)
+            hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
+        out_ref[:, pl.ds(pl.multiple_of(i * step, step), step)] = hidden.astype(jnp.bfloat16)
+
+
+def round_fp8(x):
+    """Rounds float32 [rows, c] to e4m3 with a power-of-two scale per row and 128 columns.
+
+    The same numbers as `formats.quantize_fp8` gives, without a cast that few chips have: adding and
+    subtracting 1.5·2^23 units in the last place rounds to the nearest, ties to even.
+    """
+    blocks = [
+        _round_block(x[:, first : first + unpack_tpu.LANES])
+        for first in range(0, x.shape[1], unpack_tpu.LANES)
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _round_block(x):
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), FP8_AMAX_FLOOR)
+    bits = jax.lax.bitcast_convert_type(amax * jnp.float32(1.0 / FP8_MAX), jnp.int32)
+    # amax has a floor, so the scale's exponent is 97 at least and its inverse is normal as well.
+    exponent = (bits >> 23) + jnp.where((bits & 0x7FFFFF) != 0, 1, 0)
+    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    inverse = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    scaled = jnp.clip(x * inverse, -FP8_MAX, FP8_MAX)
+    # Three bits of mantissa; below 2^−6 the step stays 2^−9.
+    power = jax.lax.bitcast_convert_type(scaled, jnp.int32) & 0x7F800000
+    power = jnp.maximum(jax.lax.bitcast_convert_type(power, jnp.float32), 2.0**-6)
+    shift = power * (1.5 * 2.0**20)
+    return ((scaled + shift) - shift) * scale
