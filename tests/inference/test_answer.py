@@ -4,11 +4,19 @@ from dataclasses import dataclass
 
 import pytest
 
-from v4jax.inference.answer import AnswerReader
-from v4jax.tokenizer import ByteTokenizer
+from v4jax.inference.answer import Answer, AnswerReader, Piece
+from v4jax.tokenizer import ByteTokenizer, ContentText, ReasoningText
 
 TOKENIZER = ByteTokenizer()
 EOS = "<｜end▁of▁sentence｜>"
+
+
+def read(tokens, mode: str = "chat", prompt_tokens: int = 0) -> tuple[list[Piece], Answer]:
+    """Returns the pieces shown while tokens arrive, and the whole."""
+    reader = AnswerReader(TOKENIZER, mode, prompt_tokens)
+    pieces = [piece for token in tokens for piece in reader.push(token)]
+    last, answer = reader.finish()
+    return pieces + last, answer
 
 
 @dataclass(frozen=True)
@@ -41,31 +49,25 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_answers(case):
-    reader = AnswerReader(TOKENIZER, case.mode, prompt_tokens=5)
     tokens = TOKENIZER.encode(case.written)
-    shown = "".join(map(reader.push, tokens))
-    piece, answer = reader.finish()
+    pieces, answer = read(tokens, case.mode, prompt_tokens=5)
     assert (answer.text, answer.reasoning) == (case.text, case.reasoning)
     assert answer.finish_reason == case.finish_reason
     assert case.warning in answer.warning and bool(case.warning) == bool(answer.warning)
-    assert shown + piece == case.reasoning + case.text
+    for kind, whole in ((ReasoningText, case.reasoning), (ContentText, case.text)):
+        assert "".join(piece.text for piece in pieces if isinstance(piece, kind)) == whole
     assert (answer.prompt_tokens, answer.answer_tokens) == (5, len(tokens))
 
 
 def test_cut_inside_a_character():
-    reader = AnswerReader(TOKENIZER, "chat", 0)
-    shown = "".join(map(reader.push, "aé".encode()[:-1]))
-    piece, answer = reader.finish()
-    assert shown + piece == answer.text == "a\ufffd"
+    pieces, answer = read("aé".encode()[:-1])
+    assert "".join(piece.text for piece in pieces) == answer.text == "a\ufffd"
 
 
 def test_tool_calls_are_kept():
     invoke = '<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>'
     call = f"\n\n<｜DSML｜tool_calls>\n{invoke}\n</｜DSML｜tool_calls>"
-    reader = AnswerReader(TOKENIZER, "chat", 0)
-    for token in TOKENIZER.encode(f"x{call}{EOS}"):
-        reader.push(token)
-    _, answer = reader.finish()
+    _, answer = read(TOKENIZER.encode(f"x{call}{EOS}"))
     assert answer.text == "x"
     assert [c["function"]["name"] for c in answer.tool_calls] == ["f"]
 
@@ -74,7 +76,5 @@ def test_any_tokens_make_an_answer():
     tokens = [(i * 7919) % 320 for i in range(640)]
     for start in range(0, 320, 13):
         for mode in ("chat", "thinking"):
-            reader = AnswerReader(TOKENIZER, mode, 0)
-            shown = "".join(reader.push(t) for t in tokens[start:] if t != TOKENIZER.eos_id)
-            piece, answer = reader.finish()
-            assert shown + piece == answer.reasoning + answer.text
+            pieces, answer = read([t for t in tokens[start:] if t != TOKENIZER.eos_id], mode)
+            assert "".join(piece.text for piece in pieces) == answer.reasoning + answer.text

@@ -68,10 +68,9 @@ def test_few_shapes():
 
 def test_streaming_gives_the_answer():
     engine = make_engine()
-    pieces = list(engine.stream(Question("Tell me.", WARM)))
-    assert [answer for _, answer in pieces[:-1]] == [None] * (len(pieces) - 1)
-    assert "".join(piece for piece, _ in pieces) == pieces[-1][1].text
-    assert list(engine.stream(Question("Tell me.", WARM))) == pieces
+    *pieces, answer = engine.stream(Question("Tell me.", WARM))
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert [*engine.stream(Question("Tell me.", WARM))] == [*pieces, answer]
 
 
 TOO_LONG = {

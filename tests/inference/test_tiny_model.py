@@ -40,7 +40,7 @@ def test_answers_are_what_the_whole_model_says(engine):
     assert state.lengths.tolist() == [len(encoded.tokens)]
     [group] = encoded.groups(engine.options)
     written: dict[int, list[str]] = {0: [], 1: []}
-    answers = engine.answer(encoded, state, group, lambda i, piece: written[i].append(piece))
+    answers = engine.answer(encoded, state, group, lambda i, piece: written[i].append(piece.text))
     for index, answer in enumerate(answers):
         assert "".join(written[index]) == answer.text
     assert answers == engine.answer(encoded, state, group), "the state serves again, unchanged"

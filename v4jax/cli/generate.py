@@ -1,14 +1,17 @@
 """`v4jax generate`: one prompt, answered in the terminal while it is written."""
 
+import json
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 from v4jax.cli import model_flags
 
 SUMMARY = "answers one prompt, streaming to the terminal"
 USAGE = """
-Reads a prompt as one user turn and prints the answer while it is written. What is said about the
-work goes to stderr, so the answer can be piped on.
+Reads a prompt as one user turn and prints the answer while it is written. Reasoning, and what is
+said about the work, go to stderr, so the answer can be piped on. Tool calls follow the answer, one
+JSON object per line.
 
   v4jax generate --model=/models/v4-flash --prompt="Why is the sky blue?"
   v4jax generate --model=/models/v4-flash --prompt=- --thinking < question.txt
@@ -44,12 +47,7 @@ def run(values: Any, positional: list[str]) -> int:
         max_tokens=values.max_tokens,
     )
     engine = Engine(model_flags.load_model(values), options)
-    answer = None
-    for piece, whole in engine.stream(prompt):
-        sys.stdout.write(log.printable(piece) if sys.stdout.isatty() else piece)
-        sys.stdout.flush()
-        answer = whole
-    sys.stdout.write("\n")
+    answer = _show(engine.stream(prompt))
     if answer.warning:
         log.warning(f"generate: {answer.warning}")
     log.info(
@@ -57,6 +55,36 @@ def run(values: Any, positional: list[str]) -> int:
         f"finish reason {answer.finish_reason}"
     )
     return 0
+
+
+def _show(parts: Iterable[Any]) -> Any:
+    """Prints what a stream gives, reasoning to stderr; returns the answer that it ends with."""
+    from v4jax import log
+    from v4jax.tokenizer import ContentText, ReasoningText
+
+    def write(text: str, file: TextIO) -> None:
+        file.write(log.printable(text) if file.isatty() else text)
+        file.flush()
+
+    reasoned = False
+    for part in parts:
+        if isinstance(part, ReasoningText):
+            write(part.text, sys.stderr)
+            reasoned = True
+        elif isinstance(part, ContentText):
+            if reasoned:
+                write("\n\n", sys.stderr)
+                reasoned = False
+            write(part.text, sys.stdout)
+        else:
+            answer = part
+    if reasoned:
+        write("\n", sys.stderr)
+    if answer.text:
+        write("\n", sys.stdout)
+    for call in answer.tool_calls:
+        write(json.dumps(call["function"], ensure_ascii=False) + "\n", sys.stdout)
+    return answer
 
 
 def _read_prompt(prompt: str) -> str:

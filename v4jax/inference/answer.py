@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from v4jax.errors import CompletionError
 from v4jax.tokenizer import ContentText, ReasoningText, StreamDecoder, StreamSplitter, assemble
 
+Piece = ContentText | ReasoningText  # of the text that is shown while it is written
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -48,17 +50,17 @@ class AnswerReader:
         self._decoder = StreamDecoder(self.tokenizer)
         self._events, self._shown, self._warning = [], "", ""
 
-    def push(self, token: int) -> str:
-        """Takes the next token, EOS included; returns the piece of text to show."""
+    def push(self, token: int) -> list[Piece]:
+        """Takes the next token, EOS included; returns the pieces of text to show."""
         self.tokens.append(token)
         return self._read(self._decoder.push(token))
 
-    def finish(self) -> tuple[str, Answer]:
-        """Ends the answer; returns the last piece of text and the whole."""
-        piece = self._read(self._decoder.finish(), last=True)
+    def finish(self) -> tuple[list[Piece], Answer]:
+        """Ends the answer; returns the last pieces of text and the whole."""
+        pieces = self._read(self._decoder.finish(), last=True)
         message = assemble(self._events)
         stopped = bool(self.tokens) and self.tokens[-1] == self.tokenizer.eos_id
-        return piece, Answer(
+        return pieces, Answer(
             text=message["content"],
             finish_reason="stop" if stopped else "length",
             prompt_tokens=self.prompt_tokens,
@@ -68,7 +70,7 @@ class AnswerReader:
             warning=self._warning,
         )
 
-    def _read(self, text: str, last: bool = False) -> str:
+    def _read(self, text: str, last: bool = False) -> list[Piece]:
         if self._warning:
             events = [ContentText(text)]
         else:
@@ -79,9 +81,9 @@ class AnswerReader:
                 self._warning = str(error)
                 events = [ContentText(self._reread(last))]
         self._events += events
-        piece = "".join(e.text for e in events if isinstance(e, ContentText | ReasoningText))
-        self._shown += piece
-        return piece
+        pieces = [event for event in events if isinstance(event, Piece) and event.text]
+        self._shown += "".join(piece.text for piece in pieces)
+        return pieces
 
     def _reread(self, last: bool) -> str:
         """Returns the plain text not yet shown, and leaves control tokens out from now on."""

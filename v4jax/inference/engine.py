@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from v4jax import log
 from v4jax.errors import ConfigError, RequestError
-from v4jax.inference.answer import Answer, AnswerReader
+from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
@@ -154,7 +154,7 @@ class Engine:
         encoded: EncodedDocument,
         state: Cache,
         group: Sequence[int],
-        on_text: Callable[[int, str], None] = lambda index, text: None,
+        on_piece: Callable[[int, Piece], None] = lambda index, piece: None,
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> list[Answer]:
         """Answers the questions of one group side by side.
@@ -162,7 +162,7 @@ class Engine:
         Args:
           state: what `read` returned; it can be used again.
           group: indices of the questions, one of `encoded.groups`.
-          on_text: told each piece of text with the index of its question.
+          on_piece: told each piece of text with the index of its question.
           on_tokens: told after each step how many tokens it wrote.
         """
         rests = [encoded.question_tokens[i] for i in group]
@@ -174,16 +174,17 @@ class Engine:
             self.model, rests, forks, chunk_tokens=self._chunk(longest, encoded.capacity)
         )
         answers: list[Answer | None] = [None] * len(rests)
-        for slot, piece, answer in self._write(logits_bv, forks, rests, sampling, on_tokens):
-            on_text(group[slot], piece)
+        for slot, pieces, answer in self._write(logits_bv, forks, rests, sampling, on_tokens):
+            for piece in pieces:
+                on_piece(group[slot], piece)
             answers[slot] = answer or answers[slot]
         return answers
 
-    def stream(self, prompt: Question) -> Iterator[tuple[str, Answer | None]]:
+    def stream(self, prompt: Question) -> Iterator[Piece | Answer]:
         """Answers a prompt without a document.
 
         Yields:
-          The pieces of text as they become known; the last comes with the whole answer.
+          The pieces of text as they become known, then the whole answer.
 
         Raises:
           RequestError: prompt and answer together are longer than the context.
@@ -195,8 +196,10 @@ class Engine:
         logits_bv, cache = prefill(
             self.model, [tokens], cache, chunk_tokens=self._chunk(len(tokens), capacity)
         )
-        for _, piece, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
-            yield piece, answer
+        for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
+            yield from pieces
+            if answer is not None:
+                yield answer
 
     def prepare(self, encoded: EncodedDocument) -> None:
         """Compiles what the document needs and nothing needed before, so that times are of work."""
@@ -237,17 +240,14 @@ class Engine:
         rests: Sequence[Sequence[int]],
         sampling: Sequence[SamplingOptions],
         on_tokens: Callable[[int], None] = lambda tokens: None,
-    ) -> Iterator[tuple[int, str, Answer | None]]:
+    ) -> Iterator[tuple[int, list[Piece], Answer | None]]:
         mode, eos_token = self.options.frame.mode, self.model.config.eos_token_id
         readers = [AnswerReader(self.tokenizer, mode, len(rest)) for rest in rests]
         for tokens in decode(self.model, logits_bv, cache, sampling, eos_token=eos_token):
             on_tokens(sum(token is not None for token in tokens))
             for slot, token in enumerate(tokens):
-                if token is None:
-                    continue
-                piece = readers[slot].push(token)
-                if piece:
-                    yield slot, piece, None
+                if token is not None:
+                    yield slot, readers[slot].push(token), None
         for slot, reader in enumerate(readers):
             yield slot, *reader.finish()
 
