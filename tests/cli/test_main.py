@@ -18,7 +18,7 @@ def run(*arguments: str, capsys) -> tuple[int, str, str]:
     return (status, *capsys.readouterr())
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("help", "--help")])
 def test_the_list_of_verbs(arguments, capsys):
     status, out, err = run(*arguments, capsys=capsys)
     assert (status, err) == (0, "")
@@ -26,7 +26,7 @@ def test_the_list_of_verbs(arguments, capsys):
     assert "  batch      reads documents" in out
 
 
-@pytest.mark.parametrize("arguments", [("batch", "--help"), ("help", "batch")])
+@pytest.mark.parametrize("arguments", [("batch", "--help"), ("help", "batch"), ("--help", "batch")])
 def test_help_of_a_verb(arguments, capsys):
     status, out, _ = run(*arguments, capsys=capsys)
     assert status == 0
@@ -65,6 +65,10 @@ MISTAKES = {
     "bad sampling": (
         ("generate", "--model=nano", "--prompt=a", "--top_p=2"),
         "top_p must be a number greater than 0 and at most 1, got 2.0",
+    ),
+    "blank prompt": (
+        ("generate", "--model=nano", "--prompt= "),
+        "--prompt must not be empty, got ' '",
     ),
     "missing input": (
         ("batch", "--model=nano", "--input=none.jsonl", "--output=out.jsonl"),

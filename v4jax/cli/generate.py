@@ -40,7 +40,10 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax import log
     from v4jax.inference import Engine, EngineOptions, Question
 
-    prompt = Question(_read_prompt(values.prompt), model_flags.build_sampling(values))
+    text = _read_prompt(values.prompt)
+    if not text.strip():
+        raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
+    prompt = Question(text, model_flags.build_sampling(values))
     options = EngineOptions(
         frame=model_flags.build_frame(values),
         chunk_tokens=values.chunk_tokens,

@@ -79,14 +79,14 @@ def _ends_in_order() -> Iterator[None]:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or (arguments[0] in (*_HELP, "help") and len(arguments) == 1):
+    if arguments and arguments[0] in (*_HELP, "help"):
+        arguments = [*arguments[1:2], "--help"]
+    if not arguments or arguments[0] in _HELP:
         print(describe_program())
         return 0
     if arguments[0] == "--version":
         print(f"v4jax {metadata.version('v4jax')}")
         return 0
-    if arguments[0] == "help":
-        arguments = [arguments[1], "--help"]
     name, rest = arguments[0], arguments[1:]
     verb = _load(name)
     values = flags.FlagValues()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from v4jax import log
 from v4jax.errors import ConfigError, RequestError
 from v4jax.inference.answer import Answer, AnswerReader, Piece
+from v4jax.inference.meter import Rate
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
@@ -192,10 +193,20 @@ class Engine:
         tokens = self.options.frame.encode_prompt(self.tokenizer, prompt.text)
         needed = self._check_length("prompt", [], [tokens], [prompt.sampling])
         capacity = self._capacity(needed)
-        cache = self.model.init_cache(1, capacity)
-        logits_bv, cache = prefill(
-            self.model, [tokens], cache, chunk_tokens=self._chunk(len(tokens), capacity)
-        )
+        chunk_tokens = self._chunk(len(tokens), capacity)
+        self._compile({(1, chunk_tokens, capacity), (1, 1, capacity)})
+        rate = Rate()
+
+        def show(count: int) -> None:
+            rate.add(count)
+            progress.update(rate.tokens, rate=rate.per_second)
+
+        with log.Progress("read", total=len(tokens)) as progress:
+            rate.start()
+            cache = self.model.init_cache(1, capacity)
+            logits_bv, cache = prefill(
+                self.model, [tokens], cache, chunk_tokens=chunk_tokens, on_chunk=show
+            )
         for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
             yield from pieces
             if answer is not None:
@@ -206,22 +217,28 @@ class Engine:
         capacity = encoded.capacity
         slots = self._slots(len(encoded.question_tokens))
         longest = max(map(len, encoded.question_tokens))
-        shapes = {
-            (1, self._chunk(len(encoded.tokens), capacity), capacity),
-            (slots, self._chunk(longest, capacity), capacity),
-            (slots, 1, capacity),
-        } - self._compiled
+        self._compile(
+            {
+                (1, self._chunk(len(encoded.tokens), capacity), capacity),
+                (slots, self._chunk(longest, capacity), capacity),
+                (slots, 1, capacity),
+            }
+        )
+
+    def _compile(self, shapes: set[tuple[int, int, int]]) -> None:
+        """Runs a step of each shape (slots, tokens, capacity) that has not run yet."""
+        shapes = shapes - self._compiled
         if not shapes:
             return
-        title = f"{len(shapes)} steps for caches of {capacity:,} tokens"
+        title = f"{len(shapes)} steps for caches of {max(shapes)[2]:,} tokens"
         with log.phase("compile", title) as phase:
             phase.note(title)
             for shape in sorted(shapes):
-                self._compile(*shape)
+                self._step(*shape)
         self._compiled |= shapes
         self.compile_seconds += phase.seconds
 
-    def _compile(self, slots: int, tokens: int, capacity: int) -> None:
+    def _step(self, slots: int, tokens: int, capacity: int) -> None:
         """Runs one step that appends nothing."""
         cache = self.model.init_cache(1, capacity)
         if slots > 1:
