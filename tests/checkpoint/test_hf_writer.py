@@ -49,7 +49,7 @@ def check_same(written, expected):
 
 @pytest.mark.parametrize("kind", ["released", "base"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_released_files_come_back_byte_for_byte(tmp_path, config, kind):
+def test_released_files_come_back_byte_for_byte(tmp_path, config, kind, capsys):
     tensors = folders.tensors_of(config, kind)
     folders.write(tmp_path / "in", tensors, config)
     write_model(read_model(tmp_path / "in"), tmp_path / "out")
@@ -57,6 +57,7 @@ def test_released_files_come_back_byte_for_byte(tmp_path, config, kind):
     check_same(written, tensors)
     original = json.loads((tmp_path / "in" / "config.json").read_text())
     assert raw == {k: v for k, v in original.items() if k != "transformers_version"}
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_plain_files_come_back_byte_for_byte(tmp_path):
@@ -101,8 +102,13 @@ def test_transformers_layout_reads_back_with_its_mtp(tmp_path, small):
         assert np.array_equal(array.astype(expected[name].dtype), expected[name]), name
 
 
-def test_float_weights_are_quantized_as_released(tmp_path, float_model):
+def test_float_weights_are_quantized_as_released(tmp_path, float_model, capsys):
     write_model(float_model, tmp_path / "out")
+    matrices = sum(
+        place.stored in (names.Stored.FP8, names.Stored.EXPERT)
+        for place in names.places(float_model.config)
+    )
+    assert f"{matrices:,} matrices are plain in memory and get rounded" in capsys.readouterr().err
     written, raw = checkpoints.read_checkpoint(tmp_path / "out")
     held = folders.stored_tensors(float_model)
     for place in names.places(float_model.config):

@@ -82,6 +82,7 @@ def write_model(
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
     _check_new(folder)
     pieces = plan_pieces(model, format)
+    _warn_of_rounding(model, pieces)
     shards = plan_shards(list(pieces.values()), shard_bytes)
     carry_from = carry_from or model.folder
     with log.phase("save", f"writing {folder} as {format}") as phase, _new_folder(folder) as target:
@@ -94,6 +95,20 @@ def write_model(
             if carry_from is not None and (pathlib.Path(carry_from) / name).is_file():
                 shutil.copyfile(pathlib.Path(carry_from) / name, target / name)
         phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
+
+
+def _warn_of_rounding(model: Transformer, pieces: dict[Place, list[Piece]]) -> None:
+    """Says that plain weights are about to be quantized: the file will not hold the same model."""
+    variables = model_variables(model)
+    quantized = (place for place, group in pieces.items() if len(group) > 1)
+    rounded = sum(
+        not isinstance(variables[place.parameter].get_value(), ScaledArray) for place in quantized
+    )
+    if rounded:
+        log.warning(
+            f"save: {rounded:,} matrices are plain in memory and get rounded to FP8 or FP4 (exact "
+            "where they came from such); the formats bfloat16 and transformers do not round so"
+        )
 
 
 def plan_pieces(model: Transformer, format: Format) -> dict[Place, list[Piece]]:
