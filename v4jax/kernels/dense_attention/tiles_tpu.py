@@ -1,0 +1,98 @@
+"""Tiles of tokens × heads, and small tools that the attention kernels share."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.shapes import ceil_div, round_up
+
+LANES = 128
+TOKEN_ALIGNMENT = 16  # rows of a packed bfloat16 register
+LOG2_E = math.log2(math.e)
+# What a kernel may use of the smallest VMEM (64 MiB); the rest is the compiler's.
+VMEM_BYTES = 60 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static sizes of one call. Row r of a tile is token r // heads, head r % heads."""
+
+    tokens: int  # of one tile
+    tiles: int  # of one sequence
+    heads: int
+    channels: int
+    window: int
+    ratio: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one tile."""
+        return self.tokens * self.heads
+
+    @property
+    def recent_rows(self) -> int:
+        """Raw key-values that one tile reads; those that none of its queries see are masked."""
+        return self.window + round_up(self.tokens, TOKEN_ALIGNMENT)
+
+    def pad(self, queries, recent):
+        """Returns queries and recent, padded to what all tiles read."""
+        padding = self.tiles * self.tokens - queries.shape[1]
+        queries = jnp.pad(queries, [(0, 0), (0, padding), (0, 0), (0, 0)])
+        padding += self.recent_rows - self.window - self.tokens
+        return queries, jnp.pad(recent, [(0, 0), (0, padding), (0, 0)])
+
+    def positions(self, first, rows):
+        """Returns the positions of rows (an int32 array) of the tile that starts at `first`."""
+        return first + (rows >> (self.heads.bit_length() - 1))
+
+
+def make_plan(queries, window: int, ratio: int, tile_rows: int, multiple: int = 1) -> Plan:
+    """Returns tiles of `tile_rows` rows, a multiple of them; or one tile if there are fewer."""
+    _, tokens, heads, channels = queries.shape
+    whole = max(LANES // heads, 1)
+    tile = min(tile_rows // heads, round_up(tokens, whole))
+    tiles = ceil_div(tokens, tile)
+    if tiles > 1:
+        tiles = round_up(tiles, multiple)
+    return Plan(tile, tiles, heads, channels, window, ratio)
+
+
+def why_not(queries, recent, window: int) -> str | None:
+    """Returns why queries and window cannot be cut into such tiles, or None."""
+    _, _, heads, channels = queries.shape
+    if queries.dtype != recent.dtype or queries.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"queries and recent must both be bfloat16 or float32, got {queries.dtype}"
+    if channels % LANES:
+        return f"channels must divide by {LANES}, got {channels}"
+    if heads & (heads - 1) or not 8 <= heads <= LANES:
+        return f"heads must be a power of two from 8 to {LANES}, got {heads}"
+    if window % LANES and window % TOKEN_ALIGNMENT:
+        return f"window must divide by {TOKEN_ALIGNMENT}, got {window}"
+    return None
+
+
+def window_seen(plan: Plan, positions, keys):
+    """Returns the window mask of positions and key positions, two int32 arrays of one shape."""
+    distance = positions - keys
+    return (distance >= 0) & (distance < plan.window) & (keys >= 0)
+
+
+def entries_seen(plan: Plan, positions, entries):
+    """Returns the mask of entries: all tokens of an entry have passed."""
+    return (entries + 1) * plan.ratio <= positions + 1
+
+
+def divide(numerator, denominator: int):
+    """Returns the quotient of non-negative integers, which needs no sign."""
+    return jax.lax.div(numerator, jnp.int32(denominator))
+
+
+def dot(left, right, *, transpose=False):
+    """Returns left · right (or rightᵀ) in float32; float32 operands keep their precision."""
+    contract = (((1,), (1 if transpose else 0,)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        left, right, contract, precision=precision, preferred_element_type=jnp.float32
+    )
