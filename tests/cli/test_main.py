@@ -8,6 +8,7 @@ import pytest
 
 from v4jax.cli import main, model_flags
 from v4jax.config import NUMERICS
+from v4jax.tokenizer import PROFILES
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,8 +87,9 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numerics_are_those_of_the_config():
+def test_choices_are_those_of_the_packages():
     assert set(model_flags.NUMERICS) == set(NUMERICS)
+    assert set(model_flags.PROFILES) == set(PROFILES)
 
 
 def test_help_does_not_load_jax():

@@ -13,6 +13,8 @@ FRAMES = {
     "system": Frame(system="Be brief."),
     "thinking": Frame(thinking=True),
     "longest thinking": Frame(system="Be exact.", thinking=True, effort="max"),
+    "later checkpoints": Frame(thinking=True, effort="low", profile="0731"),
+    "later checkpoints, longest": Frame(thinking=True, effort="max", profile="0731"),
 }
 
 
@@ -22,7 +24,8 @@ def test_parts_make_the_rendered_conversation(frame):
     messages = [{"role": "user", "content": "text\n\nwho?"}]
     if frame.system:
         messages.insert(0, {"role": "system", "content": frame.system})
-    rendered = encode_messages(messages, mode=frame.mode, effort=frame.effort)
+    how = dict(mode=frame.mode, effort=frame.effort, profile=frame.profile)
+    rendered = encode_messages(messages, **how)
     assert tokens == TOKENIZER.encode(rendered)
     assert frame.encode_prompt(TOKENIZER, "text\n\nwho?") == tokens
 
@@ -39,6 +42,8 @@ def test_users_cannot_write_control_tokens():
 BAD = {
     "effort alone": ({"effort": "max"}, 'effort "max" needs thinking; switch thinking on'),
     "unknown effort": ({"effort": "huge", "thinking": True}, "effort"),
+    "effort of another profile": ({"effort": "low", "thinking": True}, "try 'high'"),
+    "unknown profile": ({"profile": "0732"}, "profile must be one of preview, 0731"),
     "NUL in system": ({"system": "a\x00here\x00"}, "system must not hold NUL characters"),
 }
 

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 NUMERICS = ("float32", "bfloat16", "released")
+PROFILES = ("preview", "0731")
 
 
 def define_model_flags(flags: Any, values: Any) -> None:
@@ -33,7 +34,16 @@ def define_model_flags(flags: Any, values: Any) -> None:
     flags.DEFINE_string(
         "effort",
         None,
-        'How long to reason, with --thinking: "max" for as long as it takes.',
+        'How long to reason, with --thinking: "max" for as long as it takes; "high", and with '
+        'profile 0731 "low".',
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "profile",
+        "preview",
+        PROFILES,
+        "Generation of the checkpoint, which says how an effort is asked for: preview for V4-Flash "
+        "and V4-Pro, 0731 for V4-Flash-0731 and V4-Pro-0813.",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -90,7 +100,12 @@ def build_frame(values: Any) -> Any:
     """Returns the Frame that the flags describe."""
     from v4jax.inference import Frame
 
-    return Frame(system=values.system, thinking=values.thinking, effort=values.effort)
+    return Frame(
+        system=values.system,
+        thinking=values.thinking,
+        effort=values.effort,
+        profile=values.profile,
+    )
 
 
 def load_model(values: Any) -> Any:

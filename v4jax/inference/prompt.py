@@ -22,11 +22,14 @@ class Frame:
       system: the system message; its text is trusted and may hold control tokens.
       thinking: lets the model reason before it answers.
       effort: how long to reason (`"max"`: as long as it takes); only with `thinking`.
+      profile: the generation of checkpoints, which says what an effort means; a key of
+        `tokenizer.PROFILES`.
     """
 
     system: str | None = None
     thinking: bool = False
     effort: str | None = None
+    profile: str = "preview"
 
     def __post_init__(self):
         if self.effort and not self.thinking:
@@ -59,5 +62,6 @@ class Frame:
     def _render(self) -> tuple[str, str]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, {"role": "user", "content": _HERE}]
-        before, after = encode_messages(messages, mode=self.mode, effort=self.effort).split(_HERE)
+        prompt = encode_messages(messages, mode=self.mode, effort=self.effort, profile=self.profile)
+        before, after = prompt.split(_HERE)
         return before, after
