@@ -1,7 +1,13 @@
-"""Pooling the tokens of a window into one compressed entry."""
+"""Pooling the tokens of a window into one compressed entry.
 
+`compress` goes from tokens to pooled entries in one pass, for whole windows (prefill, training);
+`pool` takes rows that are projected already: unfinished windows and single tokens of decoding.
+"""
+
+import jax
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.compressor import reference
 from v4jax.shapes import check_shape
 
@@ -33,3 +39,52 @@ def pool(
     check_shape("gates", gates, values.shape)
     assert values.shape[1] % tokens == 0, (values.shape, tokens)
     return reference.pool(values, gates, position_bias, first_window, overlaps=overlaps)
+
+
+def compress(
+    x: Float[Array, "b t d"],
+    key_value: Float[Array, "z d"],
+    gate: Float[Array, "z d"],
+    position_bias: Float[Array, "m z"],
+    before: Float[Array, "2 b m z"],
+    first_window: Int[Array, "b"],
+    *,
+    overlaps: bool,
+) -> Float[Array, "b w c"]:
+    """Returns `pool` of the projections x · key_valueᵀ and x · gateᵀ, all in float32.
+
+    Args:
+      x: tokens from a window's first one on; t is a multiple of the window.
+      before: with overlap, values and gates of the window before the first; read where
+        `first_window` is not 0. Without overlap it is not read.
+      first_window: index of the first window of each sequence.
+
+    Source: spec B.7, B.8.
+    """
+    tokens, width = position_bias.shape
+    batch, length, hidden = x.shape
+    check_shape("key_value", key_value, (width, hidden))
+    check_shape("gate", gate, (width, hidden))
+    check_shape("before", before, (2, batch, tokens, width))
+    assert length % tokens == 0, (length, tokens)
+    run = choose(x, key_value, position_bias, overlaps).compress
+    return run(x, key_value, gate, position_bias, before, first_window, overlaps=overlaps)
+
+
+def choose(x: jax.Array, key_value: jax.Array, position_bias: jax.Array, overlaps: bool):
+    """Returns the module whose `compress` runs on these arguments."""
+
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.compressor import pallas_tpu
+
+        return pallas_tpu.supported(x, key_value, position_bias, overlaps)
+
+    checks = {"pallas_tpu": check_tpu, "reference": lambda: None}
+    if dispatch.choose("compressor", checks) == "reference":
+        return reference
+    from v4jax.kernels.compressor import pallas_tpu
+
+    return pallas_tpu

@@ -1,9 +1,18 @@
-"""Pooling in plain jnp."""
+"""Projection and pooling in plain jnp."""
 
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.softmax import MASKED
+
+
+def compress(x, key_value, gate, position_bias, before, first_window, *, overlaps):
+    """See `v4jax.kernels.compressor.compress`."""
+    rows = [matmul_float32(x, key_value), matmul_float32(x, gate)]
+    if overlaps:
+        rows = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
+    return pool(*rows, position_bias, first_window, overlaps=overlaps)
 
 
 def pool(values, gates, position_bias, first_window, *, overlaps):

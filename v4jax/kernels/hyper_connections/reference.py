@@ -81,6 +81,12 @@ def expand(
     return round_to(jnp.stack(mixed, axis=2), streams.dtype)
 
 
+def expand_mix(output, streams, mixing, fn, base, scale, **options):
+    """See `v4jax.kernels.hyper_connections.expand_mix`."""
+    streams = expand(output, streams, mixing)
+    return streams, *mix(streams, fn, base, scale, **options)
+
+
 def collapse(
     streams: Float[Array, "b t n d"],
     fn: Float[Array, "n nd"],
