@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.indexer import reference
 from v4jax.kernels.table import EntryTable
 from v4jax.shapes import check_shape
@@ -40,4 +41,19 @@ def select(
     check_shape("head_weights", head_weights, (batch, tokens, heads))
     # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
-    return reference.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
+    implementation = reference
+    if _choose(queries, keys, count) == "pallas_tpu":
+        from v4jax.kernels.indexer import pallas_tpu as implementation
+    return implementation.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
+
+
+def _choose(queries, keys, count) -> str:
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.indexer import pallas_tpu
+
+        return pallas_tpu.supported(queries, keys, count)
+
+    return dispatch.choose("indexer", {"pallas_tpu": check_tpu, "reference": lambda: None})
