@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.dense_attention import reference
 from v4jax.kernels.table import EntryTable
 from v4jax.shapes import check_shape
@@ -39,6 +40,21 @@ def attend(
     batch, tokens, heads, channels = queries.shape
     check_shape("recent", recent, (batch, window + tokens, channels))
     check_shape("sink", sink, (heads,))
-    return reference.attend(
+    implementation = reference
+    if _choose(queries, recent, window, entries) == "pallas_tpu":
+        from v4jax.kernels.dense_attention import pallas_tpu as implementation
+    return implementation.attend(
         queries, recent, sink, start, end, window=window, entries=entries, ratio=ratio
     )
+
+
+def _choose(queries, recent, window, entries) -> str:
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.dense_attention import pallas_tpu
+
+        return pallas_tpu.supported(queries, recent, window, entries)
+
+    return dispatch.choose("dense_attention", {"pallas_tpu": check_tpu, "reference": lambda: None})

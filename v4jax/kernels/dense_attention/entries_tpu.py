@@ -1,4 +1,11 @@
-"""Reading stored entries inside a TPU kernel: blocks from HBM, decoded into VMEM."""
+"""Reading stored entries inside a TPU kernel: blocks from HBM, decoded into VMEM.
+
+XLA lays an array [l, b, w, c] whose last axis does not fill registers out with the entries along
+lanes: FP8 values (448 channels), rotated channels (64) and scales (8) are in memory [l, b, c, w]. A
+kernel that asked for rows would have the whole stack copied first, on every call. So such arrays
+are handed over turned, which moves nothing, and stay turned: channels × entries. That suits both
+products of attention, and a scale is spread over its 64 channels by repeating a row.
+"""
 
 import dataclasses
 
@@ -12,8 +19,8 @@ from v4jax.quant import EntryFormat
 from v4jax.quant.entry_format import ENTRY_BLOCK
 from v4jax.shapes import round_up
 
-# Entries of one block. Stored rows are tiled by up to 32 in HBM, so blocks start at multiples.
-BLOCK, ALIGNMENT = 512, 32
+# Entries of one block; a multiple of the lanes, along which turned blocks are cut.
+BLOCK, ALIGNMENT = 512, 128
 
 
 def why_not(entries: EntryTable, dtype) -> str | None:
@@ -23,63 +30,72 @@ def why_not(entries: EntryTable, dtype) -> str | None:
         return "entries in FP4 are index keys"
     if jnp.dtype(stored_as.dtype) != dtype:
         return f"entries decode to {stored_as.dtype}, queries are {dtype}"
-    if stored_as.kind == "fp8" and (stored_as.channels - stored_as.rope_channels) % ENTRY_BLOCK:
-        return f"plain channels must divide by {ENTRY_BLOCK}"
+    plain = stored_as.channels - stored_as.rope_channels
+    if stored_as.kind == "fp8" and plain % ENTRY_BLOCK:
+        return f"plain channels must divide by {ENTRY_BLOCK}, got {plain}"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the kernel reads: `capacity` entries in blocks of `block`, as `format` stores them."""
+    """What the kernel reads: `blocks` blocks of `block` entries, as `format` stores them."""
 
     format: EntryFormat
-    capacity: int
+    blocks: int
     block: int
-    widths: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # of one block of each stored array
     dtypes: tuple[str, ...]
     one_layer: bool
 
     @property
+    def turned(self) -> bool:
+        """Whether blocks are channels × entries."""
+        return self.format.kind == "fp8"
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Shape of a decoded block."""
+        shape = (self.block, self.format.channels)
+        return shape[::-1] if self.turned else shape
+
+    @property
     def count(self) -> int:
         """Number of stored arrays."""
-        return len(self.widths)
+        return len(self.shapes)
 
     def layer(self, layer):
         """Returns the layer's index in the prepared arrays."""
         return jnp.int32(0) if self.one_layer else layer
 
 
-def names(stored_as: EntryFormat) -> tuple[str, ...]:
-    """Returns the stored arrays in the order in which kernels take them."""
-    return ("values", "rope", "scales") if stored_as.kind == "fp8" else ("values",)
-
-
 def prepare(stored, layer, stored_as: EntryFormat):
     """Returns (layout, arrays). A capacity that is no multiple of a block costs a padded copy."""
-    arrays = tuple(stored[name] for name in names(stored_as))
+    names = ("values", "rope", "scales") if stored_as.kind == "fp8" else ("values",)
+    arrays = tuple(stored[name] for name in names)
     capacity = arrays[0].shape[2]
     block = min(BLOCK, round_up(capacity, ALIGNMENT))
     padding = round_up(capacity, block) - capacity
     if padding:
+        widths = [(0, 0), (0, 0), (0, padding), (0, 0)]
         arrays = tuple(
-            jnp.pad(
-                jax.lax.dynamic_index_in_dim(x, layer, keepdims=True),
-                [(0, 0), (0, 0), (0, padding), (0, 0)],
-            )
-            for x in arrays
+            jnp.pad(jax.lax.dynamic_index_in_dim(x, layer, keepdims=True), widths) for x in arrays
         )
-    widths = tuple(x.shape[-1] for x in arrays)
+    shapes = tuple((block, x.shape[-1]) for x in arrays)
     dtypes = tuple(str(x.dtype) for x in arrays)
-    return Layout(stored_as, capacity + padding, block, widths, dtypes, bool(padding)), arrays
+    if stored_as.kind == "fp8":
+        arrays = tuple(jnp.swapaxes(x, 2, 3) for x in arrays)
+        shapes = tuple(shape[::-1] for shape in shapes)
+    blocks = (capacity + padding) // block
+    return Layout(stored_as, blocks, block, shapes, dtypes, bool(padding)), arrays
 
 
 def scratch(layout: Layout, dtype) -> list:
-    """Returns the scratch of a `Loader`: decoded entries, two buffers per array, semaphores."""
+    """Returns the scratch of a `Loader`: decoded blocks, two buffers per array, semaphores."""
     return [
-        pltpu.VMEM((layout.capacity, layout.format.channels), dtype),
+        pltpu.VMEM((layout.blocks, *layout.block_shape), dtype),
         *(
-            pltpu.VMEM((2, layout.block, width), jnp.dtype(kind))
-            for width, kind in zip(layout.widths, layout.dtypes, strict=True)
+            pltpu.VMEM((2, *shape), jnp.dtype(kind))
+            for shape, kind in zip(layout.shapes, layout.dtypes, strict=True)
         ),
         pltpu.SemaphoreType.DMA((2, layout.count)),
     ]
@@ -110,16 +126,20 @@ class Loader:
 
         for copy in self._copies(index):
             copy.wait()
-        slot = index % 2
-        rows = self.rows(index)
+        slot, dtype = jax.lax.rem(index, 2), self.decoded_ref.dtype
         if self.layout.format.kind == "fp8":
-            values, rope, scales = (buffer[slot] for buffer in self.buffers)
-            plain = values.shape[1]
-            expanded = values.astype(jnp.float32) * expand_scales(scales, plain)
-            self.decoded_ref[rows, :plain] = expanded.astype(self.decoded_ref.dtype)
-            self.decoded_ref[rows, plain:] = rope.astype(self.decoded_ref.dtype)
+            values_ref, rope_ref, scales_ref = (buffer.at[slot] for buffer in self.buffers)
+            plain = values_ref.shape[0]
+            # A power of two from its exponent; the padding rows are not read.
+            scales = scales_ref[...].astype(jnp.int32) << 23
+            scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
+            for i in range(plain // ENTRY_BLOCK):
+                rows = slice(i * ENTRY_BLOCK, (i + 1) * ENTRY_BLOCK)
+                values = values_ref[rows, :].astype(jnp.float32) * scales[i : i + 1, :]
+                self.decoded_ref[index, rows, :] = values.astype(dtype)
+            self.decoded_ref[index, plain:, :] = rope_ref[...].astype(dtype)
         else:
-            self.decoded_ref[rows, :] = self.buffers[0][slot].astype(self.decoded_ref.dtype)
+            self.decoded_ref[index] = self.buffers[0][slot].astype(dtype)
 
     def load_all(self, available):
         """Decodes all blocks that hold `available` entries."""
@@ -130,37 +150,21 @@ class Loader:
         return jax.lax.div(entries + (self.layout.block - 1), jnp.int32(self.layout.block))
 
     def block(self, index):
-        """Returns the decoded entries of a block."""
-        return self.decoded_ref[self.rows(index), :]
-
-    def rows(self, index):
-        """Returns the rows of a block."""
-        return pl.ds(pl.multiple_of(index * self.layout.block, ALIGNMENT), self.layout.block)
+        """Returns a decoded block: `layout.block_shape`."""
+        return self.decoded_ref[index]
 
     def _copies(self, index):
-        slot = index % 2
+        slot = jax.lax.rem(index, 2)
+        first = index * self.layout.block
+        if not isinstance(index, int):
+            first = pl.multiple_of(first, ALIGNMENT)
+        entries = pl.ds(first, self.layout.block)
+        place = (slice(None), entries) if self.layout.turned else (entries,)
         return [
             pltpu.make_async_copy(
-                source.at[self.layer, self.sequence, self.rows(index)],
+                source.at[self.layer, self.sequence, *place],
                 buffer.at[slot],
                 self.semaphores.at[slot, i],
             )
             for i, (source, buffer) in enumerate(zip(self.stored, self.buffers, strict=True))
         ]
-
-
-def expand_scales(scales, channels: int):
-    """Returns the float32 scale of every channel, from e8m0 bytes [s, n]: exact.
-
-    One product with zeros and ones moves each scale to its channels; bfloat16 holds it.
-    """
-    powers = jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
-    shape = (scales.shape[1], channels)
-    block, channel = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    places = (channel >= block * ENTRY_BLOCK) & (channel < (block + 1) * ENTRY_BLOCK)
-    return jax.lax.dot_general(
-        powers.astype(jnp.bfloat16),
-        places.astype(jnp.bfloat16),
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )

@@ -175,14 +175,15 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
         mass_ref[...] = jnp.where(lane == 0, 1.0, 0.0)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         recent = recent_ref[0]
-        _attend_keys(plan, queries_ref, recent, state, _window_mask(plan, first))
+        _attend_keys(plan, queries_ref, recent, False, state, _window_mask(plan, first))
 
         if layout is not None:
             blocks = loader.blocks(divide(jnp.minimum(first + plan.tokens, end), plan.ratio))
 
             def attend_block(index, masked):
                 mask = _entry_mask(plan, layout, first, index) if masked else None
-                _attend_keys(plan, queries_ref, loader.block(index), state, mask)
+                keys = loader.block(index)
+                _attend_keys(plan, queries_ref, keys, layout.turned, state, mask)
 
             if single:
 
@@ -250,14 +251,14 @@ def _entry_mask(plan, layout, first, index):
     return mask
 
 
-def _attend_keys(plan, queries_ref, keys, state, mask):
-    """Adds keys [s, c] to the softmax of all rows."""
+def _attend_keys(plan, queries_ref, keys, turned, state, mask):
+    """Adds keys, [s, c] or turned [c, s], to the softmax of all rows."""
     maximum_ref, mass_ref, sum_ref = state
     scale = jnp.float32(plan.channels**-0.5 * LOG2_E)
     group_rows = min(GROUP_ROWS, plan.rows)
     for group in range(plan.rows // group_rows):
         rows = pl.ds(group * group_rows, group_rows)
-        scores = dot(queries_ref[0, rows, :], keys, transpose=True) * scale
+        scores = dot(queries_ref[0, rows, :], keys, transpose=not turned) * scale
         if mask is not None:
             scores = jnp.where(mask(group, scores.shape), scores, MASKED)
         old = maximum_ref[rows, :]
@@ -266,7 +267,7 @@ def _attend_keys(plan, queries_ref, keys, state, mask):
         weights = jnp.exp2(scores - along_lanes(new, scores.shape[1]))
         maximum_ref[rows, :] = new
         mass_ref[rows, :] = mass_ref[rows, :] * fade + fold_lanes(weights)
-        more = dot(weights.astype(keys.dtype), keys)
+        more = dot(weights.astype(keys.dtype), keys, transpose=turned)
         sum_ref[rows, :] = sum_ref[rows, :] * along_lanes(fade, plan.channels) + more
 
 

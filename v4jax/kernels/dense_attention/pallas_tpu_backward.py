@@ -100,7 +100,7 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
     ]
     if layout is not None:
         out_specs.append(pl.BlockSpec(memory_space=pl.ANY))
-        shape = (layout.capacity, channels)
+        shape = (layout.blocks, layout.block, channels)
         out_shape.append(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
         scratch += [pltpu.VMEM(shape, jnp.float32), pltpu.SemaphoreType.DMA]
         scratch += entries_tpu.scratch(layout, queries.dtype)
@@ -141,7 +141,8 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
     query_grads = query_grads.reshape(batch, -1, heads, channels)[:, :tokens]
     if layout is None:
         return query_grads, recent_grads[:, :recent_count], None
-    return query_grads, recent_grads[:, :recent_count], entry_grads[0][:, : entries.capacity]
+    entry_grads = entry_grads[0].reshape(batch, -1, channels)[:, : entries.capacity]
+    return query_grads, recent_grads[:, :recent_count], entry_grads
 
 
 def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
@@ -150,8 +151,9 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     prefetch: layer [1], start [b], end [b]. input: queries and cotangents [1, rows, c], log_mass
     (base 2) and slopes [1, 1, rows], recent [1, window + tokens, c], stored arrays [l, b, w, …] in
     HBM. output: cotangents of queries [1, rows, c], of recent [1, tokens, c], and of entries
-    [b, w, c] in HBM. scratch: sums for queries [c, rows] and recent [window + tokens, c]; with
-    entries sums for them [w, c], a semaphore, and those of `entries_tpu.scratch`.
+    [b, blocks, entries, c] in HBM. scratch: sums for queries [c, rows] and recent [window + tokens,
+    c]; with entries sums for them [blocks, entries, c], a semaphore, and those of
+    `entries_tpu.scratch`.
     """
     queries_ref, grads_ref, log_mass_ref, slopes_ref, recent_ref, *rest = rest
     count = 0 if layout is None else layout.count
@@ -201,8 +203,10 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
                     ids = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
                     return entries_seen(plan, positions, index * layout.block + ids)
 
-                sums = _add_keys(plan, operands, loader.block(index), first, entry_mask)
-                entry_sum_ref[loader.rows(index), :] += sums
+                keys = loader.block(index)
+                if layout.turned:
+                    keys = keys.T
+                entry_sum_ref[index] += _add_keys(plan, operands, keys, first, entry_mask)
 
     @pl.when(step < plan.tiles)
     def _():
