@@ -85,8 +85,8 @@ def test_selection(scores, start, kind):
         pytest.skip("keys are rotated: the scores are not what the name says")
     start, end = (np.array(x, np.int32) for x in start)
     queries, weights, stored = draw(scores, kind)
-    got = np.asarray(select(queries, weights, stored, start, end, kind, pallas=True))
-    expected = np.asarray(select(queries, weights, stored, start, end, kind, pallas=False))
+    got = np.asarray(select(queries, weights, stored, start, end, kind=kind, pallas=True))
+    expected = np.asarray(select(queries, weights, stored, start, end, kind=kind, pallas=False))
     for b in range(2):
         real = min(end[b] - start[b], TOKENS)
         np.testing.assert_array_equal(got[b, :real], expected[b, :real])
@@ -96,7 +96,9 @@ def test_not_a_number_selects_no_garbage():
     queries, weights, stored = draw("reals", "bfloat16")
     stored = {"values": stored["values"].at[:, :, 7].set(jnp.nan)}
     start = np.array([LAST - TOKENS, 60], np.int32)
-    chosen = np.asarray(select(queries, weights, stored, start, start + TOKENS, "bfloat16", True))
+    chosen = np.asarray(
+        select(queries, weights, stored, start, start + TOKENS, kind="bfloat16", pallas=True)
+    )
     visible = (start[:, None] + np.arange(TOKENS) + 1) // RATIO
     assert ((chosen >= -1) & (chosen < visible[..., None])).all()
     for row, seen in zip(chosen.reshape(-1, COUNT), visible.reshape(-1), strict=True):
@@ -107,9 +109,9 @@ def test_not_a_number_selects_no_garbage():
 def test_layers_are_not_mixed():
     queries, weights, stored = draw("reals", "bfloat16")
     start = np.array([300, 200], np.int32)
-    expected = select(queries, weights, stored, start, start + TOKENS, "bfloat16", pallas=True)
+    expected = select(queries, weights, stored, start, start + TOKENS, kind="bfloat16", pallas=True)
     stored = {"values": stored["values"].at[0].set(jnp.nan).at[2].set(jnp.nan)}
-    got = select(queries, weights, stored, start, start + TOKENS, "bfloat16", pallas=True)
+    got = select(queries, weights, stored, start, start + TOKENS, kind="bfloat16", pallas=True)
     np.testing.assert_array_equal(got, expected)
 
 

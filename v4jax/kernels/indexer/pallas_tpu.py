@@ -40,9 +40,10 @@ from v4jax.shapes import ceil_div, round_up
 
 QUERIES = 128  # lanes
 STREAMS = 8  # sublanes
-STEP = 8  # rows that one iteration of a loop over candidates touches
+STEP = 32  # rows that one iteration of a loop over candidates touches
+UNROLLED = 8  # the same where one row depends on the one before
 NOTHING = -(2**31)  # key of no entry: below the key of every number
-LAST_ID = 2**31 - 1
+LARGEST = 2**31 - 1  # above every key and every id
 GAP_SHIFT = 20  # a candidate packs its row of entries below this bit, gaps before it above
 MAX_ROWS = 2 ** (31 - GAP_SHIFT)
 VMEM_BYTES = 48 * 2**20
@@ -74,8 +75,8 @@ class Blocks:
 
     def capacity(self, count: int) -> int:
         """Rows of candidates: one stream may hold all that a refresh leaves."""
-        kept = round_up(count + self.slack(count), STEP)
-        return kept + max(self.growth, self.rows) + STEP
+        kept = count + self.slack(count)
+        return round_up(kept + max(self.growth, self.rows), STEP) + STEP
 
 
 def supported(queries, keys: EntryTable, count: int, blocks: Blocks = Blocks()) -> str | None:
@@ -124,6 +125,12 @@ def select(
     rows = ceil_div(count_kept, STREAMS)
     capacity = blocks.capacity(count_kept)
     names = sorted(keys.stored)
+    # XLA on TPU lays out an array whose rows are narrower than 128 lanes with its entries last.
+    # Told so, the kernel reads the stack in place; otherwise all of it would be copied.
+    entries_last = keys.format.kind == "fp4"
+    stored = [
+        keys.stored[name].swapaxes(2, 3) if entries_last else keys.stored[name] for name in names
+    ]
     body = functools.partial(_body, names=names, count=count_kept, blocks=blocks)
 
     def of_tile(*shape):
@@ -133,9 +140,12 @@ def select(
         def index(b, t, e, layer, needed):
             # Steps past the last needed block name that block again: nothing is fetched for them.
             last = jax.lax.div(jnp.maximum(needed[b, t] - 1, 0), blocks.entries)
-            return layer[0], b, jnp.minimum(e, last), 0
+            e = jnp.minimum(e, last)
+            return (layer[0], b, 0, e) if entries_last else (layer[0], b, e, 0)
 
-        return pl.BlockSpec((None, None, blocks.entries, array.shape[-1]), index)
+        other = array.shape[2] if entries_last else array.shape[3]
+        block = (other, blocks.entries) if entries_last else (blocks.entries, other)
+        return pl.BlockSpec((None, None, *block), index)
 
     chosen = pl.pallas_call(
         body,
@@ -147,7 +157,7 @@ def select(
                 of_tile(heads, channels, QUERIES),
                 of_tile(heads, QUERIES),
                 of_tile(1, QUERIES),
-                *(of_entries(keys.stored[name]) for name in names),
+                *(of_entries(array) for array in stored),
             ],
             out_specs=of_tile(rows, STREAMS, QUERIES),
             scratch_shapes=[
@@ -169,7 +179,7 @@ def select(
         queries,
         weights,
         seen[:, :, None],
-        *(keys.stored[name] for name in names),
+        *stored,
     )
     chosen = chosen.reshape(batch, tiles, rows * STREAMS, QUERIES)[:, :, :count_kept]
     return chosen.swapaxes(-1, -2).reshape(batch, tiles * QUERIES, count_kept)[:, :tokens]
@@ -179,8 +189,8 @@ def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks):
     """One block of entries for one tile of queries.
 
     Prefetch: layer [1], needed [b, tiles]. Input: queries [i, x, q] bf16, weights [i, q] f32, seen
-    [1, q] int32, stored keys of the block [entries, …]. Output: chosen [⌈count/8⌉, 8, q] int32.
-    Scratch: as listed in `select`.
+    [1, q] int32, stored keys of the block [entries, x] or, in fp4, [bytes, entries]. Output: chosen
+    [⌈count/8⌉, 8, q] int32. Scratch: as listed in `select`.
     """
     *stored, chosen, block_keys, candidates, ids, floor, state = refs
     stored = dict(zip(names, stored, strict=True))
@@ -228,26 +238,16 @@ def decode_keys(stored):
     if "values" in stored:
         return stored["values"][...]
     packed = stored["packed"][...].astype(jnp.int32)
-    channels = 2 * packed.shape[-1]
-    codes = jnp.concatenate([packed & 15, packed >> 4], axis=-1)
+    codes = jnp.concatenate([packed & 15, packed >> 4], axis=0)
     exponent, mantissa = (codes >> 1) & 3, codes & 1
     half = mantissa * 0x3F000000  # 0.5 is the only subnormal of e2m1
     bits = jnp.where(exponent == 0, half, ((exponent + 126) << 23) | (mantissa << 22))
     values = jax.lax.bitcast_convert_type(bits | ((codes & 8) << 28), jnp.float32)
-    # Scales spread over their channels by a product with zeros and ones: exact, powers of two.
-    scales = jax.lax.bitcast_convert_type(
-        stored["scales"][...].astype(jnp.int32) << 23, jnp.float32
-    )
-    blocks = scales.shape[-1]
-    column = jax.lax.broadcasted_iota(jnp.int32, (blocks, channels), 1)
-    column = jnp.where(column < channels // 2, column, column - channels // 2)
-    block = jax.lax.broadcasted_iota(jnp.int32, (blocks, channels), 0)
-    first = block * (INDEX_BLOCK // 2)
-    own = (column >= first) & (column < first + INDEX_BLOCK // 2)
-    spread = jnp.dot(
-        scales.astype(jnp.bfloat16), own.astype(jnp.bfloat16), preferred_element_type=jnp.float32
-    )
-    return (values * spread).astype(jnp.bfloat16)
+    scales = stored["scales"][...].astype(jnp.int32) << 23
+    scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
+    # Bytes that share a scale: [half of the nibbles · scale, bytes of a scale, entries].
+    values = values.reshape(2, scales.shape[0], INDEX_BLOCK // 2, -1) * scales[None, :, None]
+    return values.reshape(codes.shape).astype(jnp.bfloat16).T
 
 
 def score(keys, queries, weights, unrolled):
@@ -272,6 +272,12 @@ def order_keys(scores):
     """Returns int32 keys in the order of the float32 scores; −0 and +0 are equal."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     return jnp.where(bits < 0, NOTHING - bits, bits)
+
+
+def order_values(keys):
+    """Undoes `order_keys`."""
+    bits = jnp.where(keys < 0, NOTHING - keys, keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _flat_index(shape):
@@ -374,63 +380,76 @@ class Sieve:
     def refresh(self, slack):
         """Drops what is not among the best `count` + `slack` of each query and raises the floor."""
         wanted = self.count
-        most = self._scan(lambda keys, ids: keys, jnp.maximum, NOTHING)
-        highest = _over_streams(jnp.maximum, most)
-        lowest = jnp.maximum(self.floor[...], NOTHING + 1)
+        highest = self._reduce(lambda keys, ids: keys, jnp.maximum)
+        lowest = self._reduce(
+            lambda keys, ids: jnp.where(keys > NOTHING, keys, LARGEST), jnp.minimum
+        )
+        held = self._count(lambda keys, ids: keys > NOTHING)
+        searched = held > wanted + slack
+        # A query that holds no more keeps all: its bounds meet at once.
+        lowest = jnp.where(searched, lowest, highest)
 
-        def unfinished(bounds):
-            low, high = bounds
+        def unfinished(search):
+            low, high, _ = search
             return jnp.max((low < high).astype(jnp.int32)) > 0
 
-        def halve(bounds):
-            low, high = bounds
+        def halve(search):
+            low, high, by_value = search
+            # Halving values is quick where scores spread evenly, halving keys where they do not;
+            # in turns the number of passes is bounded by twice the bits.
             middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+            mean = order_keys(order_values(low) * 0.5 + order_values(high) * 0.5)
+            middle = jnp.where(by_value & (mean > low) & (mean <= high), mean, middle)
             reached = self._count(lambda keys, ids: keys >= middle)
             enough = reached >= wanted
             within = enough & (reached <= wanted + slack)
-            return (
-                jnp.where(enough, middle, low),
-                jnp.where(within, middle, jnp.where(enough, high, middle - 1)),
-            )
+            low_next = jnp.where(enough, middle, low)
+            high_next = jnp.where(within, middle, jnp.where(enough, high, middle - 1))
+            return low_next, jnp.maximum(high_next, low_next), jnp.logical_not(by_value)
 
-        floor, _ = jax.lax.while_loop(unfinished, halve, (lowest, jnp.maximum(highest, lowest)))
+        floor, _, _ = jax.lax.while_loop(unfinished, halve, (lowest, highest, True))
         reached = self._count(lambda keys, ids: keys >= floor)
-        crowded = reached > wanted + slack
         above = self._count(lambda keys, ids: keys > floor)
 
-        def halve_ids(bounds):
-            low, high = bounds
+        def halve_ids(search):
+            low, high, _ = search
             middle = low + ((high - low) >> 1)
             kept = above + self._count(lambda keys, ids: (keys == floor) & (ids <= middle))
-            # A query that has seen fewer than `count` never has enough: its bounds stay.
             enough = (kept >= wanted) | (low == high)
-            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high), True
 
-        # Where nothing is crowded both bounds are equal at once.
-        limit = jnp.full(self.shape, LAST_ID, jnp.int32)
-        last, _ = jax.lax.while_loop(unfinished, halve_ids, (jnp.where(crowded, 0, limit), limit))
-        # A query that has seen fewer takes every number.
-        self.floor[...] = jnp.where(reached >= wanted, floor, NOTHING)
+        # Where ties at the floor do not crowd out others both bounds are equal at once.
+        crowded = searched & (reached > wanted + slack)
+        limit = jnp.full(self.shape, LARGEST, jnp.int32)
+        search = (jnp.where(crowded, 0, limit), limit, True)
+        last, _, _ = jax.lax.while_loop(unfinished, halve_ids, search)
+        self.floor[...] = jnp.where(searched, floor, self.floor[...])
+        floor = jnp.where(searched, floor, NOTHING)
         self._compact(lambda keys, ids: (keys > floor) | ((keys == floor) & (ids <= last)))
         self.state[1] = self.used + max(self.blocks.growth, self.blocks.rows)
 
-    def _scan(self, value, combine, initial):
-        """Returns `combine` over all rows of value(keys, entry ids)."""
-        stream = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
+    def _reduce(self, value, combine):
+        """Returns `combine` of value(keys, entry ids) over each query's rows and streams."""
+        stream = jax.lax.broadcasted_iota(jnp.int32, (STEP, *self.shape), 1)
 
-        def visit(index, total):
-            for row in range(STEP):
-                at = index * STEP + row
-                total = combine(total, value(self.keys[at], self.ids[at] * STREAMS + stream))
-            return total
+        def read(index):
+            at = pl.ds(index * STEP, STEP)
+            found = value(self.keys[at], self.ids[at] * STREAMS + stream)
+            half = STEP // 2
+            while half:
+                found = combine(found[:half], found[half:])
+                half //= 2
+            return found[0]
 
-        initial = jnp.full(self.shape, initial, jnp.int32)
-        return jax.lax.fori_loop(0, _steps(self.used), visit, initial)
+        # Rows past the end hold NOTHING, so that reading the first ones is always right.
+        total = jax.lax.fori_loop(
+            1, _steps(self.used), lambda index, total: combine(total, read(index)), read(0)
+        )
+        return _over_streams(combine, total)
 
     def _count(self, condition):
         """Returns how many candidates of each query fulfil it, on every sublane."""
-        total = self._scan(lambda k, i: condition(k, i).astype(jnp.int32), jnp.add, 0)
-        return _over_streams(jnp.add, total)
+        return self._reduce(lambda keys, ids: condition(keys, ids).astype(jnp.int32), jnp.add)
 
     def _compact(self, keep):
         """Keeps what fulfils `keep`; every stream closes its gaps."""
@@ -438,8 +457,8 @@ class Sieve:
         stream = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
 
         def mark(index, gaps):
-            for row in range(STEP):
-                at = index * STEP + row
+            for row in range(UNROLLED):
+                at = index * UNROLLED + row
                 keys, ids = self.keys[at], self.ids[at]
                 kept = keep(keys, ids * STREAMS + stream) & (keys > NOTHING)
                 self.keys[at] = jnp.where(kept, keys, NOTHING)
@@ -448,7 +467,9 @@ class Sieve:
             return gaps
 
         steps = _steps(used)
-        gaps = jax.lax.fori_loop(0, steps, mark, jnp.zeros(self.shape, jnp.int32))
+        gaps = jax.lax.fori_loop(
+            0, steps * (STEP // UNROLLED), mark, jnp.zeros(self.shape, jnp.int32)
+        )
 
         def close(distance):
             flag = distance << GAP_SHIFT
@@ -476,8 +497,8 @@ class Sieve:
         stream = jax.lax.broadcasted_iota(jnp.int32, self.shape, 0)
 
         def mark(index, gaps):
-            for row in range(STEP):
-                at = index * STEP + row
+            for row in range(UNROLLED):
+                at = index * UNROLLED + row
                 empty = (self.keys[at] == NOTHING).astype(jnp.int32)
                 before = empty
                 for shift in (1, 2, 4):
@@ -490,7 +511,8 @@ class Sieve:
             return gaps
 
         steps = _steps(rows)
-        jax.lax.fori_loop(0, steps, mark, jnp.zeros(self.shape, jnp.int32))
+        rounds = steps * (STEP // UNROLLED)
+        jax.lax.fori_loop(0, rounds, mark, jnp.zeros(self.shape, jnp.int32))
 
         def close(distance, ahead):
             def move(at, _):
@@ -531,7 +553,7 @@ class Sieve:
 
 def _steps(rows):
     """Returns ⌈rows / STEP⌉."""
-    return (rows + (STEP - 1)) // STEP if isinstance(rows, int) else (rows + (STEP - 1)) >> 3
+    return (rows + (STEP - 1)) >> (STEP.bit_length() - 1)
 
 
 def _bit(index: int) -> int:
