@@ -59,7 +59,7 @@ class Blocks:
     """
 
     entries: int = 512
-    heads: int = 16
+    heads: int = 32
     chunk: int = 32
     growth: int = 384
     dense: int = 12
@@ -394,7 +394,8 @@ class Sieve:
             return jnp.max((low < high).astype(jnp.int32)) > 0
 
         def halve(search):
-            low, high, by_value = search
+            low, high, turn = search
+            by_value = (turn & 1) == 0
             # Halving values is quick where scores spread evenly, halving keys where they do not;
             # in turns the number of passes is bounded by twice the bits.
             middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
@@ -405,23 +406,23 @@ class Sieve:
             within = enough & (reached <= wanted + slack)
             low_next = jnp.where(enough, middle, low)
             high_next = jnp.where(within, middle, jnp.where(enough, high, middle - 1))
-            return low_next, jnp.maximum(high_next, low_next), jnp.logical_not(by_value)
+            return low_next, jnp.maximum(high_next, low_next), turn + 1
 
-        floor, _, _ = jax.lax.while_loop(unfinished, halve, (lowest, highest, True))
+        floor, _, _ = jax.lax.while_loop(unfinished, halve, (lowest, highest, jnp.int32(0)))
         reached = self._count(lambda keys, ids: keys >= floor)
         above = self._count(lambda keys, ids: keys > floor)
 
         def halve_ids(search):
-            low, high, _ = search
+            low, high, turn = search
             middle = low + ((high - low) >> 1)
             kept = above + self._count(lambda keys, ids: (keys == floor) & (ids <= middle))
             enough = (kept >= wanted) | (low == high)
-            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high), True
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high), turn
 
         # Where ties at the floor do not crowd out others both bounds are equal at once.
         crowded = searched & (reached > wanted + slack)
         limit = jnp.full(self.shape, LARGEST, jnp.int32)
-        search = (jnp.where(crowded, 0, limit), limit, True)
+        search = (jnp.where(crowded, 0, limit), limit, jnp.int32(0))
         last, _, _ = jax.lax.while_loop(unfinished, halve_ids, search)
         self.floor[...] = jnp.where(searched, floor, self.floor[...])
         floor = jnp.where(searched, floor, NOTHING)
@@ -475,9 +476,10 @@ class Sieve:
             flag = distance << GAP_SHIFT
 
             def move(index, _):
-                # Past the end there is nothing: the last STEP rows always stay empty.
-                here = pl.ds(index * STEP, STEP)
-                there = pl.ds(jnp.minimum(index * STEP + distance, self.rows - STEP), STEP)
+                # Past the end there is nothing: the last rows always stay empty.
+                here = index * UNROLLED
+                there = jnp.minimum(here + distance, self.rows - UNROLLED)
+                here, there = pl.ds(here, UNROLLED), pl.ds(there, UNROLLED)
                 ids, moving = self.ids[here], self.ids[there]
                 keys, moving_keys = self.keys[here], self.keys[there]
                 arrives, leaves = (moving & flag) != 0, (ids & flag) != 0
@@ -485,7 +487,7 @@ class Sieve:
                 self.ids[here] = jnp.where(arrives, moving & ~flag, jnp.where(leaves, 0, ids))
                 return 0
 
-            jax.lax.fori_loop(0, steps, move, 0)
+            jax.lax.fori_loop(0, steps * (STEP // UNROLLED), move, 0)
             return distance * 2
 
         jax.lax.while_loop(lambda distance: distance < used, close, jnp.int32(1))
