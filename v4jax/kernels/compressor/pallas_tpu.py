@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -109,7 +110,7 @@ def _compress_backward(overlaps, arguments, gradient):
         return reference.compress(*arguments, first_window, overlaps=overlaps)
 
     _, pull = jax.vjp(run, *differentiable)
-    return *pull(gradient), jnp.zeros(first_window.shape, jax.dtypes.float0)
+    return *pull(gradient), np.zeros(first_window.shape, jax.dtypes.float0)
 
 
 _compress.defvjp(_compress_forward, _compress_backward)

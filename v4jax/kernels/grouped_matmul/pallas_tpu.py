@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.grouped_matmul import pallas_tpu_backward, reference
 from v4jax.kernels.scaled_matmul import pallas_tpu as linear
 from v4jax.kernels.scaled_matmul import round_activations, unpack_tpu
 from v4jax.quant import ScaledArray
@@ -31,6 +31,7 @@ def supported(x, gate_up, down) -> str | None:
 
 def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_activations):
     """See `v4jax.kernels.grouped_matmul.apply_experts`."""
+    expert_ids = jnp.asarray(expert_ids)
     return _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down)
 
 
@@ -60,20 +61,23 @@ def _apply_forward(limit, quantize_activations, *arguments):
 
 
 def _apply_backward(limit, quantize_activations, arguments, gradient):
-    """Recomputes by the reference; quantized weights are constants."""
+    """By kernels where both weights are plain bfloat16; else by the reference.
+
+    Quantized weights are constants: only x and the routing weights have a gradient.
+    """
     x, expert_ids, weights, gate_up, down = arguments
-    options = {"limit": limit, "quantize_activations": quantize_activations}
     no_ids = linear.zero_gradient(expert_ids)
-    if unpack_tpu.kind_of(gate_up) == unpack_tpu.kind_of(down) == "bfloat16":
-
-        def run(x, weights, gate_up, down):
-            return reference.apply_experts(x, expert_ids, weights, gate_up, down, **options)
-
-        _, pull = jax.vjp(run, x, weights, gate_up, down)
-        d_x, d_weights, d_gate_up, d_down = pull(gradient)
+    if isinstance(gate_up, jax.Array) and isinstance(down, jax.Array):
+        experts = gate_up.shape[0]
+        tile = min(choose_tile(expert_ids.size, experts), pallas_tpu_backward.LARGEST_TILE)
+        plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
+        d_x, d_weights, d_gate_up, d_down = pallas_tpu_backward.backward(
+            plan, tile, x, weights, gate_up, down, gradient, limit=limit
+        )
         return d_x, no_ids, d_weights, d_gate_up, d_down
 
     def run(x, weights):
+        options = {"limit": limit, "quantize_activations": quantize_activations}
         return reference.apply_experts(x, expert_ids, weights, gate_up, down, **options)
 
     _, pull = jax.vjp(run, x, weights)
@@ -188,7 +192,7 @@ def _gated_body(
                     first_tile,
                 )
 
-    step = min(linear.PASS, block)
+    step = min(linear.PASS // 2, block)  # of gate and of up
 
     def product(which, i):
         if kind == "bfloat16":
@@ -205,8 +209,10 @@ def _gated_body(
             hidden = round_fp8(hidden.astype(jnp.float32)).astype(jnp.bfloat16)
         if splits:
             # A product with a permutation is exact.
-            matrix = unpack_tpu.split_matrix(jnp.bfloat16)
+            matrix = unpack_tpu.split_matrix(kind, jnp.bfloat16)
             hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
+        else:
+            hidden = unpack_tpu.restore(kind, hidden.astype(jnp.float32))
         out_ref[:, pl.ds(pl.multiple_of(i * step, step), step)] = hidden.astype(jnp.bfloat16)
 
 

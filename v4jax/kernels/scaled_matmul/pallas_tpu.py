@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,8 +22,8 @@ from v4jax.shapes import ceil_div, round_up
 
 # Rows of one step: 512 hide the loading of weights into the MXU, 16 are one bfloat16 register.
 LARGEST_TILE, SMALLEST_TILE = 512, 16
-# Columns produced by one pass of the inner loop, the MXU's width on the newer chips.
-PASS = 256
+# Columns produced by one pass of the inner loop: two widths of the newer chips' MXU.
+PASS = 512
 # What a kernel may use of the smallest VMEM (64 MiB); the rest is the compiler's.
 VMEM_BYTES = 60 * 2**20
 
@@ -69,7 +70,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 def zero_gradient(array):
     """Returns the gradient of an array that has none."""
     if jnp.issubdtype(array.dtype, jnp.integer):
-        return jnp.zeros(array.shape, jax.dtypes.float0)
+        return np.zeros(array.shape, jax.dtypes.float0)
     return jnp.zeros(array.shape, array.dtype)
 
 
@@ -215,7 +216,8 @@ def _multiply_body(kind, block, layer_ref, experts_ref, rows_ref, values_ref, *r
             weight = values_ref[columns, :]
         else:
             weight = unpack_tpu.read(scratch_ref, i, step)
-        out_ref[:, columns] = multiply(rows_ref[...], weight).astype(jnp.bfloat16)
+        outputs = unpack_tpu.restore(kind, multiply(rows_ref[...], weight))
+        out_ref[:, columns] = outputs.astype(jnp.bfloat16)
 
 
 def multiply(rows, weight):

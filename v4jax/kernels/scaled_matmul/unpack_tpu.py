@@ -3,18 +3,20 @@
 Both are exact: a scale is a power of two, and bfloat16 holds every e4m3 and e2m1 value (spec D.3).
 
 FP4 is unpacked by integers, since most chips have no cast. Four bytes of one column lie in a word
-(rows 4i … 4i+3), two bfloat16 of one column as well (rows 2i, 2i+1), so words are taken apart and
-put together in place: two weights per operation, no movement between lanes. What remains is that
-byte p holds columns 2p and 2p+1, which would have to be interleaved along lanes. Instead the
-contraction runs in *split order*: in every group of 256 columns the even ones come first, so the
-low halves of 128 bytes make 128 neighbouring columns, and the high halves the next 128. `split`
-brings the other operand into this order.
+(rows 4i … 4i+3), two bfloat16 of one column as well, so words are taken apart and put together in
+place: two weights per operation, no movement between lanes. Two orders make that possible. Byte p
+holds columns 2p and 2p+1; instead of interleaving lanes, the contraction runs in *split order*: in
+every group of 256 columns the even ones come first, so the low halves of 128 bytes make 128
+neighbouring columns, and the high halves the next 128. `split` brings the other operand into this
+order. And bytes two apart are halves of a word without a shift, so expanded rows 4i … 4i+3 lie as
+4i, 4i+2, 4i+1, 4i+3; `restore` brings the outputs back.
 """
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,6 +26,7 @@ from v4jax.quant.scaled_array import FP4_BLOCK, FP8_BLOCK
 Kind = Literal["bfloat16", "fp8", "fp4"]
 
 LANES = 128
+ONES = 0x11111111  # bit 0 of eight codes
 GROUP = 2 * LANES  # columns of one split group
 UNPACK_ROWS = 128  # rows expanded by one pass of a loop: bounds the size of the program
 
@@ -61,12 +64,30 @@ def split(x):
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
 
 
-def split_matrix(dtype):
-    """Returns the permutation [256, 256] that `split` applies, for a product inside a kernel."""
+def split_matrix(kind: Kind, dtype):
+    """Returns the permutation [256, 256] to split order of outputs of a weight of this kind."""
     source = jax.lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 0)
     place = jax.lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 1)
     wanted = jnp.where(place < LANES, 2 * place, 2 * (place - LANES) + 1)
+    if kind == "fp4":
+        wanted += jnp.where((wanted & 3) == 1, 1, 0) - jnp.where((wanted & 3) == 2, 1, 0)
     return (source == wanted).astype(dtype)
+
+
+def restore(kind: Kind, outputs):
+    """Returns outputs [rows, o], o a multiple of 128, in their own order.
+
+    Expanded FP4 rows 4i … 4i+3 lie as 4i, 4i+2, 4i+1, 4i+3: the outputs in the middle swap.
+    """
+    if kind != "fp4":
+        return outputs
+    blocks = []
+    for first in range(0, outputs.shape[1], LANES):
+        block = outputs[:, first : first + LANES]
+        place = jax.lax.broadcasted_iota(jnp.int32, block.shape, 1) & 3
+        right, left = pltpu.roll(block, LANES - 1, 1), pltpu.roll(block, 1, 1)
+        blocks.append(jnp.where(place == 1, right, jnp.where(place == 2, left, block)))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def scratch_shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -128,41 +149,48 @@ def _unpack_fp4(values_ref, scales_ref, scratch_ref, step):
         index = group * 8 % LANES + (lane >> 4)
         scale = jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
         four = pltpu.bitcast(values_ref[rows, group * LANES : (group + 1) * LANES], jnp.int32)
-        for pair in range(2):
-            two, exponent = _spread(four, pair), _spread(scale, pair) << 7
-            place = pl.ds(step * (UNPACK_ROWS // 2) + pair, words, stride=2)
-            scratch_ref.at[2 * group][place, :] = _decode(
-                (two & 0x00070007) << 6, (two & 0x00080008) << 12, exponent
-            )
-            scratch_ref.at[2 * group + 1][place, :] = _decode(
-                (two & 0x00700070) << 2, (two & 0x00800080) << 8, exponent
-            )
+        place = [pl.ds(step * (UNPACK_ROWS // 2) + pair, words, stride=2) for pair in range(2)]
+        low, high = scratch_ref.at[2 * group], scratch_ref.at[2 * group + 1]
+        # All eight codes of a word at once: bit 0 of each becomes what a code needs to know.
+        normal = ((four >> 2) | (four >> 1)) & ONES  # codes of 2 and more
+        some = (four & ONES) | normal  # not 0
+        four &= normal | ~ONES  # code 1 is the only subnormal, ½: no mantissa
+        # Bytes 0 and 2 of a word, then 1 and 3: their codes stand 16 bits apart already.
+        exponent = (scale << 7) & 0x7F807F80
+        low[place[0], :] = _place(four, some, exponent, 0)
+        high[place[0], :] = _place(four, some, exponent, 4)
+        exponent = (scale >> 1) & 0x7F807F80
+        low[place[1], :] = _place(four, some, exponent, 8)
+        high[place[1], :] = _place(four, some, exponent, 12)
 
 
-def _spread(four, pair):
-    """Returns bytes 2·pair and 2·pair + 1 of each word, in the low bytes of its halves."""
-    if pair:
-        return ((four >> 16) & 0xFF) | ((four >> 8) & 0x00FF0000)
-    return (four & 0xFF) | ((four & 0xFF00) << 8)
+def _place(codes, some, exponent, bit: int):
+    """Returns the two bfloat16 of the codes at `bit` and `bit` + 16, in the halves of a word.
+
+    A code of 2 or more is a normal number: its exponent and mantissa, at bits 8–7 and 6, and the
+    scale's exponent less one are added. Code 1 is left with the scale's exponent, code 0 with 0.
+    """
+
+    def at(x, mask: int, source: int, target: int):
+        """Moves the bits of `mask` in both halves from `source` to `target`."""
+        shift = target - source
+        if shift >= 0:
+            return (x & _both(mask << source)) << shift
+        return (x >> -shift) & _both(mask << target)
+
+    one = some & _both(1 << bit)
+    lowest = one << (7 - bit) if bit <= 7 else one >> (bit - 7)
+    mask = (one << (15 - bit)) - lowest  # bits 14–7 where the code is not 0
+    magnitude = at(codes, 7, bit, 6)
+    return (magnitude + (exponent & mask)) | at(codes, 1, bit + 3, 15)
+
+
+def _both(bits: int):
+    """Returns an int32 with these 16 bits in both halves."""
+    return jnp.int32(np.array(bits << 16 | bits, np.uint32).view(np.int32))
 
 
 def _decrement(scales):
     """Returns every byte less one; 0 stays 0, so the denormal scale 2^−127 reads as 2^−126."""
     some = (((scales & 0x7F7F7F7F) + 0x7F7F7F7F) | scales) & jnp.int32(-0x7F7F7F80)
     return scales - ((some >> 7) & 0x01010101)
-
-
-def _decode(magnitude, sign, exponent):
-    """Returns the bits of two bfloat16 per word.
-
-    `magnitude` holds the codes' exponent and mantissa at bits 8–7 and 6 of each half, `sign` bit
-    15, `exponent` the scale's less one at bits 14–7. Codes of 2 and more are normal numbers: add
-    the exponents. Code 1 is the only subnormal, ½: the scale's exponent and no mantissa. Code 0 is
-    0 whatever the scale.
-    """
-    some = magnitude + 0x01C001C0  # bit 9: code ≥ 1
-    normal = magnitude + 0x01800180  # bit 9: code ≥ 2
-    magnitude -= ((some ^ normal) & 0x02000200) >> 3
-    some &= 0x02000200
-    mask = (some << 6) - (some >> 2)  # bits 14–7 where the code is not 0
-    return (magnitude + (exponent & mask)) | sign
