@@ -92,6 +92,40 @@ def test_selection(scores, start, kind):
         np.testing.assert_array_equal(got[b, :real], expected[b, :real])
 
 
+FEW = pallas_tpu.Blocks(entries=1024, growth=4, dense=2)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "count"))
+def select_few(queries, weights, stored, start, end, kind, count):
+    table = EntryTable(stored, jnp.int32(0), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
+    arguments, sizes = (queries, weights, table, start, end), dict(ratio=RATIO, count=count)
+    got = pallas_tpu.select(*arguments, **sizes, blocks=FEW, interpret=True)
+    return jnp.sort(got, -1), jnp.sort(reference.select(*arguments, **sizes), -1)
+
+
+@pytest.mark.parametrize("start", [[2599 * 4, 300], [2047, 8190], [0, 2048 * 4 - 1]])
+@pytest.mark.parametrize("scores", ["reals", "with many ties", "each better than all before"])
+@pytest.mark.parametrize("kind, count", [("bfloat16", 70), ("fp4", 1100)])
+def test_few_queries(kind, count, scores, start):
+    """Decode: a token and a draft, 2,600 entries in three blocks of 1,024."""
+    random = np.random.RandomState(0)
+    queries = random.standard_normal((2, 2, HEADS, CHANNELS))
+    weights = random.standard_normal((2, 2, HEADS))
+    keys = random.standard_normal((1, 2, 2600, CHANNELS))
+    if scores == "with many ties":
+        queries = np.round(queries) * (random.uniform(size=queries.shape) < 0.03)
+        weights, keys = np.round(weights), np.round(keys)
+    if scores == "each better than all before":
+        queries[:], weights[:], keys[:] = 0, 1, 0
+        queries[..., 0] = 1
+        keys[..., 0] = np.arange(2600) // 16
+    queries, weights, keys = (jnp.asarray(x, jnp.bfloat16) for x in (queries, weights, keys))
+    stored = EntryFormat(kind, CHANNELS, 64, "bfloat16").encode(keys)
+    start = np.array(start, np.int32)
+    got, expected = select_few(queries, weights, stored, start, start + 2, kind=kind, count=count)
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_not_a_number_selects_no_garbage():
     queries, weights, stored = draw("reals", "bfloat16")
     stored = {"values": stored["values"].at[:, :, 7].set(jnp.nan)}
@@ -118,7 +152,10 @@ def test_layers_are_not_mixed():
 # Flash and Pro: 64 index heads of 128 channels; a million tokens of context.
 SHAPES = {
     "Flash, prefill": dict(batch=1, tokens=2048, count=512, kind="fp4"),
+    "Flash, prefill, bfloat16 keys": dict(batch=1, tokens=2048, count=512, kind="bfloat16"),
+    "Flash, decode": dict(batch=64, tokens=1, count=512, kind="fp4"),
     "Pro, prefill": dict(batch=1, tokens=2048, count=1024, kind="fp4"),
+    "Pro, decode with drafts": dict(batch=16, tokens=2, count=1024, kind="fp4"),
 }
 
 
