@@ -1,0 +1,120 @@
+"""Linear layers on stored weights, TPU kernel: interpreted, and compiled for real chips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4jax.kernels import dispatch, scaled_matmul
+from v4jax.kernels.scaled_matmul import pallas_tpu, unpack_tpu
+from v4jax.planning import ahead_of_time
+from v4jax.quant import ScaledArray, quantize_weight
+
+# A float32 sum in another order falls on the other side of a rounding of bfloat16, rarely.
+ROUNDING = 2**-7
+
+
+@functools.cache
+def make(out, width, kind):
+    """Returns a stored weight whose blocks have scales of many sizes."""
+    random = np.random.RandomState(0)
+    weight = random.standard_normal((out, width)) / np.sqrt(width)
+    weight *= 2.0 ** random.randint(-3, 3, (1, width // 32)).repeat(32, -1)
+    return jax.jit(quantize_weight, static_argnums=1)(jnp.asarray(weight, jnp.float32), kind)
+
+
+# name: shape of x without its last axis, rows and columns of the weight. A tile has 512 rows.
+CASES = {
+    "one token": ((1, 1), 256, 256),
+    "several tiles and a rest": ((2, 300), 128, 256),
+    "several blocks": ((3,), 1152, 512),
+}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_values(case, kind):
+    lead, out, width = case
+    x = jnp.asarray(np.random.RandomState(1).standard_normal((*lead, width)), jnp.bfloat16)
+    weight = make(out, width, kind)
+    found, expected = (
+        np.asarray(jax.jit(run)(x, weight), np.float32)
+        for run in (pallas_tpu.matmul, scaled_matmul.matmul)
+    )
+    assert found.shape == (*lead, out)
+    np.testing.assert_allclose(found, expected, ROUNDING, 1e-6)
+    assert np.mean(found == expected) > 0.99
+
+
+def test_every_fp4_code_and_scale():
+    """A product with the identity shows every weight exactly: 16 codes, scales 2^−110 … 2^110."""
+    codes = np.arange(256 * 256).reshape(256, 256) * 7919 // 13 % 16
+    scales = (17 + np.arange(256 * 8).reshape(256, 8) * 31 % 221).astype(np.uint8)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    weight = ScaledArray(jnp.asarray(packed), jnp.asarray(scales), (1, 32))
+    found = jax.jit(pallas_tpu.matmul)(jnp.eye(256, dtype=jnp.bfloat16), weight)
+    expected = jax.jit(ScaledArray.dequantize)(weight)
+    np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
+
+
+def test_split_order():
+    x = jnp.arange(512)[None]
+    split = unpack_tpu.split(x)[0]
+    assert split[:3].tolist() == [0, 2, 4] and split[128:131].tolist() == [1, 3, 5]
+    assert split[256:259].tolist() == [256, 258, 260]
+    matrix = unpack_tpu.split_matrix("fp8", jnp.float32)
+    np.testing.assert_array_equal(x[:, :256] @ matrix, split[None, :256])
+
+
+def test_gradient():
+    weight = make(256, 256, "fp8")
+    x = jnp.asarray(np.random.RandomState(1).standard_normal((5, 256)), jnp.bfloat16)
+
+    def loss(run, x):
+        return (run(x, weight).astype(jnp.float32) ** 2).sum()
+
+    found, expected = (
+        np.asarray(jax.jit(jax.grad(functools.partial(loss, run)))(x), np.float32)
+        for run in (pallas_tpu.matmul, scaled_matmul.matmul)
+    )
+    np.testing.assert_allclose(found, expected, 0, ROUNDING * np.abs(expected).max())
+
+
+def test_refused():
+    weight = make(256, 256, "fp8")
+    x = jnp.zeros((4, 256), jnp.bfloat16)
+    assert "not quantized" in pallas_tpu.supported(x, jnp.zeros((256, 256)))
+    assert "bfloat16" in pallas_tpu.supported(x.astype(jnp.float32), weight)
+    narrow = quantize_weight(jnp.zeros((24, 40)), "fp8")
+    assert "divide" in pallas_tpu.supported(x, narrow)
+    with dispatch.compiling_for("tpu"):
+        assert pallas_tpu.supported(x, weight) is None
+        assert scaled_matmul.matmul(x[:, :40], narrow).shape == (4, 24)
+
+
+# name: tokens, rows and columns of the weight
+COMPILED = {
+    "Flash decodes, queries up": (64, 32768, 1024),
+    "Pro prefills, queries up": (2048, 65536, 1536),
+    "Pro prefills, output up": (2048, 7168, 16384),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(
+    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
+)
+@pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
+def test_compiles(case, topology):
+    tokens, out, width = case
+    weight = jax.eval_shape(lambda: quantize_weight(jnp.zeros((out, width)), "fp8"))
+    compiled = ahead_of_time.compile_for(
+        topology,
+        functools.partial(scaled_matmul.matmul, quantize_activations=True),
+        jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16),
+        weight,
+    )
+    assert "tpu_custom_call" in compiled.as_text()
