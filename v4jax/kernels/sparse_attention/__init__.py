@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.sparse_attention import reference
 from v4jax.kernels.table import EntryTable
 from v4jax.shapes import check_shape
@@ -35,6 +36,21 @@ def attend(
     check_shape("recent", recent, (batch, window + tokens, channels))
     check_shape("sink", sink, (heads,))
     check_shape("selected", selected, (batch, tokens, None))
-    return reference.attend(
+    implementation = reference
+    if _choose(queries, recent, window, entries, selected) == "pallas_tpu":
+        from v4jax.kernels.sparse_attention import pallas_tpu as implementation
+    return implementation.attend(
         queries, recent, sink, start, window=window, entries=entries, selected=selected
     )
+
+
+def _choose(queries, recent, window, entries, selected) -> str:
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.sparse_attention import pallas_tpu
+
+        return pallas_tpu.supported(queries, recent, window, entries, selected)
+
+    return dispatch.choose("sparse_attention", {"pallas_tpu": check_tpu, "reference": lambda: None})

@@ -93,10 +93,15 @@ def _attend(window, stored_as, queries, recent, sink, start, stored, layer, sele
     ]
     if gathers:
         specs += [
-            pl.BlockSpec((1, plan.tokens, count), place, memory_space=pltpu.SMEM),
+            pl.BlockSpec(
+                (1, 1, plan.tokens * count),
+                lambda b, tile, *_: (b * plan.tiles + tile, 0, 0),
+                memory_space=pltpu.SMEM,
+            ),
             pl.BlockSpec(memory_space=pl.ANY),
         ]
-        operands += [jnp.maximum(selected, 0), pack_rows(entries)]
+        ids = jnp.clip(selected, 0, entries.capacity - 1)
+        operands += [ids.reshape(batch * plan.tiles, 1, -1), pack_rows(entries)]
         planes = channels // WORD_CHANNELS
         scratch = [
             pltpu.VMEM((2, count, planes, LANES), jnp.int32),
@@ -125,7 +130,9 @@ def _attend(window, stored_as, queries, recent, sink, start, stored, layer, sele
             jax.ShapeDtypeStruct((batch, plan.tiles * plan.tokens, heads), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # they double the cost of starting a copy
         ),
         interpret=dispatch.platform() != "tpu",
         name="sparse_attention",
@@ -165,8 +172,8 @@ def _body(plan, count, start_ref, queries_ref, recent_ref, sink_ref, selected_re
     """The tokens of one tile, one after another.
 
     prefetch: start [b]. input: queries [1, rows, c], recent [1, window + tokens, c], sink
-    [heads, 128] (a column, repeated), selected [1, tokens, 1, k]; then either ids [1, tokens, k] in
-    SMEM and words [b, w, planes, 128] in HBM, or gathered entries [1, tokens, k, c]. output:
+    [heads, 128] (a column, repeated), selected [1, tokens, 1, k]; then either ids [1, 1, tokens·k]
+    in SMEM and words [b, w, planes, 128] in HBM, or gathered entries [1, tokens, k, c]. output:
     attended [1, rows, c], log_mass [1, tokens, heads]. scratch: two buffers [2, k, planes, 128] and
     two semaphores.
     """
@@ -212,7 +219,7 @@ def _gather(count, sequence, ids_ref, words_ref, buffer_ref, semaphores, token):
     def _(index):
         for offset in range(UNROLLED_ROWS):
             row = index * UNROLLED_ROWS + offset
-            source = words_ref.at[sequence, ids_ref[0, token, row]]
+            source = words_ref.at[sequence, ids_ref[0, 0, token * count + row]]
             pltpu.make_async_copy(source, buffer_ref.at[slot, row], semaphores.at[slot]).start()
 
 

@@ -46,7 +46,7 @@ def _attend_forward(window, stored_as, *arguments):
     return results, (*arguments, *results)
 
 
-def _attend_backward(window, stored_as, kept, grads):
+def attend_backward(window, stored_as, kept, grads):
     queries, recent, sink, start, stored, layer, selected, attended, log_mass = kept
     entries = gradient.close_table(stored, layer, stored_as)
     tile = choose_tile(queries, selected)
@@ -82,7 +82,7 @@ def _attend_backward(window, stored_as, kept, grads):
     )
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, attend_backward)
 
 
 def choose_tile(queries, selected) -> int:
