@@ -1,0 +1,1 @@
+"""Plans: counted arrays and operations against hand-computed and published numbers."""

@@ -1,0 +1,91 @@
+"""Operations by component against numbers computed by hand."""
+
+import random
+
+import jax.numpy as jnp
+import pytest
+
+from v4jax.config.loading import load_model_config
+from v4jax.kernels.table import visible_entries
+from v4jax.planning import flops
+from v4jax.planning.inventory import list_weights
+
+MILLION = 1 << 20
+
+
+def at_a_million(name):
+    return flops.count_tokens(load_model_config(name), MILLION - 1, MILLION)
+
+
+def test_decode_of_flash_by_hand():
+    """140 GFLOP per token, 90 of them index scores."""
+    work = flops.by_component(at_a_million("v4_flash"))
+    scores = 21 * (MILLION // 4) * 64 * 128 * 2
+    sparse = 21 * (128 + 512) * 64 * 512 * 4
+    dense = (2 * 128 + 20 * (128 + MILLION // 128)) * 64 * 512 * 4
+    assert work["index scores"] == scores == pytest.approx(90.19e9, rel=1e-4)
+    assert work["sparse attention"] == sparse
+    assert work["dense attention"] == dense
+    assert work["routed experts"] == 43 * 6 * 3 * 2048 * 4096 * 2
+    assert work["head"] == 129_280 * 4096 * 2
+    assert sum(work.values()) == pytest.approx(140.36e9, rel=1e-4)
+
+
+def test_prefill_of_a_million_tokens_by_hand():
+    """87 PFLOP for Flash, 47 of them index scores."""
+    work = flops.count_tokens(load_model_config("v4_flash"), 0, MILLION)
+    # Σ (p + 1) // 4 over a million positions is 4·Σ q over q < 2¹⁸, plus 2¹⁸ at the last.
+    entries = 4 * (2**18) * (2**18 - 1) // 2 + 2**18
+    assert flops.total(work, "index scores") == 21 * entries * 64 * 128 * 2
+    assert flops.total(work, "index scores") == pytest.approx(47.29e15, rel=1e-3)
+    assert flops.total(work) == pytest.approx(87.5e15, rel=1e-3)
+
+
+# Matrix parameters per token by stored format, in billions (spec C.4).
+ACTIVE = {"v4_flash": (5.86, 6.49, 0.918), "v4_pro": (22.70, 24.18, 1.97)}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters(name):
+    config = load_model_config(name)
+    active = {"fp8": 0.0, "fp4": 0.0, "plain": 0.0}
+    share = config.num_experts_per_tok / config.n_routed_experts
+    for weight in list_weights(config):
+        if weight.is_matrix and weight.component != "MTP":
+            fmt = weight.fmt if weight.fmt in active else "plain"
+            active[fmt] += weight.parameters * (share if weight.is_routed else 1) / 1e9
+    assert tuple(active.values()) == pytest.approx(ACTIVE[name], abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "tiny"])
+def test_a_prefill_is_the_sum_of_its_tokens(name):
+    config = load_model_config(name)
+    whole = flops.by_component(flops.count_tokens(config, 0, 300, logits=300))
+    parts = [flops.by_component(flops.count_tokens(config, p, p + 1)) for p in range(300)]
+    for component, expected in whole.items():
+        assert expected == pytest.approx(sum(part[component] for part in parts)), component
+
+
+def test_sums_over_positions():
+    random.seed(0)
+    for _ in range(200):
+        ratio, window = random.choice([3, 4, 128]), random.choice([1, 5, 128])
+        first = random.randint(0, 600)
+        end = first + random.randint(1, 900)
+        limit = random.choice([None, 1, 2, 5])
+        seen = visible_entries(jnp.arange(first, end), ratio).tolist()
+        capped = [count if limit is None else min(count, limit) for count in seen]
+        assert flops.sum_visible(ratio, first, end, limit) == sum(capped)
+        expected = sum(min(p + 1, window) for p in range(first, end))
+        assert flops.sum_window(window, first, end) == expected
+
+
+def test_training_is_three_forwards_and_one_more_with_remat():
+    config = load_model_config("v4_flash")
+    forward = flops.by_component(flops.count_tokens(config, 0, 4096, logits=4096, mtp=True))
+    plain = flops.by_component(flops.count_training(config, 4096, remat=False))
+    again = flops.by_component(flops.count_training(config, 4096, remat=True))
+    assert plain["routed experts"] == 3 * forward["routed experts"]
+    assert again["dense attention"] == 4 * forward["dense attention"]
+    assert plain["index scores"] == forward["index scores"]  # ids carry no gradient
+    assert forward["MTP"] > 2 * 0.3186e9 * 4096  # the block's active weights, then the head

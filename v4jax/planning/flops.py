@@ -1,0 +1,166 @@
+"""Floating-point operations of tokens, by component.
+
+Products with weights are counted from the arrays of the abstract model; attention and index scores
+from what a query sees. A multiplication and its addition are two operations.
+"""
+
+import dataclasses
+
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.planning.inventory import count_layers, list_weights
+
+# Gradients with respect to input and weight double the forward work; these have none: ids of
+# selected entries carry no gradient, and with them neither do scores.
+_FORWARD_ONLY = ("index scores", "selection")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Operations of one component.
+
+    fmt: format of the weights or cached vectors multiplied. unit: "matrix" for matrix products,
+    "vector" for elementwise work and comparisons. layers: main layers that do it.
+    """
+
+    component: str
+    flops: float
+    fmt: str
+    unit: str = "matrix"
+
+    def times(self, factor: float) -> "Work":
+        """Returns the same work, done `factor` times."""
+        return dataclasses.replace(self, flops=self.flops * factor)
+
+
+def count_tokens(
+    config: ModelConfig,
+    first: int,
+    end: int,
+    *,
+    logits: int = 1,
+    mtp: bool = False,
+    storage: str = "released",
+) -> list[Work]:
+    """Returns the forward work of the tokens at positions first … end−1 of one sequence.
+
+    One token (`end = first + 1`) is a decode step, all from 0 a prefill. Entries that every query
+    may see are scored here even where there are so few that all are selected (the program skips the
+    scores then).
+
+    Args:
+      logits: tokens whose logits are computed.
+      mtp: whether the MTP block runs too, as in training.
+    """
+    tokens = end - first
+    assert tokens >= 1 and 0 <= logits <= tokens, (first, end, logits)
+    return [
+        *_weight_products(config, tokens, logits, mtp, storage),
+        *_attention(config, first, end),
+        *_stream_mixing(config, tokens),
+    ]
+
+
+def count_training(
+    config: ModelConfig, tokens: int, *, remat: bool, storage: str = "released"
+) -> list[Work]:
+    """Returns the work of one training sequence: forward, both gradients, and forward again.
+
+    Args:
+      remat: whether the forward pass is recomputed in the backward pass.
+    """
+    forward = count_tokens(config, 0, tokens, logits=tokens, mtp=True, storage=storage)
+    again = 1 if remat else 0
+    return [work.times((1 if work.component in _FORWARD_ONLY else 3) + again) for work in forward]
+
+
+def total(work: list[Work], *components: str) -> float:
+    """Returns all operations, or those of the components named."""
+    return sum(item.flops for item in work if not components or item.component in components)
+
+
+def by_component(work: list[Work]) -> dict[str, float]:
+    """Returns component → operations, in the order of `work`."""
+    sums: dict[str, float] = {}
+    for item in work:
+        sums[item.component] = sums.get(item.component, 0.0) + item.flops
+    return sums
+
+
+def _weight_products(config, tokens, logits, mtp, storage) -> list[Work]:
+    chosen = config.num_experts_per_tok / config.n_routed_experts
+    work = []
+    for weight in list_weights(config, storage):
+        if not weight.is_matrix or (weight.component == "MTP" and not mtp):
+            continue
+        share = chosen if weight.is_routed else 1.0
+        count = logits if weight.component == "head" else tokens
+        work.append(Work(weight.component, 2.0 * weight.parameters * share * count, weight.fmt))
+    if mtp:  # the MTP block reads its logits through the model's own head
+        head = 2.0 * config.vocab_size * config.hidden_size * logits
+        work.append(Work("MTP", head * config.num_nextn_predict_layers, "bfloat16"))
+    return work
+
+
+def _attention(config: ModelConfig, first: int, end: int) -> list[Work]:
+    per_key = 4.0 * config.num_attention_heads * config.head_dim  # scores, then weighted sum
+    per_score = 2.0 * config.index_n_heads * config.index_head_dim
+    ratios = {layer.kind: layer.ratio for layer in config.layers}
+    window = sum_window(config.sliding_window, first, end)
+    work = []
+    csa = count_layers(config, LayerKind.CSA)
+    if csa:
+        scored = sum_visible(ratios[LayerKind.CSA], first, end)
+        chosen = sum_visible(ratios[LayerKind.CSA], first, end, limit=config.index_topk)
+        work += [
+            Work("index scores", csa * per_score * scored, "fp4"),
+            Work("selection", float(csa * scored), "float32", "vector"),  # a comparison each
+            Work("sparse attention", csa * per_key * (window + chosen), "bfloat16"),
+        ]
+    hca = count_layers(config, LayerKind.HCA)
+    seen = sum_visible(ratios[LayerKind.HCA], first, end) if hca else 0
+    keys = hca * (window + seen) + count_layers(config, LayerKind.WINDOW) * window
+    return [*work, Work("dense attention", per_key * keys, "bfloat16")]
+
+
+def _stream_mixing(config: ModelConfig, tokens: int) -> list[Work]:
+    n, sites = config.hc_mult, 2 * config.num_hidden_layers
+    collapse, expand = n, n * n + n  # multiply-adds per channel
+    flops = 2.0 * sites * (collapse + expand) * config.hidden_size * tokens
+    return [Work("hyper-connections", flops, "float32", "vector")]
+
+
+def sum_window(window: int, first: int, end: int) -> int:
+    """Returns the window keys that queries first … end−1 see together.
+
+    >>> sum_window(4, 0, 6)  # 1 + 2 + 3 + 4 + 4 + 4
+    18
+    """
+
+    def up_to(count: int) -> int:
+        full = min(count, window)
+        return full * (full + 1) // 2 + (count - full) * window
+
+    return up_to(end) - up_to(first)
+
+
+def sum_visible(ratio: int, first: int, end: int, limit: int | None = None) -> int:
+    """Returns the compressed entries that queries first … end−1 see together, at most `limit` each.
+
+    A query sees what `kernels.table.visible_entries` says: (p + 1) // ratio at position p.
+
+    >>> sum_visible(4, 0, 9), sum_visible(4, 0, 17, limit=2)  # 4·1 + 2, 4·1 + 4·2 + 4·2 + 2
+    (6, 22)
+    """
+
+    def up_to(count: int) -> int:
+        # Σ i // ratio over i = 1 … count: 0 for ratio − 1 queries, then steps of `ratio`.
+        steps, rest = divmod(count, ratio)
+        return ratio * steps * (steps - 1) // 2 + steps * (rest + 1)
+
+    def limited(count: int) -> int:
+        if limit is None or count // ratio <= limit:
+            return up_to(count)
+        reached = limit * ratio  # queries from position reached − 1 on see `limit`
+        return up_to(reached) + (count - reached) * limit
+
+    return limited(end) - limited(first)
