@@ -1,0 +1,319 @@
+"""How the TPU compiler schedules the kernels: cycles of their loops, not a measurement.
+
+A case of `kernel_cases` is compiled for a topology by a child process, because the compiler dumps
+its bundles only when told so before it is loaded. `bundles` reads them; this module counts:
+
+    share of peak = FLOPs the result needs / (cycles · FLOPs per cycle and core)
+
+with every loop multiplied by its rounds. Bundles do not show waiting for memory: what the bytes
+alone would take stands beside, as `memory_cycles`.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from v4jax.errors import UnsupportedError
+from v4jax.kernels import dispatch
+from v4jax.planning import ahead_of_time, bundles, kernel_cases
+from v4jax.planning.kernel_cases import Case, Kernel
+
+_DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true " + (
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+)
+_CHILD = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs: several compilers do not disturb each other
+}
+_PALLAS = 'custom_call_target="tpu_custom_call"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One core of a generation: matrix units, peak, memory."""
+
+    unit: int  # rows and columns of a matrix unit
+    flops_per_cycle: int  # of one core, bfloat16
+    cores: int  # of one device; a kernel with a parallel grid runs on all
+    bytes_per_cycle: float  # of HBM, per core: published bandwidth / clock / cores
+
+
+# Clocks are those that the published peaks imply: 1.5, 1.75, 1.75 and 2.2 GHz.
+CHIPS = {
+    "v5e": Chip(128, 131_072, 1, 819 / 1.5),
+    "v5p": Chip(128, 131_072, 2, 2765 / 1.75 / 2),
+    "v6e": Chip(256, 524_288, 1, 1640 / 1.75),
+    "tpu7x": Chip(256, 524_288, 1, 7370 / 2.2 / 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopFigures:
+    """One loop of a kernel; loops inside it are counted with their rounds."""
+
+    name: str
+    bundles: int
+    rounds: float | None  # each time it is entered; None: stated nowhere
+    flops: float | None  # issued to the matrix units in one round
+    share: float | None  # of the peak, issued FLOPs
+    spills: float | None  # vector registers in one round
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFigures:
+    """One Pallas kernel on one core; a figure is None where a loop's rounds are unknown."""
+
+    op: str
+    case: str
+    kernel: str
+    inner: LoopFigures | None  # the loop with most of the matrix work
+    loops: tuple[LoopFigures, ...]
+    regions: tuple[tuple[str, int], ...]  # (name, bundles), skippable
+    bundles: int
+    cycles: float | None  # of the whole kernel
+    flops: float | None  # that the result needs, on this core
+    issued_flops: float | None  # to the matrix units, padding included
+    share: float | None  # of the peak, FLOPs that the result needs
+    bound: float  # the share that the shape allows
+    goal: float | None
+    moved_bytes: float | None  # between HBM and this core, at least
+    memory_cycles: float | None  # what these bytes take at the published bandwidth
+    spills: float | None  # vector registers spilled or filled in the whole kernel
+    notes: tuple[str, ...]
+
+    @property
+    def share_of_bound(self) -> float | None:
+        """Share of the peak over what the shape allows."""
+        return None if self.share is None else self.share / self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A Pallas call as JAX describes it."""
+
+    name: str
+    grid: tuple[int | None, ...]  # None: known on device only
+    parallel: tuple[bool, ...]
+
+
+def chip_of(topology: str) -> Chip:
+    """Returns the core that a topology such as "v6e:2x2" consists of.
+
+    Raises:
+      UnsupportedError: no figures are known for it.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in CHIPS:
+        raise UnsupportedError(
+            f"no peak is known for topology {topology!r}; known generations: {sorted(CHIPS)}"
+        )
+    return CHIPS[generation]
+
+
+def measure(topology: str, case: Case, keep: pathlib.Path | None = None) -> list[KernelFigures]:
+    """Returns the figures of every Pallas kernel of a case.
+
+    Args:
+      keep: folder that keeps the compiler's text; a temporary one is removed.
+
+    Raises:
+      UnsupportedError: libtpu is missing or knows no such topology, or refuses the case.
+    """
+    chip = chip_of(topology)
+    reason = ahead_of_time.why_unavailable()
+    if reason is not None:
+        raise UnsupportedError(f"compiling for {topology} needs the TPU compiler: {reason}")
+    folder = pathlib.Path(keep or tempfile.mkdtemp(prefix="v4jax-bench-"))
+    try:
+        _compile(topology, case, folder)
+        return read_folder(folder, chip, case)
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    root = pathlib.Path(__file__).parents[2]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        **_CHILD,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "LIBTPU_INIT_ARGS": _DUMP.format(folder=folder),
+    }
+    command = [sys.executable, "-m", "v4jax.planning.schedule", topology, case.key]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-12:]
+        raise UnsupportedError(
+            f"{case.key} does not compile for {topology}; the compiler's last words:\n  "
+            + "\n  ".join(line[:400] for line in last)
+        )
+
+
+def read_folder(folder: pathlib.Path, chip: Chip, case: Case) -> list[KernelFigures]:
+    """Returns the figures of the Pallas kernels whose bundles lie in `folder`."""
+    traced = {call.name: call for call in trace(case)}
+    figures = []
+    for path in sorted(folder.glob("*final_bundles.txt")):
+        match = re.fullmatch(r"(\d+)-(.+)-(\d+)-schedule-analysis_final_bundles\.txt", path.name)
+        if not match or match[2] == "TLP" or _PALLAS not in path.read_text(errors="replace"):
+            continue  # TLP is the program that calls the kernels
+        stamp, name, number = match.groups()
+        width = len(number)
+        text = folder / f"{stamp}-{name}-{int(number) + 1:0{width}}-final_bundles.txt"
+        program = bundles.read_program(text.read_text(errors="replace"), unit=chip.unit)
+        figures.append(count(program, chip, case, name, traced))
+    if not figures:
+        raise UnsupportedError(
+            f"the compiler wrote no bundles of a Pallas kernel for {case.key}; the reference ran "
+            "instead, or libtpu no longer dumps them"
+        )
+    return figures
+
+
+def count(
+    program: bundles.Program, chip: Chip, case: Case, name: str, traced: Mapping[str, Traced]
+) -> KernelFigures:
+    """Returns the figures of one program.
+
+    Args:
+      name: the compiler's, such as "transpose_jvp_dense_attention_backward__.1".
+      traced: by the names that the kernels were given.
+    """
+    known = [call for call in traced if call in name]
+    call = traced[max(known, key=len)] if known else None
+    described = [kernel for kernel in case.kernels if call and kernel.name == call.name]
+    kernel = described[0] if described else Kernel(call.name if call else name)
+    notes = list(filter(None, [kernel.assumes]))
+    if not described:
+        notes.append("not described in kernel_cases.py: FLOPs, bytes and rounds are not stated")
+    rounds, cores = _rounds(program, chip, kernel, call, notes)
+    loops = tuple(
+        _count_loop(program, rounds, kernel.entered, loop, chip) for loop in program.loops
+    )
+    unknown = program.unknown_loops(rounds)
+    if unknown:
+        listed = ", ".join(f"{loop.name} ({loop.end - loop.begin} bundles)" for loop in unknown)
+        notes.append(f"rounds unknown of loop {listed}: no figures of the whole")
+    inner = program.busiest_loop(rounds, kernel.entered)
+    by_name = {loop.name: loop for loop in loops}
+    total = None if unknown else program.total(rounds, kernel.entered)
+    flops = None if kernel.flops is None else kernel.flops / cores
+    moved = None if kernel.moved_bytes is None else kernel.moved_bytes / cores
+    share = None
+    if total is not None and flops is not None:
+        share = flops / (total.cycles * chip.flops_per_cycle)
+        if flops > total.issued_flops * 1.001:
+            notes.append(
+                f"rounds do not explain the FLOPs: {flops:.3g} needed, {total.issued_flops:.3g} "
+                "issued; the case's rounds or formula are wrong"
+            )
+            share = None
+    return KernelFigures(
+        op=case.op,
+        case=case.key,
+        kernel=kernel.name,
+        inner=None if inner is None else by_name[inner.name],
+        loops=loops,
+        regions=tuple((region.name, region.end - region.begin) for region in program.regions),
+        bundles=len(program.work),
+        cycles=total and total.cycles,
+        flops=flops,
+        issued_flops=total and total.issued_flops,
+        share=share,
+        bound=kernel.bound_for(chip.unit),
+        goal=kernel.goal_for(chip.unit),
+        moved_bytes=moved,
+        memory_cycles=moved and moved / chip.bytes_per_cycle,
+        spills=total and total.spills,
+        notes=tuple(notes),
+    )
+
+
+def _rounds(program, chip: Chip, kernel: Kernel, call: Traced | None, notes: list[str]):
+    """Returns (rounds by name, the grid's included; how many cores share the grid)."""
+    rounds = dict(kernel.rounds)
+    places = {stretch.name for stretch in (*program.loops, *program.regions)}
+    missing = sorted({*rounds, *kernel.entered} - places)
+    if missing:
+        notes.append(f"the case states rounds of {missing}, which this program does not have")
+    grids = [loop for loop in program.loops if loop.is_grid]
+    if call is None or not grids:
+        return rounds, 1
+    dynamic = iter(kernel.grid)
+    grid = [size if size is not None else next(dynamic, None) for size in call.grid]
+    if None in grid:
+        return rounds, 1
+    steps, stated = math.prod(grid), grids[0].rounds
+    splits = any(parallel and size > 1 for parallel, size in zip(call.parallel, grid, strict=True))
+    if stated is not None:
+        cores = round(steps / stated)
+    else:
+        cores = chip.cores if splits else 1
+        rounds.setdefault(grids[0].name, steps / cores)
+    if cores < chip.cores:
+        notes.append(f"runs on {cores} of {chip.cores} cores")
+    return rounds, cores
+
+
+def _count_loop(program, rounds: dict, entered, loop, chip: Chip) -> LoopFigures:
+    runs = rounds.get(loop.name, loop.rounds)
+    try:
+        work = program.total(rounds, entered, loop)
+    except KeyError:
+        return LoopFigures(loop.name, loop.end - loop.begin, runs, None, None, None)
+    share = work.issued_flops / (work.cycles * chip.flops_per_cycle)
+    flops = work.issued_flops
+    return LoopFigures(loop.name, loop.end - loop.begin, runs, flops, share, work.spills)
+
+
+def trace(case: Case) -> list[Traced]:
+    """Returns the Pallas calls of a case, in order, as traced for TPU."""
+    with dispatch.compiling_for("tpu"):
+        return list(_pallas_calls(jax.make_jaxpr(case.function)(*case.arguments).jaxpr))
+
+
+def _pallas_calls(jaxpr: Any):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield _describe(equation.params)
+            continue
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _pallas_calls(inner)
+
+
+def _describe(params: dict) -> Traced:
+    grid = tuple(size if isinstance(size, int) else None for size in params["grid_mapping"].grid)
+    compiler = params.get("compiler_params")
+    compiler = compiler.get("mosaic_tpu", compiler) if isinstance(compiler, dict) else compiler
+    semantics = getattr(compiler, "dimension_semantics", None) or ("arbitrary",) * len(grid)
+    parallel = tuple(getattr(kind, "value", kind) == "parallel" for kind in semantics)
+    name = params.get("name") or params["name_and_src_info"].name
+    return Traced(name, grid, parallel)
+
+
+def _compile_here(topology: str, key: str) -> None:
+    """What the child does: compiles one case; the dump is the result."""
+    case = kernel_cases.find(key)
+    ahead_of_time.compile_for(topology, case.function, *case.arguments)
+
+
+if __name__ == "__main__":
+    _compile_here(*sys.argv[1:])
