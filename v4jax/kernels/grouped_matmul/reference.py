@@ -3,6 +3,7 @@
 `jax.lax.ragged_dot` is not used: on CPU its work grows with the number of experts.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,12 @@ from v4jax.quant import ScaledArray
 from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div
 
-LARGEST_TILE = 128
+LARGEST_TILE = 256
 SMALLEST_TILE = 8
+# Tiles of one step are one batched product, as many as have expanded weights within these bytes:
+# on two CPU cores four tiles of 128 rows run 1.4 times as fast together as one after the other.
+TOGETHER = 4
+TOGETHER_BYTES = 16 * 2**20
 
 
 def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_activations):
@@ -39,21 +44,28 @@ def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_acti
     experts = gate_up.shape[0]
     tile = choose_tile(tokens * chosen, experts)
     plan = plan_tiles(flat_ids, experts, tile)
+    together = choose_together(gate_up, down)
+    steps = ceil_div(plan.experts.shape[0], together)
+    plan = TilePlan(*(fill_steps(array, steps * together) for array in plan[:3]), plan.places)
     rows_nqd = x[plan.assignments // chosen]
     weights_nq = jnp.where(plan.valid, flat_weights[plan.assignments], 0.0)
 
     def step(args):
-        expert, rows_qd, weights_q, used = args
+        experts_g, rows_gqd, weights_gq, used = args
         return jax.lax.cond(
             used,
-            run,
-            lambda e, r, w: jnp.zeros((tile, down.shape[1]), jnp.float32),
-            expert,
-            rows_qd,
-            weights_q,
+            jax.vmap(run),
+            lambda e, r, w: jnp.zeros((together, tile, down.shape[1]), jnp.float32),
+            experts_g,
+            rows_gqd,
+            weights_gq,
         )
 
-    outputs_nqd = jax.lax.map(step, (plan.experts, rows_nqd, weights_nq, plan.valid[:, 0]))
+    # Used tiles come first: a step whose first tile is empty is empty.
+    used_n = plan.valid[::together, 0]
+    parts = (plan.experts, rows_nqd, weights_nq)
+    parts = (part.reshape(steps, together, *part.shape[1:]) for part in parts)
+    outputs_nqd = jax.lax.map(step, (*parts, used_n))
     outputs_ad = outputs_nqd.reshape(-1, outputs_nqd.shape[-1])[plan.places]
     return outputs_ad.reshape(tokens, chosen, -1).sum(axis=1)
 
@@ -69,10 +81,8 @@ def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
 def apply_expert(x_qd, weights_q, gate_up_2fd, down_df, limit, quantized):
     """Returns weight · expert(x) in float32 for rows of one expert; weights_q None stands for 1."""
     dtype = x_qd.dtype
-    gate, up = (
-        product(x_qd, gate_up_2fd[0].astype(dtype)),
-        product(x_qd, gate_up_2fd[1].astype(dtype)),
-    )
+    both = product(x_qd, gate_up_2fd.reshape(-1, gate_up_2fd.shape[-1]).astype(dtype))
+    gate, up = jnp.split(both, 2, axis=-1)
     hidden = swiglu(round_to(gate, dtype), round_to(up, dtype), limit)
     if weights_q is not None:
         hidden = hidden * weights_q[..., None]
@@ -115,6 +125,17 @@ def choose_tile(assignments: int, experts: int) -> int:
     """Returns rows per tile: a power of two near half the mean load, so padding stays small."""
     mean = max(assignments // (2 * experts), 1)
     return min(max(1 << (mean.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
+
+
+def choose_together(gate_up, down) -> int:
+    """Returns how many tiles one step takes: by the bytes of their weights in float32."""
+    weight_bytes = 4 * (math.prod(gate_up.shape[1:]) + math.prod(down.shape[1:]))
+    return max(1, min(TOGETHER, TOGETHER_BYTES // weight_bytes))
+
+
+def fill_steps(array, tiles: int):
+    """Returns the array [n, …] with empty tiles at the end."""
+    return jnp.pad(array, [(0, tiles - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
 
 
 def plan_tiles(flat_ids, experts: int, tile: int) -> TilePlan:
