@@ -30,6 +30,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -52,8 +53,8 @@ from v4jax.shapes import ceil_div, round_up
 # Up to here each token is a program of its own; a tile of 128 costs about ten of them.
 FEW_TOKENS = 8
 VMEM_BYTES = 48 * 2**20
-# Twice the magnitude of each e2m1 code, one per hexadecimal digit: 12 8 6 4 3 2 1 0.
-FP4_DOUBLED = 0xC8643210 - 2**32
+CODES = 8  # FP4 codes in a word
+ONES = 0x11111111  # bit 0 of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Blocks:
     """
 
     entries: int = 512
-    heads: int = 32
+    heads: int = 64
     chunk: int = 32
-    growth: int = 384
+    growth: int = 640
     dense: int = 12
 
     def slack(self, count: int) -> int:
@@ -117,13 +118,11 @@ def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None
     positions_bt = jnp.where(positions_bt < end[:, None], positions_bt, -1)
     seen_bt = jnp.minimum(visible_entries(positions_bt, ratio), keys.capacity)
     seen = seen_bt.reshape(batch, tiles, tile)
-    needed = seen.max(axis=-1)
+    needed = seen.max(axis=-1).reshape(-1)
     seen = jnp.broadcast_to(seen, (batch, tiles, LANES))[:, :, None]
 
     if keys.format.kind == "fp4":
-        # Bytes hold channels 2p and 2p+1; the kernel unpacks all low halves, then all high halves.
-        queries = queries.reshape(*queries.shape[:3], channels // 2, 2).swapaxes(-1, -2)
-        queries = queries.reshape(batch, tokens, heads, channels)
+        queries = queries[..., decoded_order(channels)]
     weights = head_weights.astype(jnp.float32)
     if few:
         weights = weights[..., None]  # [b, t, i, 1] beside queries [b, t, i, x]
@@ -148,7 +147,7 @@ def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None
     def of_entries(array):
         def index(b, t, e, layer, needed):
             # Steps past the last needed block name that block again: nothing is fetched for them.
-            last = jax.lax.div(jnp.maximum(needed[b, t] - 1, 0), blocks.entries)
+            last = jax.lax.div(jnp.maximum(needed[b * tiles + t] - 1, 0), blocks.entries)
             e = jnp.minimum(e, last)
             return (layer[0], b, 0, e) if entries_last else (layer[0], b, e, 0)
 
@@ -165,7 +164,7 @@ def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None
         functools.partial(_body, names=names, count=count, blocks=blocks, few=few),
         name="indexer_select",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,  # layer [1], needed [b, tiles]
+            num_scalar_prefetch=2,  # layer [1], needed [b · tiles]
             grid=(batch, tiles, steps),
             in_specs=[*map(of_tile, (queries, weights, seen)), *map(of_entries, stored)],
             out_specs=of_tile(out_shape),
@@ -179,7 +178,9 @@ def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM_BYTES
+            # A chip of two cores divides the programs between them.
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=interpret,
     )(jnp.asarray(keys.layer, jnp.int32).reshape(1), needed, queries, weights, seen, *stored)
@@ -192,7 +193,7 @@ def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None
 def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks, few):
     """One block of entries for one tile of queries, or for one query if `few`.
 
-    Prefetch: layer [1], needed [b, tiles]. Input: queries [i, x, q] bf16 and weights [i, q] f32
+    Prefetch: layer [1], needed [b · tiles]. Input: queries [i, x, q] bf16 and weights [i, q] f32
     (few: [i, x], [i, 1]), seen [1, q] int32, stored keys of the block [entries, x] or, in fp4,
     [bytes, entries]. Output: chosen [⌈count/streams⌉, 8, 128] int32. Scratch: as in `select`.
     """
@@ -205,17 +206,14 @@ def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks, fe
         row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_row
         return row * sieve.streams + stream_index(shape, wide=few)
 
-    @pl.when((b == 0) & (t == 0) & (step == 0))
-    def _():
-        sieve.clear(sieve.rows)
-
     @pl.when(step == 0)
     def _():
         sieve.open()
 
-    sifted = needed[b, t] > count
+    needed = needed[b * pl.num_programs(1) + t]
+    sifted = needed > count
 
-    @pl.when(sifted & (step * blocks.entries < needed[b, t]))
+    @pl.when(sifted & (step * blocks.entries < needed))
     def _():
         if few:
             score_one(stored, queries, weights, block_keys)
@@ -280,17 +278,52 @@ def score_one(stored, queries, weights, block_keys):
 
 
 def decode_fp4(stored):
-    """Returns twice a block's keys [x, entries] in bfloat16, exactly; even channels, then odd.
+    """Returns twice a block's keys [x, entries] in bfloat16, exactly, in `decoded_order`.
 
-    The factor two is every key's: it changes no order.
+    Four bytes of an entry make a word, two bfloat16 of an entry as well: eight codes are decoded in
+    place, those 16 bits apart together. A code of 2 or more is exponent and mantissa of a normal
+    number, to which the scale's exponent is added; code 1, the only subnormal, becomes the scale
+    itself. The factor two is every key's: it changes no order.
     """
-    packed = stored["packed"][...].astype(jnp.int32)
-    codes = jnp.concatenate([packed & 15, packed >> 4], axis=0)
-    doubled = jax.lax.shift_right_logical(jnp.int32(FP4_DOUBLED), (codes & 7) << 2) & 15
-    bits = jax.lax.bitcast_convert_type(doubled.astype(jnp.float32), jnp.int32)
-    values = jax.lax.bitcast_convert_type(bits | ((codes & 8) << 28), jnp.float32)
-    scales = stored["scales"][...].astype(jnp.int32) << 23
-    scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
-    # Bytes that share a scale: [half of the nibbles, scale, bytes of a scale, entries].
-    values = values.reshape(2, scales.shape[0], INDEX_BLOCK // 2, -1) * scales[None, :, None]
-    return values.reshape(codes.shape).astype(jnp.bfloat16)
+    words = pltpu.bitcast(stored["packed"][...], jnp.int32)  # [x/8, entries]
+    scales = stored["scales"][...].astype(jnp.int32) << 7
+    scales = scales | (scales << 16)
+    normal = ((words >> 2) | (words >> 1)) & ONES  # bit 0 of the codes of 2 and more
+    some = (words & ONES) | normal  # of those that are not 0
+    words = words & (normal | ~ONES)
+    exponents = jnp.concatenate(
+        [_repeat_scales(scales[first : first + 2]) for first in range(0, scales.shape[0], 2)]
+    )
+    parts = [_decode_pair(words, some, exponents, bit) for bit in range(0, 16, 4)]
+    return jnp.concatenate([pltpu.bitcast(part, jnp.bfloat16) for part in parts])
+
+
+def decoded_order(channels: int) -> np.ndarray:
+    """Returns the channels in the order in which `decode_fp4` leaves them."""
+    return np.arange(channels).reshape(-1, 2, 4).transpose(2, 0, 1).reshape(-1)
+
+
+def _repeat_scales(scales):
+    """Returns [8, entries]: a scale stands for INDEX_BLOCK codes, four words."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (2 * INDEX_BLOCK // CODES, scales.shape[1]), 0)
+    return jnp.where(row < INDEX_BLOCK // CODES, scales[:1], scales[1:])
+
+
+def _decode_pair(words, some, exponents, bit: int):
+    """Returns words of two bfloat16, of the codes at `bit` and `bit` + 16."""
+
+    def moved(x, mask: int, source: int, target: int):
+        """Returns the bits of `mask` at `source` in both halves, at `target`."""
+        if target >= source:
+            return (x & _both(mask << source)) << (target - source)
+        return (x >> (source - target)) & _both(mask << target)
+
+    one = some & _both(1 << bit)
+    lowest = one << (7 - bit) if bit <= 7 else one >> (bit - 7)
+    mask = (one << (15 - bit)) - lowest  # the exponent's bits 14–7 where the code is not 0
+    return (moved(words, 7, bit, 6) + (exponents & mask)) | moved(words, 1, bit + 3, 15)
+
+
+def _both(bits: int):
+    """Returns an int32 with these 16 bits in both halves."""
+    return np.array(bits << 16 | bits, np.uint32).astype(np.int32)

@@ -69,22 +69,21 @@ class Sieve:
         """Whether another block may not fit before the next refresh."""
         return self.state[0] + self.block_rows > self.state[1]
 
-    def clear(self, rows):
-        """Empties the first `rows` rows."""
+    def open(self):
+        """Starts a program: empties all rows, whatever the one before has left."""
+        self._clear()
+        self.floor[...] = jnp.full(self.shape, NOTHING, jnp.int32)
+        self.state[0] = 0
+        self.state[1] = max(self.blocks.growth, self.block_rows)
 
+    def _clear(self):
         def empty(index, _):
             at = pl.ds(index * STEP, STEP)
             self.keys[at] = jnp.full((STEP, *self.shape), NOTHING, jnp.int32)
             self.ids[at] = jnp.zeros((STEP, *self.shape), jnp.int32)
             return 0
 
-        jax.lax.fori_loop(0, _steps(rows), empty, 0)
-
-    def open(self):
-        """Starts a tile; the previous one has left no rows."""
-        self.floor[...] = jnp.full(self.shape, NOTHING, jnp.int32)
-        self.state[0] = 0
-        self.state[1] = max(self.blocks.growth, self.block_rows)
+        jax.lax.fori_loop(0, self.rows // STEP, empty, 0)
 
     def add(self, block_keys, first_row):
         """Appends the keys of a block that exceed the floor; its rows start at `first_row`."""
@@ -266,7 +265,7 @@ class Sieve:
         return earlier + x
 
     def write(self, chosen):
-        """Writes the ids of all candidates, −1 in the places left; empties itself."""
+        """Writes the ids of all candidates, −1 in the places left; the sieve is used up."""
         rows = self.used
         stream = stream_index(self.shape, self.wide)
 
@@ -306,7 +305,6 @@ class Sieve:
         jax.lax.while_loop(lambda distance: distance < rows, close_rows, jnp.int32(1))
         size = chosen.shape[0]
         chosen[...] = jnp.where(self.keys[:size] >= 0, self.ids[:size], -1)
-        self.clear(jnp.maximum(rows, size))
 
     def _ahead(self, array, at, shift: int):
         """Returns row `at` of what stands `shift` streams further on, a power of two."""
