@@ -24,6 +24,7 @@ from v4jax.errors import UnsupportedError
 Check = Callable[[], str | None]
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_device: contextvars.ContextVar[str] = contextvars.ContextVar("device", default="")
 _requested: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "requested", default=None
 )
@@ -34,14 +35,27 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
+def device_kind() -> str:
+    """Returns the kind of device that the traced program will run on, such as "TPU v6 lite".
+
+    Empty while compiling for a platform without saying for which of its devices.
+    """
+    return _device.get() if _platform.get() else jax.devices()[0].device_kind
+
+
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[None]:
-    """Makes `platform()` return `name`: programs traced inside are for another machine."""
-    token = _platform.set(name)
+def compiling_for(name: str, device: str = "") -> Iterator[None]:
+    """Makes `platform()` return `name`: programs traced inside are for another machine.
+
+    Args:
+      device: what `device_kind()` returns meanwhile.
+    """
+    tokens = _platform.set(name), _device.set(device)
     try:
         yield
     finally:
-        _platform.reset(token)
+        _platform.reset(tokens[0])
+        _device.reset(tokens[1])
 
 
 @contextlib.contextmanager

@@ -61,10 +61,11 @@ def compile_for(topology: str, function, *arguments):
       UnsupportedError: as `describe`.
       jax.errors.JaxRuntimeError: the compiler refuses; the message says why.
     """
-    sharding = jax.sharding.SingleDeviceSharding(describe(topology).devices[0])
+    device = describe(topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
 
     def place(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with dispatch.compiling_for("tpu"):
+    with dispatch.compiling_for("tpu", device.device_kind):
         return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()

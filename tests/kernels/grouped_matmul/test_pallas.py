@@ -9,6 +9,7 @@ import pytest
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.grouped_matmul import choose, pallas_tpu, pallas_tpu_backward, reference
+from v4jax.kernels.scaled_matmul import unpack_tpu
 from v4jax.kernels.stacked import Stacked
 from v4jax.planning import ahead_of_time
 from v4jax.quant import quantize_weight
@@ -100,6 +101,8 @@ def test_rounding_to_fp8_is_the_published_one():
     x = jnp.asarray(x, jnp.float32)
     expected = dequantize_fp8(*quantize_fp8(x, 128), 128)
     np.testing.assert_array_equal(jax.jit(pallas_tpu.round_fp8)(x), expected)
+    found = jax.jit(functools.partial(pallas_tpu.round_fp8, splits=True))(unpack_tpu.split(x))
+    np.testing.assert_array_equal(found, unpack_tpu.split(expected))
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])

@@ -48,13 +48,15 @@ def test_values(case, kind):
     assert np.mean(found == expected) > 0.99
 
 
-def test_every_fp4_code_and_scale():
+@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite"])
+def test_every_fp4_code_and_scale(device, monkeypatch):
     """A product with the identity shows every weight exactly: 16 codes, scales 2^−110 … 2^110."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: device)
     codes = np.arange(256 * 256).reshape(256, 256) * 7919 // 13 % 16
     scales = (17 + np.arange(256 * 8).reshape(256, 8) * 31 % 221).astype(np.uint8)
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
     weight = ScaledArray(jnp.asarray(packed), jnp.asarray(scales), (1, 32))
-    found = jax.jit(pallas_tpu.matmul)(jnp.eye(256, dtype=jnp.bfloat16), weight)
+    found = jax.jit(lambda *x: pallas_tpu.matmul(*x))(jnp.eye(256, dtype=jnp.bfloat16), weight)
     expected = jax.jit(ScaledArray.dequantize)(weight)
     np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
 
@@ -64,7 +66,7 @@ def test_split_order():
     split = unpack_tpu.split(x)[0]
     assert split[:3].tolist() == [0, 2, 4] and split[128:131].tolist() == [1, 3, 5]
     assert split[256:259].tolist() == [256, 258, 260]
-    matrix = unpack_tpu.split_matrix("fp8", jnp.float32)
+    matrix = unpack_tpu.split_matrix(jnp.float32)
     np.testing.assert_array_equal(x[:, :256] @ matrix, split[None, :256])
 
 

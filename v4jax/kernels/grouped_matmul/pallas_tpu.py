@@ -190,6 +190,7 @@ def _gated_body(
                     scales_ref.at[which],
                     scratch_ref.at[which],
                     first_tile,
+                    splits=splits,
                 )
 
     step = min(linear.PASS // 2, block)  # of gate and of up
@@ -206,39 +207,59 @@ def _gated_body(
         hidden = reference.swiglu(product(0, i), product(1, i), limit) * weights_ref[...]
         hidden = hidden.astype(jnp.bfloat16)
         if quantized:
-            hidden = round_fp8(hidden.astype(jnp.float32)).astype(jnp.bfloat16)
-        if splits:
+            hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and kind == "fp4")
+            hidden = hidden.astype(jnp.bfloat16)
+        if splits and kind != "fp4":
             # A product with a permutation is exact.
-            matrix = unpack_tpu.split_matrix(kind, jnp.bfloat16)
+            matrix = unpack_tpu.split_matrix(jnp.bfloat16)
             hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
-        else:
+        elif not splits:
             hidden = unpack_tpu.restore(kind, hidden.astype(jnp.float32))
         out_ref[:, pl.ds(pl.multiple_of(i * step, step), step)] = hidden.astype(jnp.bfloat16)
 
 
-def round_fp8(x):
+def round_fp8(x, *, splits=False):
     """Rounds float32 [rows, c] to e4m3 with a power-of-two scale per row and 128 columns.
+
+    With `splits` the columns lie in split order, and are 256 at least.
 
     The same numbers as `formats.quantize_fp8` gives, without a cast that few chips have: adding and
     subtracting 1.5·2^23 units in the last place rounds to the nearest, ties to even.
     """
-    blocks = [
-        _round_block(x[:, first : first + unpack_tpu.LANES])
-        for first in range(0, x.shape[1], unpack_tpu.LANES)
-    ]
-    return jnp.concatenate(blocks, axis=1)
+    lanes = unpack_tpu.LANES
+    blocks = [x[:, first : first + lanes] for first in range(0, x.shape[1], lanes)]
+    if not splits:
+        largest = [jnp.max(jnp.abs(x), axis=1, keepdims=True) for x in blocks]
+        rounded = [_round_blocks(*pair)[0] for pair in zip(largest, blocks, strict=True)]
+        return jnp.concatenate(rounded, axis=1)
+    is_first = jax.lax.broadcasted_iota(jnp.int32, blocks[0].shape, 1) < lanes // 2
+    rounded = []
+    for even, odd in zip(blocks[0::2], blocks[1::2], strict=True):
+        # Each half of the lanes holds columns of one block of 128.
+        sizes = jnp.maximum(jnp.abs(even), jnp.abs(odd))
+        first, second = (
+            jnp.max(jnp.where(is_first == wanted, sizes, 0.0), axis=1, keepdims=True)
+            for wanted in (True, False)
+        )
+        rounded += _round_blocks(jnp.where(is_first, first, second), even, odd)
+    return jnp.concatenate(rounded, axis=1)
 
 
-def _round_block(x):
-    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), FP8_AMAX_FLOOR)
+def _round_blocks(largest, *blocks):
+    """Returns the blocks, rounded by the scale of their largest magnitudes."""
+    amax = jnp.maximum(largest, FP8_AMAX_FLOOR)
     bits = jax.lax.bitcast_convert_type(amax * jnp.float32(1.0 / FP8_MAX), jnp.int32)
     # amax has a floor, so the scale's exponent is 97 at least and its inverse is normal as well.
     exponent = (bits >> 23) + jnp.where((bits & 0x7FFFFF) != 0, 1, 0)
     scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
     inverse = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
-    scaled = jnp.clip(x * inverse, -FP8_MAX, FP8_MAX)
+    return [_round_scaled(x * inverse) * scale for x in blocks]
+
+
+def _round_scaled(x):
+    scaled = jnp.clip(x, -FP8_MAX, FP8_MAX)
     # Three bits of mantissa; below 2^−6 the step stays 2^−9.
     power = jax.lax.bitcast_convert_type(scaled, jnp.int32) & 0x7F800000
     power = jnp.maximum(jax.lax.bitcast_convert_type(power, jnp.float32), 2.0**-6)
     shift = power * (1.5 * 2.0**20)
-    return ((scaled + shift) - shift) * scale
+    return (scaled + shift) - shift

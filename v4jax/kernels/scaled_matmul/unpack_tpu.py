@@ -2,14 +2,16 @@
 
 Both are exact: a scale is a power of two, and bfloat16 holds every e4m3 and e2m1 value (spec D.3).
 
-FP4 is unpacked by integers, since most chips have no cast. Four bytes of one column lie in a word
+FP4 is unpacked by integers, since most chips have no cast (and, where a vector unit computes in
+bfloat16, by one subtraction and one minimum). Four bytes of one column lie in a word
 (rows 4i … 4i+3), two bfloat16 of one column as well, so words are taken apart and put together in
 place: two weights per operation, no movement between lanes. Two orders make that possible. Byte p
 holds columns 2p and 2p+1; instead of interleaving lanes, the contraction runs in *split order*: in
 every group of 256 columns the even ones come first, so the low halves of 128 bytes make 128
 neighbouring columns, and the high halves the next 128. `split` brings the other operand into this
 order. And bytes two apart are halves of a word without a shift, so expanded rows 4i … 4i+3 lie as
-4i, 4i+2, 4i+1, 4i+3; `restore` brings the outputs back.
+4i, 4i+2, 4i+1, 4i+3; `restore` brings the outputs back. Where the outputs are wanted in split order
+themselves, the words of even rows are put before those of odd ones, and nothing is left to do.
 """
 
 from typing import Literal
@@ -20,6 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from v4jax.kernels import dispatch
 from v4jax.quant import ScaledArray
 from v4jax.quant.scaled_array import FP4_BLOCK, FP8_BLOCK
 
@@ -64,13 +67,11 @@ def split(x):
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
 
 
-def split_matrix(kind: Kind, dtype):
-    """Returns the permutation [256, 256] to split order of outputs of a weight of this kind."""
+def split_matrix(dtype):
+    """Returns the permutation [256, 256] to split order."""
     source = jax.lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 0)
     place = jax.lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 1)
     wanted = jnp.where(place < LANES, 2 * place, 2 * (place - LANES) + 1)
-    if kind == "fp4":
-        wanted += jnp.where((wanted & 3) == 1, 1, 0) - jnp.where((wanted & 3) == 2, 1, 0)
     return (source == wanted).astype(dtype)
 
 
@@ -107,7 +108,12 @@ def read(scratch_ref, step, rows: int):
     return jnp.concatenate(planes, axis=1)
 
 
-def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile) -> None:
+def computes_in_bfloat16() -> bool:
+    """Returns whether the chip's vector unit does, two values per lane."""
+    return dispatch.device_kind().startswith(("TPU v6", "TPU7"))
+
+
+def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, splits=False) -> None:
     """Expands a block into `scratch_ref`, for `read`.
 
     Args:
@@ -115,12 +121,13 @@ def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile) -> None:
       scales_ref: FP8: [out/128, columns/128] float32 of the whole matrix; FP4: [rows, columns/32].
       scratch_ref: `scratch_shape`.
       first_tile: FP8: the block's first row of 128 in `scales_ref`.
+      splits: FP4: the rows come in split order, and need no `restore`.
     """
 
     @pl.loop(0, values_ref.shape[0] // UNPACK_ROWS)
     def _(step):
         if kind == "fp4":
-            _unpack_fp4(values_ref, scales_ref, scratch_ref, step)
+            _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits)
         else:
             _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile)
 
@@ -136,8 +143,14 @@ def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
         scratch_ref.at[tile][pl.ds(step * half, half), :] = words
 
 
-def _unpack_fp4(values_ref, scales_ref, scratch_ref, step):
+def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
     rows, words = pl.ds(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS // 4
+    if splits:
+        # A group of 256 rows is 128 words, the even rows' before the odd ones'; a step is half one.
+        first = (step >> 1) * LANES + (step & 1) * words
+        place = [pl.ds(pl.multiple_of(first + half, words), words) for half in (0, LANES // 2)]
+    else:
+        place = [pl.ds(step * (UNPACK_ROWS // 2) + pair, words, stride=2) for pair in range(2)]
     scales = _decrement(pltpu.bitcast(scales_ref[rows, :], jnp.int32))
     lane = jax.lax.broadcasted_iota(jnp.int32, (words, LANES), 1)
     for group in range(values_ref.shape[1] // LANES):
@@ -149,19 +162,49 @@ def _unpack_fp4(values_ref, scales_ref, scratch_ref, step):
         index = group * 8 % LANES + (lane >> 4)
         scale = jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
         four = pltpu.bitcast(values_ref[rows, group * LANES : (group + 1) * LANES], jnp.int32)
-        place = [pl.ds(step * (UNPACK_ROWS // 2) + pair, words, stride=2) for pair in range(2)]
         low, high = scratch_ref.at[2 * group], scratch_ref.at[2 * group + 1]
-        # All eight codes of a word at once: bit 0 of each becomes what a code needs to know.
-        normal = ((four >> 2) | (four >> 1)) & ONES  # codes of 2 and more
-        some = (four & ONES) | normal  # not 0
-        four &= normal | ~ONES  # code 1 is the only subnormal, ½: no mantissa
+        decode = _by_bfloat16 if computes_in_bfloat16() else _by_integers
         # Bytes 0 and 2 of a word, then 1 and 3: their codes stand 16 bits apart already.
-        exponent = (scale << 7) & 0x7F807F80
-        low[place[0], :] = _place(four, some, exponent, 0)
-        high[place[0], :] = _place(four, some, exponent, 4)
-        exponent = (scale >> 1) & 0x7F807F80
-        low[place[1], :] = _place(four, some, exponent, 8)
-        high[place[1], :] = _place(four, some, exponent, 12)
+        exponents = (scale << 7) & 0x7F807F80, (scale >> 1) & 0x7F807F80
+        found = decode(four, exponents)
+        low[place[0], :], high[place[0], :], low[place[1], :], high[place[1], :] = found
+
+
+def _by_bfloat16(four, exponents):
+    """Returns four words of two bfloat16 each: of the codes at bits 0, 4, 8, 12 and 16 above.
+
+    A code's exponent and mantissa and the scale's exponent less one, added, are a normal number
+    v = scale · (½, ¾, 1, 1½, 2, 3, 4, 6), right but for codes 0 and 1. And min(v, 2v − scale) is
+    scale · (0, ½, 1, 1½, 2, 3, 4, 6), without rounding.
+    """
+    found = []
+    for bit in (0, 4, 8, 12):
+        exponent = exponents[bit // 8]
+        scale = exponent + _both(0x80)
+        magnitude = _at(four, 7, bit, 6)
+        low, high, unit = (
+            pltpu.bitcast(x, jnp.bfloat16) for x in (magnitude + exponent, magnitude + scale, scale)
+        )
+        right = pltpu.bitcast(jnp.minimum(low, high - unit), jnp.int32)
+        found.append(right | _at(four, 1, bit + 3, 15))
+    return found
+
+
+def _by_integers(four, exponents):
+    """As `_by_bfloat16`, without arithmetic of halves."""
+    # All eight codes of a word at once: bit 0 of each becomes what a code needs to know.
+    normal = ((four >> 2) | (four >> 1)) & ONES  # codes of 2 and more
+    some = (four & ONES) | normal  # not 0
+    four &= normal | ~ONES  # code 1 is the only subnormal, ½: no mantissa
+    return [_place(four, some, exponents[bit // 8], bit) for bit in (0, 4, 8, 12)]
+
+
+def _at(x, mask: int, source: int, target: int):
+    """Moves the bits of `mask` in both halves from `source` to `target`."""
+    shift = target - source
+    if shift >= 0:
+        return (x & _both(mask << source)) << shift
+    return (x >> -shift) & _both(mask << target)
 
 
 def _place(codes, some, exponent, bit: int):
@@ -170,19 +213,11 @@ def _place(codes, some, exponent, bit: int):
     A code of 2 or more is a normal number: its exponent and mantissa, at bits 8–7 and 6, and the
     scale's exponent less one are added. Code 1 is left with the scale's exponent, code 0 with 0.
     """
-
-    def at(x, mask: int, source: int, target: int):
-        """Moves the bits of `mask` in both halves from `source` to `target`."""
-        shift = target - source
-        if shift >= 0:
-            return (x & _both(mask << source)) << shift
-        return (x >> -shift) & _both(mask << target)
-
     one = some & _both(1 << bit)
     lowest = one << (7 - bit) if bit <= 7 else one >> (bit - 7)
     mask = (one << (15 - bit)) - lowest  # bits 14–7 where the code is not 0
-    magnitude = at(codes, 7, bit, 6)
-    return (magnitude + (exponent & mask)) | at(codes, 1, bit + 3, 15)
+    magnitude = _at(codes, 7, bit, 6)
+    return (magnitude + (exponent & mask)) | _at(codes, 1, bit + 3, 15)
 
 
 def _both(bits: int):
