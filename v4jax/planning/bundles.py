@@ -12,7 +12,8 @@ forwards inside a loop may skip the bundles it jumps over. Waiting for memory is
 import dataclasses
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
+
+import numpy as np
 
 from v4jax.errors import UnsupportedError
 
@@ -31,29 +32,18 @@ _SPILL = re.compile(r"= (?:vst|vld)[a-z0-9.]* \[vmem:\[#allocation\d+_spill")
 _EXIT = re.compile(
     r"%(\w+) = scmp\.(ge|lt|ne|eq)\.[su]32\.totalorder %(\w+), (\d+)(?: /\* loop exit test)?"
 )
-_PHI = re.compile(r"%\w+ = sphi %(\w+), %(\w+)")
+_PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
 _CONSTANT = re.compile(r"%(\w+) = smov (?:\(!?%\w+\), )?(\d+) /\* copy for cssa")
-_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), %\w+")
+_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), %(\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a stretch of bundles does; sums of bundles times the rounds they run."""
 
-    cycles: float = 0.0
-    issued_flops: float = 0.0  # of the matrix units, padding included
-    spills: float = 0.0  # vector registers written to or read from the spill area
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.cycles + other.cycles,
-            self.issued_flops + other.issued_flops,
-            self.spills + other.spills,
-        )
-
-    def times(self, factor: float) -> "Work":
-        """Returns `factor` times this."""
-        return Work(self.cycles * factor, self.issued_flops * factor, self.spills * factor)
+    cycles: float
+    issued_flops: float  # of the matrix units, padded rows and columns included
+    spills: float  # vector registers written to or read from the spill area
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +60,30 @@ class Stretch:
     rounds: int | None = None  # of a loop, where the text states it
     is_grid: bool = False
 
+    def contains(self, other: "Stretch") -> bool:
+        """Whether `other` lies inside; so does the stretch itself."""
+        return self.begin <= other.begin and other.end <= self.end
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """One kernel: the work of every bundle, its loops and skippable regions in program order."""
 
-    work: tuple[Work, ...]
+    work_n3: np.ndarray  # per bundle: cycles, issued FLOPs, spills
     loops: tuple[Stretch, ...]
     regions: tuple[Stretch, ...]
+
+    @property
+    def whole(self) -> Stretch:
+        """All bundles."""
+        return Stretch("", 0, len(self.work_n3))
 
     def unknown_loops(self, rounds: Mapping[str, float]) -> list[Stretch]:
         """Returns the loops whose rounds neither the text nor `rounds` states."""
         return [loop for loop in self.loops if loop.rounds is None and loop.name not in rounds]
 
     def total(
-        self,
-        rounds: Mapping[str, float],
-        entered: Mapping[str, float] = MappingProxyType({}),
-        root: Stretch | None = None,
+        self, rounds: Mapping[str, float], entered: Mapping[str, float], root: Stretch | None = None
     ) -> Work:
         """Returns the work of one run of the program, or of one round of the loop `root`.
 
@@ -98,53 +94,66 @@ class Program:
         Raises:
           KeyError: a loop's rounds are stated nowhere.
         """
-        begin, end = (0, len(self.work)) if root is None else (root.begin, root.end)
-        factors = [1.0] * (end - begin)
-        for stretch in (*self.loops, *self.regions):
-            inside = begin <= stretch.begin and stretch.end <= end and stretch is not root
-            if not inside:
-                continue
-            factor = entered.get(stretch.name, 1.0)
-            if stretch in self.loops:
-                times = rounds.get(stretch.name, stretch.rounds)
+        root = root or self.whole
+        factors_n = np.ones(len(self.work_n3))
+        for loop in self.loops:
+            if root.contains(loop) and loop != root:
+                times = rounds.get(loop.name, loop.rounds)
                 if times is None:
-                    raise KeyError(stretch.name)
-                factor *= times
-            for i in range(stretch.begin - begin, stretch.end - begin):
-                factors[i] *= factor
-        total = Work()
-        for work, factor in zip(self.work[begin:end], factors, strict=True):
-            total += work.times(factor)
-        return total
+                    raise KeyError(loop.name)
+                factors_n[loop.begin : loop.end] *= times
+        for stretch in (*self.loops, *self.regions):
+            if root.contains(stretch) and stretch != root:
+                factors_n[stretch.begin : stretch.end] *= entered.get(stretch.name, 1.0)
+        return _sum(self.work_n3[root.begin : root.end], factors_n[root.begin : root.end])
 
     def busiest_loop(
-        self, rounds: Mapping[str, float], entered: Mapping[str, float] = MappingProxyType({})
+        self, rounds: Mapping[str, float], entered: Mapping[str, float]
     ) -> Stretch | None:
-        """Returns the innermost loop with most of the matrix work, or of the cycles without any.
+        """Returns the loop with most of the matrix work, or of the cycles if there is none.
 
-        Its own bundles count, those of loops inside it do not.
+        Its own bundles count, those of loops inside it do not. Unknown rounds count as one.
         """
 
-        def weight(loop):
-            own = self.total({**rounds, **dict.fromkeys(self._inside(loop), 0)}, entered, loop)
+        def weight(loop: Stretch) -> tuple[float, float]:
+            own = self.own(loop)
             runs = 1.0
             for outer in self.loops:
-                if outer.begin <= loop.begin and loop.end <= outer.end:
-                    runs *= rounds.get(outer.name, outer.rounds) or 0
-                    runs *= entered.get(outer.name, 1.0)
+                if outer.contains(loop):
+                    runs *= rounds.get(outer.name, outer.rounds or 1) * entered.get(outer.name, 1.0)
             return (own.issued_flops * runs, own.cycles * runs)
 
         return max(self.loops, key=weight, default=None)
 
-    def _inside(self, loop: Stretch) -> list[str]:
-        return [other.name for other in self.loops if other.name.startswith(loop.name + ".")]
+    def own(self, loop: Stretch, *, around_matrix_work: bool = False) -> Work:
+        """Returns the work of one round without the loops inside; every region runs.
+
+        Args:
+          around_matrix_work: only from the first matrix instruction to the last.
+        """
+        factors_n = np.zeros(len(self.work_n3))
+        factors_n[loop.begin : loop.end] = 1
+        for other in self.loops:
+            if loop.contains(other) and other != loop:
+                factors_n[other.begin : other.end] = 0
+        if around_matrix_work:
+            places = np.flatnonzero(factors_n * self.work_n3[:, 1])
+            first, last = (places[0], places[-1]) if len(places) else (0, -1)
+            factors_n[:first] = 0
+            factors_n[last + 1 :] = 0
+        return _sum(self.work_n3, factors_n)
 
 
-def read_program(text: str, *, unit: int) -> Program:
+def _sum(work_n3: np.ndarray, factors_n: np.ndarray) -> Work:
+    return Work(*(float(x) for x in factors_n @ work_n3))
+
+
+def read_program(text: str, *, unit: int, depth: int | None = None) -> Program:
     """Returns the program of a `*final_bundles.txt`.
 
     Args:
       unit: rows and columns of one matrix unit.
+      depth: channels that every product sums over, if they do not fill the unit.
 
     Raises:
       UnsupportedError: the text is not what this reader knows.
@@ -161,9 +170,8 @@ def read_program(text: str, *, unit: int) -> Program:
         if rounds is not None and is_grid:
             rounds -= GRID_EXTRA_ROUNDS
         found.append(Stretch(name, begin, end, rounds, is_grid))
-    return Program(
-        tuple(_work_of(line, unit) for line in lines), tuple(found), _find_regions(jumps, names)
-    )
+    work_n3 = np.array([_work_of(line, unit, min(depth or unit, unit)) for line in lines], float)
+    return Program(work_n3, tuple(found), _find_regions(jumps, names))
 
 
 def _join_bundles(text: str) -> list[str]:
@@ -177,13 +185,14 @@ def _join_bundles(text: str) -> list[str]:
     return bundles
 
 
-def _work_of(line: str, unit: int) -> Work:
+def _work_of(line: str, unit: int, depth: int) -> tuple[int, int, int]:
+    """Returns a bundle's cycles, FLOPs and spills."""
     flops = 0
     for dtype in _MATMUL.findall(line):
         if dtype not in _ROWS:
             raise UnsupportedError(f"unknown matrix instruction of type {dtype!r}: {line[:200]}")
-        flops += 2 * _ROWS[dtype] * unit * unit
-    return Work(1, flops, len(_SPILL.findall(line)))
+        flops += 2 * _ROWS[dtype] * unit * depth
+    return 1, flops, len(_SPILL.findall(line))
 
 
 def _find_branches(lines: list[str]):
@@ -248,10 +257,14 @@ def _stated_rounds(lines: list[str], begin: int, end: int) -> int | None:
     _, compare, counter, bound = tests[-1]
     if (compare, tested[0]) not in (("ge", "!"), ("eq", "!"), ("lt", ""), ("ne", "")):
         return None
-    starts = [first for first, following in _PHI.findall(lines[begin]) if following == counter]
-    steps = dict(_STEP.findall(body))
+    steps = {name: (int(step), before) for name, step, before in _STEP.findall(body)}
     constants = dict(_CONSTANT.findall("\n".join(lines[:begin])))
-    if len(starts) != 1 or starts[0] not in constants or counter not in steps:
+    step, before = steps.get(counter, (0, ""))
+    # The counter is what the phi becomes, or what follows from the phi.
+    phis = _PHI.findall(lines[begin])
+    starts = {start for phi, start, after in phis if counter == after or before == phi}
+    first = constants.get(starts.pop()) if len(starts) == 1 else None
+    if first is None or step == 0:
         return None
-    span, step = int(bound) - int(constants[starts[0]]), int(steps[counter])
-    return -(-span // step) if span > 0 and step > 0 else None
+    span = int(bound) - int(first)
+    return -(-span // step) if span > 0 else None

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -105,6 +104,7 @@ class Traced:
     name: str
     grid: tuple[int | None, ...]  # None: known on device only
     parallel: tuple[bool, ...]
+    result: tuple[int, ...]  # shape of the first result
 
 
 def chip_of(topology: str) -> Chip:
@@ -165,17 +165,21 @@ def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
 
 def read_folder(folder: pathlib.Path, chip: Chip, case: Case) -> list[KernelFigures]:
     """Returns the figures of the Pallas kernels whose bundles lie in `folder`."""
-    traced = {call.name: call for call in trace(case)}
+    calls = trace(case)
     figures = []
     for path in sorted(folder.glob("*final_bundles.txt")):
         match = re.fullmatch(r"(\d+)-(.+)-(\d+)-schedule-analysis_final_bundles\.txt", path.name)
-        if not match or match[2] == "TLP" or _PALLAS not in path.read_text(errors="replace"):
-            continue  # TLP is the program that calls the kernels
+        if not match or match[2] == "TLP":  # TLP is the program that calls the kernels
+            continue
+        analysis = path.read_text(errors="replace")
+        if _PALLAS not in analysis:
+            continue
         stamp, name, number = match.groups()
-        width = len(number)
-        text = folder / f"{stamp}-{name}-{int(number) + 1:0{width}}-final_bundles.txt"
-        program = bundles.read_program(text.read_text(errors="replace"), unit=chip.unit)
-        figures.append(count(program, chip, case, name, traced))
+        shape = re.search(r"= \(?\w+\[([\d,]*)\]", analysis)
+        result = tuple(int(size) for size in shape[1].split(",") if size) if shape else ()
+        call = _called(calls, name, result)
+        text = folder / f"{stamp}-{name}-{int(number) + 1:0{len(number)}}-final_bundles.txt"
+        figures.append(count(text.read_text(errors="replace"), chip, case, name, call))
     if not figures:
         raise UnsupportedError(
             f"the compiler wrote no bundles of a Pallas kernel for {case.key}; the reference ran "
@@ -184,32 +188,33 @@ def read_folder(folder: pathlib.Path, chip: Chip, case: Case) -> list[KernelFigu
     return figures
 
 
-def count(
-    program: bundles.Program, chip: Chip, case: Case, name: str, traced: Mapping[str, Traced]
-) -> KernelFigures:
+def _called(calls: list[Traced], name: str, result: tuple[int, ...]) -> Traced | None:
+    """Returns the call that became the compiler's `name`, which holds the kernel's own."""
+    own = max((call.name for call in calls if call.name in name), key=len, default=None)
+    found = [call for call in calls if call.name == own]
+    return next((call for call in found if call.result == result), found[0] if found else None)
+
+
+def count(text: str, chip: Chip, case: Case, name: str, call: Traced | None) -> KernelFigures:
     """Returns the figures of one program.
 
     Args:
+      text: the final bundles.
       name: the compiler's, such as "transpose_jvp_dense_attention_backward__.1".
-      traced: by the names that the kernels were given.
+      call: what JAX says about it.
     """
-    known = [call for call in traced if call in name]
-    call = traced[max(known, key=len)] if known else None
-    described = [kernel for kernel in case.kernels if call and kernel.name == call.name]
+    described = [
+        kernel
+        for kernel in case.kernels
+        if call and kernel.name == call.name and kernel.result in ((), call.result)
+    ]
     kernel = described[0] if described else Kernel(call.name if call else name)
-    notes = list(filter(None, [kernel.assumes]))
+    program = bundles.read_program(text, unit=chip.unit, depth=kernel.depth)
+    notes = [kernel.assumes] if kernel.assumes else []
     if not described:
         notes.append("not described in kernel_cases.py: FLOPs, bytes and rounds are not stated")
     rounds, cores = _rounds(program, chip, kernel, call, notes)
-    loops = tuple(
-        _count_loop(program, rounds, kernel.entered, loop, chip) for loop in program.loops
-    )
     unknown = program.unknown_loops(rounds)
-    if unknown:
-        listed = ", ".join(f"{loop.name} ({loop.end - loop.begin} bundles)" for loop in unknown)
-        notes.append(f"rounds unknown of loop {listed}: no figures of the whole")
-    inner = program.busiest_loop(rounds, kernel.entered)
-    by_name = {loop.name: loop for loop in loops}
     total = None if unknown else program.total(rounds, kernel.entered)
     flops = None if kernel.flops is None else kernel.flops / cores
     moved = None if kernel.moved_bytes is None else kernel.moved_bytes / cores
@@ -218,18 +223,20 @@ def count(
         share = flops / (total.cycles * chip.flops_per_cycle)
         if flops > total.issued_flops * 1.001:
             notes.append(
-                f"rounds do not explain the FLOPs: {flops:.3g} needed, {total.issued_flops:.3g} "
-                "issued; the case's rounds or formula are wrong"
+                f"rounds do not explain the FLOPs: {flops:.4g} needed, {total.issued_flops:.4g} "
+                "issued; the case's rounds or its formula are wrong"
             )
             share = None
     return KernelFigures(
         op=case.op,
         case=case.key,
         kernel=kernel.name,
-        inner=None if inner is None else by_name[inner.name],
-        loops=loops,
+        inner=_inner(program, rounds, kernel, chip),
+        loops=tuple(
+            _count_loop(program, rounds, kernel.entered, loop, chip) for loop in program.loops
+        ),
         regions=tuple((region.name, region.end - region.begin) for region in program.regions),
-        bundles=len(program.work),
+        bundles=len(program.work_n3),
         cycles=total and total.cycles,
         flops=flops,
         issued_flops=total and total.issued_flops,
@@ -245,39 +252,60 @@ def count(
 
 def _rounds(program, chip: Chip, kernel: Kernel, call: Traced | None, notes: list[str]):
     """Returns (rounds by name, the grid's included; how many cores share the grid)."""
-    rounds = dict(kernel.rounds)
+    rounds: dict[str, float] = {}
     places = {stretch.name for stretch in (*program.loops, *program.regions)}
-    missing = sorted({*rounds, *kernel.entered} - places)
+    missing = sorted(set(kernel.entered) - places)
     if missing:
-        notes.append(f"the case states rounds of {missing}, which this program does not have")
+        notes.append(f"the case speaks of {', '.join(missing)}, which this program does not have")
+    cores = 1
     grids = [loop for loop in program.loops if loop.is_grid]
-    if call is None or not grids:
-        return rounds, 1
-    dynamic = iter(kernel.grid)
-    grid = [size if size is not None else next(dynamic, None) for size in call.grid]
-    if None in grid:
-        return rounds, 1
-    steps, stated = math.prod(grid), grids[0].rounds
-    splits = any(parallel and size > 1 for parallel, size in zip(call.parallel, grid, strict=True))
-    if stated is not None:
-        cores = round(steps / stated)
+    sizes = iter(kernel.grid)
+    grid = [next(sizes, None) if size is None else size for size in call.grid] if call else [None]
+    if None not in grid:
+        steps = math.prod(grid)
+        stated = grids[0].rounds if grids else 1  # one step needs no loop
+        splits = any(many and size > 1 for many, size in zip(call.parallel, grid, strict=True))
+        cores = (chip.cores if splits else 1) if stated is None else round(steps / stated)
+        if grids:
+            rounds[grids[0].name] = steps / cores
+        if cores < chip.cores:
+            notes.append(f"runs on {cores} of {chip.cores} cores")
+    silent = [loop for loop in program.unknown_loops(rounds) if not loop.is_grid]
+    if len(silent) == len(kernel.rounds):
+        rounds |= {loop.name: each for loop, each in zip(silent, kernel.rounds, strict=True)}
     else:
-        cores = chip.cores if splits else 1
-        rounds.setdefault(grids[0].name, steps / cores)
-    if cores < chip.cores:
-        notes.append(f"runs on {cores} of {chip.cores} cores")
+        listed = ", ".join(f"{loop.name} ({loop.end - loop.begin} bundles)" for loop in silent)
+        notes.append(
+            f"the text states no rounds of {len(silent)} loops, the case of {len(kernel.rounds)}: "
+            f"no figures of the whole; {listed}"
+        )
     return rounds, cores
 
 
-def _count_loop(program, rounds: dict, entered, loop, chip: Chip) -> LoopFigures:
+def _inner(program, rounds: dict, kernel: Kernel, chip: Chip) -> LoopFigures | None:
+    """Returns the loop with most of the matrix work; if it has others inside, its own bundles."""
+    loop = program.busiest_loop(rounds, kernel.entered)
+    if loop is None:
+        return None
+    if not any(loop.contains(other) and other != loop for other in program.loops):
+        return _count_loop(program, rounds, kernel.entered, loop, chip)
+    work = program.own(loop, around_matrix_work=True)
+    if not work.cycles:
+        return None
+    share = work.issued_flops / (work.cycles * chip.flops_per_cycle)
     runs = rounds.get(loop.name, loop.rounds)
+    name = f"{loop.name}, around its own matrix work"
+    return LoopFigures(name, round(work.cycles), runs, work.issued_flops, share, work.spills)
+
+
+def _count_loop(program, rounds: dict, entered, loop, chip: Chip) -> LoopFigures:
+    runs, size = rounds.get(loop.name, loop.rounds), loop.end - loop.begin
     try:
         work = program.total(rounds, entered, loop)
     except KeyError:
-        return LoopFigures(loop.name, loop.end - loop.begin, runs, None, None, None)
+        return LoopFigures(loop.name, size, runs, None, None, None)
     share = work.issued_flops / (work.cycles * chip.flops_per_cycle)
-    flops = work.issued_flops
-    return LoopFigures(loop.name, loop.end - loop.begin, runs, flops, share, work.spills)
+    return LoopFigures(loop.name, size, runs, work.issued_flops, share, work.spills)
 
 
 def trace(case: Case) -> list[Traced]:
@@ -289,7 +317,7 @@ def trace(case: Case) -> list[Traced]:
 def _pallas_calls(jaxpr: Any):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            yield _describe(equation.params)
+            yield _describe(equation.params, equation.outvars[0].aval.shape)
             continue
         for value in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")
@@ -299,14 +327,14 @@ def _pallas_calls(jaxpr: Any):
                 yield from _pallas_calls(inner)
 
 
-def _describe(params: dict) -> Traced:
+def _describe(params: dict, result: tuple[int, ...]) -> Traced:
     grid = tuple(size if isinstance(size, int) else None for size in params["grid_mapping"].grid)
     compiler = params.get("compiler_params")
     compiler = compiler.get("mosaic_tpu", compiler) if isinstance(compiler, dict) else compiler
     semantics = getattr(compiler, "dimension_semantics", None) or ("arbitrary",) * len(grid)
     parallel = tuple(getattr(kind, "value", kind) == "parallel" for kind in semantics)
     name = params.get("name") or params["name_and_src_info"].name
-    return Traced(name, grid, parallel)
+    return Traced(name, grid, parallel, tuple(result))
 
 
 def _compile_here(topology: str, key: str) -> None:
