@@ -163,15 +163,25 @@ def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
         scale = jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
         four = pltpu.bitcast(values_ref[rows, group * LANES : (group + 1) * LANES], jnp.int32)
         low, high = scratch_ref.at[2 * group], scratch_ref.at[2 * group + 1]
-        decode = _by_bfloat16 if computes_in_bfloat16() else _by_integers
         # Bytes 0 and 2 of a word, then 1 and 3: their codes stand 16 bits apart already.
         exponents = (scale << 7) & 0x7F807F80, (scale >> 1) & 0x7F807F80
-        found = decode(four, exponents)
+        found = decode_codes(four, exponents)
         low[place[0], :], high[place[0], :], low[place[1], :], high[place[1], :] = found
 
 
-def _by_bfloat16(four, exponents):
+def decode_codes(words, exponents):
     """Returns four words of two bfloat16 each: of the codes at bits 0, 4, 8, 12 and 16 above.
+
+    Args:
+      words: int32, eight FP4 codes each.
+      exponents: two arrays of words, of the codes of even and of odd bytes: in both halves, at bits
+        14–7, the scale's exponent less one. (With the scale's own, all values come out doubled.)
+    """
+    return (_by_bfloat16 if computes_in_bfloat16() else _by_integers)(words, exponents)
+
+
+def _by_bfloat16(four, exponents):
+    """As `decode_codes`, by one subtraction and one minimum.
 
     A code's exponent and mantissa and the scale's exponent less one, added, are a normal number
     v = scale · (½, ¾, 1, 1½, 2, 3, 4, 6), right but for codes 0 and 1. And min(v, 2v − scale) is
@@ -191,7 +201,7 @@ def _by_bfloat16(four, exponents):
 
 
 def _by_integers(four, exponents):
-    """As `_by_bfloat16`, without arithmetic of halves."""
+    """As `decode_codes`, without arithmetic of halves."""
     # All eight codes of a word at once: bit 0 of each becomes what a code needs to know.
     normal = ((four >> 2) | (four >> 1)) & ONES  # codes of 2 and more
     some = (four & ONES) | normal  # not 0
