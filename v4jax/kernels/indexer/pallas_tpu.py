@@ -46,15 +46,16 @@ from v4jax.kernels.indexer.sieve_tpu import (
     order_keys,
     stream_index,
 )
+from v4jax.kernels.scaled_matmul.unpack_tpu import decode_codes
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.quant.entry_format import INDEX_BLOCK
 from v4jax.shapes import ceil_div, round_up
 
-# Up to here each token is a program of its own; a tile of 128 costs about ten of them.
+# Up to here each token is a program of its own. A tile of 128 costs as much as about ten of them
+# where 4,096 entries are seen, as twenty-five where 262,144 are.
 FEW_TOKENS = 8
 VMEM_BYTES = 48 * 2**20
-CODES = 8  # FP4 codes in a word
-ONES = 0x11111111  # bit 0 of each
+CODES = 8  # FP4 codes in a word of 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Blocks:
 
 
 MANY = Blocks()
-FEW = Blocks(entries=4096)
+FEW = Blocks(entries=4096, dense=2)
 
 
 def supported(queries, keys: EntryTable, count: int) -> str | None:
@@ -280,21 +281,16 @@ def score_one(stored, queries, weights, block_keys):
 def decode_fp4(stored):
     """Returns twice a block's keys [x, entries] in bfloat16, exactly, in `decoded_order`.
 
-    Four bytes of an entry make a word, two bfloat16 of an entry as well: eight codes are decoded in
-    place, those 16 bits apart together. A code of 2 or more is exponent and mantissa of a normal
-    number, to which the scale's exponent is added; code 1, the only subnormal, becomes the scale
-    itself. The factor two is every key's: it changes no order.
+    Four bytes of an entry make a word, and so do two bfloat16 of it: codes are decoded in place,
+    those 16 bits apart together. The factor two is every key's: it changes no order.
     """
     words = pltpu.bitcast(stored["packed"][...], jnp.int32)  # [x/8, entries]
     scales = stored["scales"][...].astype(jnp.int32) << 7
     scales = scales | (scales << 16)
-    normal = ((words >> 2) | (words >> 1)) & ONES  # bit 0 of the codes of 2 and more
-    some = (words & ONES) | normal  # of those that are not 0
-    words = words & (normal | ~ONES)
     exponents = jnp.concatenate(
-        [_repeat_scales(scales[first : first + 2]) for first in range(0, scales.shape[0], 2)]
+        [_repeat_pair(scales[first : first + 2]) for first in range(0, scales.shape[0], 2)]
     )
-    parts = [_decode_pair(words, some, exponents, bit) for bit in range(0, 16, 4)]
+    parts = decode_codes(words, (exponents, exponents))
     return jnp.concatenate([pltpu.bitcast(part, jnp.bfloat16) for part in parts])
 
 
@@ -303,27 +299,8 @@ def decoded_order(channels: int) -> np.ndarray:
     return np.arange(channels).reshape(-1, 2, 4).transpose(2, 0, 1).reshape(-1)
 
 
-def _repeat_scales(scales):
-    """Returns [8, entries]: a scale stands for INDEX_BLOCK codes, four words."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (2 * INDEX_BLOCK // CODES, scales.shape[1]), 0)
-    return jnp.where(row < INDEX_BLOCK // CODES, scales[:1], scales[1:])
-
-
-def _decode_pair(words, some, exponents, bit: int):
-    """Returns words of two bfloat16, of the codes at `bit` and `bit` + 16."""
-
-    def moved(x, mask: int, source: int, target: int):
-        """Returns the bits of `mask` at `source` in both halves, at `target`."""
-        if target >= source:
-            return (x & _both(mask << source)) << (target - source)
-        return (x >> (source - target)) & _both(mask << target)
-
-    one = some & _both(1 << bit)
-    lowest = one << (7 - bit) if bit <= 7 else one >> (bit - 7)
-    mask = (one << (15 - bit)) - lowest  # the exponent's bits 14–7 where the code is not 0
-    return (moved(words, 7, bit, 6) + (exponents & mask)) | moved(words, 1, bit + 3, 15)
-
-
-def _both(bits: int):
-    """Returns an int32 with these 16 bits in both halves."""
-    return np.array(bits << 16 | bits, np.uint32).astype(np.int32)
+def _repeat_pair(scales):
+    """Returns scales [2, entries] for their words [8, entries]."""
+    words = INDEX_BLOCK // CODES
+    row = jax.lax.broadcasted_iota(jnp.int32, (2 * words, scales.shape[1]), 0)
+    return jnp.where(row < words, scales[:1], scales[1:])
