@@ -2,7 +2,8 @@
 
 An operation offers its implementations in order of preference, each with a check that returns None
 or the reason why it cannot run on these arguments. `"auto"` takes the first that can and says so
-once; an implementation asked for by name runs or raises with the reason.
+once, with the reason where one of this platform cannot; an implementation asked for by name runs
+or raises with the reason.
 
     with dispatch.compiling_for("tpu"):  # ahead of time, on a machine without one
         compiled = jax.jit(step).lower(...).compile()
@@ -94,8 +95,13 @@ def choose(operation: str, checks: Mapping[str, Check]) -> str:
         if reason is not None:
             raise UnsupportedError(f"{operation}={wanted} cannot run: {reason}; use 'auto'")
         return wanted
+    refused = ""
     for name, check in checks.items():
-        if check() is None:
-            log.once(f"kernels: {operation}={name} on {platform()}")
+        reason = check()
+        if reason is None:
+            log.once(f"kernels: {operation}={name} on {platform()}{refused}")
             return name
+        # Names end in their platform: that those of others do not run goes without saying.
+        if name.endswith(platform()):
+            refused += f"; not {name}: {reason}"
     raise UnsupportedError(f"{operation} has no implementation for these arguments")
