@@ -9,6 +9,7 @@ import pytest
 
 from v4jax.kernels import dense_attention
 from v4jax.kernels.dense_attention import entries_tpu, pallas_tpu, pallas_tpu_backward, reference
+from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
@@ -32,14 +33,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(entries_tpu, "ALIGNMENT", 32)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "dtype", "ratio", "pallas"))
-def attend(queries, recent, sink, start, end, stored, *, kind, dtype, ratio, pallas):
+@functools.partial(jax.jit, static_argnames=("kind", "dtype", "ratio", "pallas", "window"))
+def attend(queries, recent, sink, start, end, stored, *, kind, dtype, ratio, pallas, window=WINDOW):
     table = None
     if ratio:
         table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, dtype))
     module = pallas_tpu if pallas else reference
     return module.attend(
-        queries, recent, sink, start, end, window=WINDOW, entries=table, ratio=ratio
+        queries, recent, sink, start, end, window=window, entries=table, ratio=ratio
     )
 
 
@@ -104,6 +105,32 @@ def test_window_only_and_extreme_sinks(sink):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("pallas", [True, False], ids=["pallas", "reference"])
+@pytest.mark.parametrize("tokens", [1, TOKENS], ids=["decode", "prefill"])
+def test_split_entries_merge(tokens, pallas):
+    """Window, sink and the first 17 entries in one call, the others in another: merged, the whole.
+
+    The other share sees no window and no sink, and positions count from its first entry. In the
+    first sequence some queries, in decode all, see none of it.
+    """
+    (queries, recent, sink), stored = draw("float32", "float32", tokens)
+    start, split = np.array([61, 110 - tokens], np.int32), 17
+    run = functools.partial(attend, kind="float32", dtype="float32", ratio=RATIO, pallas=pallas)
+    whole = run(queries, recent, sink, start, start + tokens, stored)
+    shares = [jax.tree.map(lambda x: x[:, :, :split], stored)]
+    shares.append(jax.tree.map(lambda x: x[:, :, split:], stored))
+    parts = [run(queries, recent, sink, start, start + tokens, shares[0])]
+    rest, nothing = start - split * RATIO, jnp.full(HEADS, MASKED)
+    parts.append(
+        run(queries, recent[:, WINDOW:], nothing, rest, rest + tokens, shares[1], window=0)
+    )
+    log_mass = jnp.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(attended * jnp.exp(share - log_mass)[..., None] for attended, share in parts)
+    check((merged, log_mass), whole, np.full(2, tokens), "float32")
+    assert np.abs(np.asarray(parts[0][0] - whole[0])[1]).max() > 0.1
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("ratio", [0, RATIO], ids=["window", "entries"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_gradients(name, ratio):
@@ -151,7 +178,8 @@ SHAPES = {
     "Flash, decode": dict(batch=16, tokens=1, heads=64),
     "Pro, decode": dict(batch=64, tokens=1, heads=128),
     "Flash, window layer": dict(batch=1, tokens=2048, heads=64, entries=0),
-    "Flash, training": dict(batch=1, tokens=8192, heads=64, entries=64, backward=True),
+    "Flash, training": dict(batch=1, tokens=4096, heads=64, entries=32, backward=True),
+    "Pro, training": dict(batch=1, tokens=131_072, heads=128, entries=1024, backward=True),
 }
 
 

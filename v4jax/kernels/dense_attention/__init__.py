@@ -22,7 +22,9 @@ def attend(
     """Returns softmax(q·k / √c) · k over window, visible entries and sink, and its log-sum-exp.
 
     The query at position p sees raw tokens p−window+1 … p and entries w < (p+1) // ratio; each
-    vector is key and value at once, the same for all heads.
+    vector is key and value at once, the same for all heads. Where entries are split over devices,
+    each share's result and log-sum-exp merge into the whole's: all but one attend with window 0
+    and a sink of `softmax.MASKED`, and count positions from their first entry.
 
     Args:
       queries: rotated queries of tokens start … start+t−1.
@@ -31,7 +33,7 @@ def attend(
       sink: one logit per head, with no value.
       start: position of the first query of each sequence; rows before position 0 are masked.
       end: position after the last real token; later queries are padding, and cost nothing.
-      window: tokens a query sees, itself included.
+      window: tokens a query sees, itself included; 0 for none.
       entries: compressed entries, or None on a window layer.
       ratio: tokens per entry.
 

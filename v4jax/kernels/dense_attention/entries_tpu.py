@@ -41,6 +41,7 @@ class Layout:
     """What the kernel reads: `blocks` blocks of `block` entries, as `format` stores them."""
 
     format: EntryFormat
+    capacity: int
     blocks: int
     block: int
     shapes: tuple[tuple[int, int], ...]  # of one block of each stored array
@@ -62,6 +63,10 @@ class Layout:
     def count(self) -> int:
         """Number of stored arrays."""
         return len(self.shapes)
+
+    def visible(self, tokens, ratio: int):
+        """Returns how many of these entries have all their tokens among the first `tokens`."""
+        return jnp.clip(jax.lax.div(tokens, jnp.int32(ratio)), 0, self.capacity)
 
     def layer(self, layer):
         """Returns the layer's index in the prepared arrays."""
@@ -86,7 +91,7 @@ def prepare(stored, layer, stored_as: EntryFormat):
         arrays = tuple(jnp.swapaxes(x, 2, 3) for x in arrays)
         shapes = tuple(shape[::-1] for shape in shapes)
     blocks = (capacity + padding) // block
-    return Layout(stored_as, blocks, block, shapes, dtypes, bool(padding)), arrays
+    return Layout(stored_as, capacity, blocks, block, shapes, dtypes, bool(padding)), arrays
 
 
 def scratch(layout: Layout, dtype) -> list:

@@ -33,7 +33,7 @@ from v4jax.shapes import ceil_div
 # Rows of one tile: enough that loading keys into the MXU is hidden.
 TILE_ROWS = 2048
 # Rows of one product: independent groups that the compiler overlaps.
-GROUP_ROWS = 256
+GROUP_ROWS = 1024
 # Decoded entries of one sequence.
 RESIDENT_BYTES = 16 * 2**20
 
@@ -156,7 +156,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
 
     if layout is not None:
         loader = entries_tpu.Loader(layout, layer_ref[0], sequence, stored, entry_scratch)
-        available = divide(end, plan.ratio)
+        available = layout.visible(end, plan.ratio)
         if single:
             loader.start(available)
         else:
@@ -165,8 +165,8 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
             def _():
                 # The first tile of a half fetches what the last of it may see.
                 last = jnp.minimum(end, start + (half + 1) * per_half * plan.tokens)
-                loader.start(divide(last, plan.ratio))
-                loader.load_all(divide(last, plan.ratio))
+                loader.start(layout.visible(last, plan.ratio))
+                loader.load_all(layout.visible(last, plan.ratio))
 
     @pl.when(first < end)
     def _():
@@ -178,7 +178,8 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
         _attend_keys(plan, queries_ref, recent, False, state, _window_mask(plan, first))
 
         if layout is not None:
-            blocks = loader.blocks(divide(jnp.minimum(first + plan.tokens, end), plan.ratio))
+            last = jnp.minimum(first + plan.tokens, end)
+            blocks = loader.blocks(layout.visible(last, plan.ratio))
 
             def attend_block(index, masked):
                 mask = _entry_mask(plan, layout, first, index) if masked else None
@@ -192,7 +193,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
                     loader.load(index, available)
                     attend_block(index, True)
             else:
-                whole = divide(divide(first + 1, plan.ratio), layout.block)
+                whole = divide(layout.visible(first + 1, plan.ratio), layout.block)
                 pl.loop(0, whole)(functools.partial(attend_block, masked=False))
                 pl.loop(whole, blocks)(functools.partial(attend_block, masked=True))
 
@@ -246,7 +247,7 @@ def _entry_mask(plan, layout, first, index):
 
     def mask(group, shape):
         entry = index * layout.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return entries_seen(plan, _positions(plan, first, group, shape), entry)
+        return entries_seen(plan, layout, _positions(plan, first, group, shape), entry)
 
     return mask
 

@@ -22,7 +22,6 @@ from v4jax.kernels.dense_attention import entries_tpu, gradient
 from v4jax.kernels.dense_attention.tiles_tpu import (
     LOG2_E,
     VMEM_BYTES,
-    divide,
     dot,
     entries_seen,
     make_plan,
@@ -177,7 +176,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
         @pl.when(step == 0)
         def _():
             entry_sum_ref[...] = jnp.zeros_like(entry_sum_ref)
-            available = divide(end, plan.ratio)
+            available = layout.visible(end, plan.ratio)
             loader.start(available)
             loader.load_all(available)
 
@@ -195,13 +194,14 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
 
         recent_sum_ref[...] += _add_keys(plan, operands, recent_ref[0], first, recent_mask)
         if layout is not None:
-            blocks = loader.blocks(divide(jnp.minimum(first + plan.tokens, end), plan.ratio))
+            last = jnp.minimum(first + plan.tokens, end)
+            blocks = loader.blocks(layout.visible(last, plan.ratio))
 
             @pl.loop(0, blocks)
             def _(index):
                 def entry_mask(shape, positions):
                     ids = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                    return entries_seen(plan, positions, index * layout.block + ids)
+                    return entries_seen(plan, layout, positions, index * layout.block + ids)
 
                 keys = loader.block(index)
                 if layout.turned:

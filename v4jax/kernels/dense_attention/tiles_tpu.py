@@ -79,9 +79,12 @@ def window_seen(plan: Plan, positions, keys):
     return (distance >= 0) & (distance < plan.window) & (keys >= 0)
 
 
-def entries_seen(plan: Plan, positions, entries):
-    """Returns the mask of entries: all tokens of an entry have passed."""
-    return (entries + 1) * plan.ratio <= positions + 1
+def entries_seen(plan: Plan, layout, positions, entries):
+    """Returns the mask of entries: they exist, and all their tokens have passed."""
+    seen = (entries + 1) * plan.ratio <= positions + 1
+    if layout.capacity % layout.block:
+        seen &= entries < layout.capacity
+    return seen
 
 
 def divide(numerator, denominator: int):
