@@ -1,6 +1,7 @@
 """The lightning indexer: which compressed entries a query attends to."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
@@ -45,6 +46,21 @@ def select(
     if _choose(queries, keys, count) == "pallas_tpu":
         from v4jax.kernels.indexer import pallas_tpu as implementation
     return implementation.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
+
+
+def score_selected(
+    queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: EntryTable,
+    selected: Int[Array, "b t k"],
+) -> Float[Array, "b t k"]:
+    """Returns the scores of selected entries in float32, −∞ for the id −1: see `select`."""
+    batch, tokens, heads, channels = queries.shape
+    keys_nkx = keys.take(selected).reshape(batch * tokens, -1, channels)
+    scores_n1k = reference.score(
+        queries.reshape(-1, 1, heads, channels), head_weights.reshape(-1, 1, heads), keys_nkx
+    )
+    return jnp.where(selected >= 0, scores_n1k.reshape(selected.shape), -jnp.inf)
 
 
 def _choose(queries, keys, count) -> str:

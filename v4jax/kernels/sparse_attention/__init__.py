@@ -32,6 +32,24 @@ def attend(
 
     Source: spec B.9, B.10.
     """
+    options = {"window": window, "entries": entries, "selected": selected}
+    return attend_with_mass(queries, recent, sink, start, **options)[0]
+
+
+def attend_with_mass(
+    queries: Float[Array, "b t h c"],
+    recent: Float[Array, "b s c"],
+    sink: Float[Array, "h"],
+    start: Int[Array, "b"],
+    *,
+    window: int,
+    entries: EntryTable,
+    selected: Int[Array, "b t k"],
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
+    """As `attend`, and the log-sum-exp over keys and sink, by which partial results are merged.
+
+    A window of 0 leaves the selected entries only.
+    """
     batch, tokens, heads, channels = queries.shape
     check_shape("recent", recent, (batch, window + tokens, channels))
     check_shape("sink", sink, (heads,))
@@ -39,7 +57,7 @@ def attend(
     implementation = reference
     if _choose(queries, recent, window, entries, selected) == "pallas_tpu":
         from v4jax.kernels.sparse_attention import pallas_tpu as implementation
-    return implementation.attend(
+    return implementation.attend_with_mass(
         queries, recent, sink, start, window=window, entries=entries, selected=selected
     )
 

@@ -17,10 +17,10 @@ QUERY_TILE = 128
 SMALLEST_TILE = 8
 
 
-def attend(queries, recent, sink, start, *, window, entries, selected):
-    """See `v4jax.kernels.sparse_attention.attend`."""
+def attend_with_mass(queries, recent, sink, start, *, window, entries, selected):
+    """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     stored, layer, stored_as = gradient.open_table(entries)
-    return _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected)[0]
+    return _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
