@@ -8,8 +8,9 @@ from typing import Any
 SUMMARY = "cycles of each TPU kernel, from the compiler's own schedule"
 USAGE = """
 v4jax bench kernels compiles each kernel for a TPU that need not be there (libtpu, the [tpu] extra)
-and reads the compiler's final schedule. It is not a measurement: one bundle is one cycle, and
-waiting for memory is not in it; what the bytes alone would take stands in the column beside.
+and reads the compiler's final schedule. It is not a measurement: one bundle counts as one cycle, a
+loop as long as the matrix units need for its products, and waiting for memory is not in it; what
+the bytes alone would take stands in the last column.
 
   v4jax bench kernels --topology=v6e:2x2
   v4jax bench kernels --topology=v5p:2x2x1 --model=v4_pro --only=dense_attention,indexer
@@ -18,7 +19,9 @@ waiting for memory is not in it; what the bytes alone would take stands in the c
 
 share    FLOPs that the result needs over cycles times the peak of one core: 131,072 per cycle on
          v5e and v5p, 524,288 on v6e and tpu7x. Every loop counts with its rounds.
-inner    the same for the loop that does most of the matrix work, FLOPs as issued (with padding).
+inner    the loop that does most of the matrix work, one round of it: FLOPs as issued, padded rows
+         included; a loop with others inside counts its own bundles from the first product to the
+         last. "of all cycles" is its part of the whole kernel.
 bound    what the shape allows: 64 rows of heads on a unit 256 wide fill a quarter of it.
 goal     the share to reach; the figure is green when it does.
 A core is meant: v5p and its like have two to a device, and share a kernel whose grid is parallel.
@@ -131,8 +134,9 @@ def _print_table(topology: str, figures: list, failures: dict[str, str], loops: 
         box=rich.box.SIMPLE_HEAD,
     )
     for column, justify in (
-        *(("case", "left"), ("kernel", "left"), ("inner\nbundles", "right")),
+        *(("case", "left"), ("kernel", "left"), ("inner\ncycles", "right")),
         *(("inner\nGFLOPs", "right"), ("inner\nshare", "right"), ("inner\nspills", "right")),
+        ("of all\ncycles", "right"),
         *(("cycles", "right"), ("GFLOPs", "right"), ("share", "right"), ("goal", "right")),
         *(("bound", "right"), ("MiB\nmoved", "right"), ("memory\ncycles", "right")),
     ):
@@ -162,10 +166,11 @@ def _cells(row: Any) -> list[str]:
     return [
         row.case,
         row.kernel,
-        "-" if inner is None else f"{inner.bundles:,}",
+        "-" if inner is None else _number(inner.cycles),
         "-" if inner is None else _number(inner.flops, 1e9, 3),
         "-" if inner is None else _percent(inner.share),
         "-" if inner is None else _number(inner.spills),
+        _percent(row.inner_part),
         _number(row.cycles),
         _number(row.flops, 1e9, 2),
         share,

@@ -5,6 +5,9 @@ A bundle is what a core issues in one cycle. In the compiler's text a bundle is 
 says `Start region 7` or `Start/End empty region 7`. A branch backwards closes a loop; a branch
 forwards inside a loop may skip the bundles it jumps over. Waiting for memory is not in the text.
 
+Nor is waiting for the matrix units: on v5e and v5p the compiler issues products faster than units
+of the published peak can take them. So a loop takes at least the time its products need there.
+
 `read_program` finds loops, skippable regions and the number of rounds where the text states it;
 `Program.total` multiplies by rounds, which must be given for loops that depend on data.
 """
@@ -24,17 +27,19 @@ GRID_EXTRA_ROUNDS = 2
 # Rows of the left operand that one matrix instruction takes: a register of 8 sublanes of 32 bits.
 _ROWS = {"f32": 8, "bf16": 16, "f8e4m3": 32, "f8e5m2": 32, "s8": 32, "u8": 32}
 
-_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[LPC][A-Z]\s*)?:\s*>*\s*\{")
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([LPC][A-Z])?\s*:\s*>*\s*\{")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\) )?target = \$region(\d+)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 _MATMUL = re.compile(r"= vmatmul\.(?:mubr\.)?(?:msk\.)?([a-z0-9]+)\.")
 _SPILL = re.compile(r"= (?:vst|vld)[a-z0-9.]* \[vmem:\[#allocation\d+_spill")
-_EXIT = re.compile(
-    r"%(\w+) = scmp\.(ge|lt|ne|eq)\.[su]32\.totalorder %(\w+), (\d+)(?: /\* loop exit test)?"
-)
+# Scalar instructions that count rounds; (%p) before the operands makes one conditional.
+_IF = r"(?:\(!?%\w+\), )?"
+_EXIT = re.compile(rf"%(\w+) = scmp\.(ge|lt|ne|eq)\.[su]32\.totalorder {_IF}%(\w+), (\d+)")
 _PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
-_CONSTANT = re.compile(r"%(\w+) = smov (?:\(!?%\w+\), )?(\d+) /\* copy for cssa")
-_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), %(\w+)")
+_CONSTANT = re.compile(rf"%(\w+) = smov {_IF}(\d+) /\* copy for cssa")
+_STEP = re.compile(rf"%(\w+) = sadd\.s32 {_IF}(\d+), %(\w+)")
+_LOAD = re.compile(r"%(\w+) = sld \[smem:\[#(allocation\d+_spill)\]\]")
+_STORE = re.compile(r"sst \[smem:\[#(allocation\d+_spill)\]\] %(\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,24 @@ class Work:
     cycles: float
     issued_flops: float  # of the matrix units, padded rows and columns included
     spills: float  # vector registers written to or read from the spill area
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The matrix units of one core.
+
+    width: rows and columns of one. flops_per_cycle: of all, full. depth: channels that every
+    product sums over, where they do not fill a unit; an instruction takes its time all the same.
+    """
+
+    width: int
+    flops_per_cycle: int
+    depth: int | None = None
+
+    @property
+    def filled(self) -> float:
+        """The part of a unit that the depth fills."""
+        return min(self.depth or self.width, self.width) / self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +92,10 @@ class Stretch:
 class Program:
     """One kernel: the work of every bundle, its loops and skippable regions in program order."""
 
-    work_n3: np.ndarray  # per bundle: cycles, issued FLOPs, spills
+    work_n3: np.ndarray  # per bundle: 1, FLOPs if the units were full, spills
     loops: tuple[Stretch, ...]
     regions: tuple[Stretch, ...]
+    units: Units
 
     @property
     def whole(self) -> Stretch:
@@ -105,7 +129,9 @@ class Program:
         for stretch in (*self.loops, *self.regions):
             if root.contains(stretch) and stretch != root:
                 factors_n[stretch.begin : stretch.end] *= entered.get(stretch.name, 1.0)
-        return _sum(self.work_n3[root.begin : root.end], factors_n[root.begin : root.end])
+        inside = [root, *(loop for loop in self.loops if root.contains(loop) and loop != root)]
+        parts = [self._add(factors_n * self._owns(loop)) for loop in inside]
+        return Work(*(sum(column) for column in zip(*map(dataclasses.astuple, parts), strict=True)))
 
     def busiest_loop(
         self, rounds: Mapping[str, float], entered: Mapping[str, float]
@@ -116,14 +142,20 @@ class Program:
         """
 
         def weight(loop: Stretch) -> tuple[float, float]:
-            own = self.own(loop)
-            runs = 1.0
-            for outer in self.loops:
-                if outer.contains(loop):
-                    runs *= rounds.get(outer.name, outer.rounds or 1) * entered.get(outer.name, 1.0)
+            own, runs = self.own(loop), self.runs(loop, rounds, entered)
             return (own.issued_flops * runs, own.cycles * runs)
 
         return max(self.loops, key=weight, default=None)
+
+    def runs(
+        self, loop: Stretch, rounds: Mapping[str, float], entered: Mapping[str, float]
+    ) -> float:
+        """Returns the rounds of a loop in one run of the program; unknown ones count as one."""
+        runs = 1.0
+        for outer in (*self.loops, *self.regions):
+            if outer.contains(loop):
+                runs *= rounds.get(outer.name, outer.rounds or 1) * entered.get(outer.name, 1.0)
+        return runs
 
     def own(self, loop: Stretch, *, around_matrix_work: bool = False) -> Work:
         """Returns the work of one round without the loops inside; every region runs.
@@ -131,29 +163,32 @@ class Program:
         Args:
           around_matrix_work: only from the first matrix instruction to the last.
         """
-        factors_n = np.zeros(len(self.work_n3))
-        factors_n[loop.begin : loop.end] = 1
-        for other in self.loops:
-            if loop.contains(other) and other != loop:
-                factors_n[other.begin : other.end] = 0
+        factors_n = self._owns(loop)
         if around_matrix_work:
             places = np.flatnonzero(factors_n * self.work_n3[:, 1])
             first, last = (places[0], places[-1]) if len(places) else (0, -1)
             factors_n[:first] = 0
             factors_n[last + 1 :] = 0
-        return _sum(self.work_n3, factors_n)
+        return self._add(factors_n)
+
+    def _owns(self, loop: Stretch) -> np.ndarray:
+        """Returns 1 for each bundle of a loop that no loop inside it has, else 0."""
+        owns_n = np.zeros(len(self.work_n3))
+        owns_n[loop.begin : loop.end] = 1
+        for other in self.loops:
+            if loop.contains(other) and other != loop:
+                owns_n[other.begin : other.end] = 0
+        return owns_n
+
+    def _add(self, factors_n: np.ndarray) -> Work:
+        """Returns the work of bundles of one loop; the units may need longer than the bundles."""
+        bundles, flops, spills = (float(x) for x in factors_n @ self.work_n3)
+        cycles = max(bundles, flops / self.units.flops_per_cycle)
+        return Work(cycles, flops * self.units.filled, spills)
 
 
-def _sum(work_n3: np.ndarray, factors_n: np.ndarray) -> Work:
-    return Work(*(float(x) for x in factors_n @ work_n3))
-
-
-def read_program(text: str, *, unit: int, depth: int | None = None) -> Program:
+def read_program(text: str, units: Units) -> Program:
     """Returns the program of a `*final_bundles.txt`.
-
-    Args:
-      unit: rows and columns of one matrix unit.
-      depth: channels that every product sums over, if they do not fill the unit.
 
     Raises:
       UnsupportedError: the text is not what this reader knows.
@@ -170,8 +205,8 @@ def read_program(text: str, *, unit: int, depth: int | None = None) -> Program:
         if rounds is not None and is_grid:
             rounds -= GRID_EXTRA_ROUNDS
         found.append(Stretch(name, begin, end, rounds, is_grid))
-    work_n3 = np.array([_work_of(line, unit, min(depth or unit, unit)) for line in lines], float)
-    return Program(work_n3, tuple(found), _find_regions(jumps, names))
+    work_n3 = np.array([_work_of(line, units.width) for line in lines], float)
+    return Program(work_n3, tuple(found), _find_regions(jumps, names), units)
 
 
 def _join_bundles(text: str) -> list[str]:
@@ -185,33 +220,39 @@ def _join_bundles(text: str) -> list[str]:
     return bundles
 
 
-def _work_of(line: str, unit: int, depth: int) -> tuple[int, int, int]:
-    """Returns a bundle's cycles, FLOPs and spills."""
+def _work_of(line: str, width: int) -> tuple[int, int, int]:
+    """Returns 1, a bundle's FLOPs and its spills."""
     flops = 0
     for dtype in _MATMUL.findall(line):
         if dtype not in _ROWS:
             raise UnsupportedError(f"unknown matrix instruction of type {dtype!r}: {line[:200]}")
-        flops += 2 * _ROWS[dtype] * unit * depth
+        flops += 2 * _ROWS[dtype] * width * width
     return 1, flops, len(_SPILL.findall(line))
 
 
 def _find_branches(lines: list[str]):
     """Returns loops (begin, end) and jumps (branch, begin, end of what it skips)."""
     regions = {name: i for i, line in enumerate(lines) for name in _REGION.findall(line)}
-    loops, jumps = {}, []
+    loops, jumps = set(), []
     for i, line in enumerate(lines):
+        after = min(i + 1 + DELAY_BUNDLES, len(lines))
         for _, _, name in _BRANCH.findall(line):
-            if name not in regions:
-                raise UnsupportedError(f"a branch leads to region {name}, which is not in the text")
-            after = min(i + 1 + DELAY_BUNDLES, len(lines))
-            if regions[name] <= i:
-                loops[regions[name]] = max(after, loops.get(regions[name], 0))
-            elif regions[name] > after:
-                jumps.append((i, after, regions[name]))
-    return sorted(loops.items()), jumps
+            # An empty region behind the last bundle is not in the text.
+            target = regions.get(name, len(lines))
+            if target <= i:
+                loops.add((target, after))
+            elif target > after:
+                jumps.append((i, after, target))
+    marked = {i for i, line in enumerate(lines) if _BUNDLE.match(line)[2] == "LB"}
+    if marked != {begin for begin, _ in loops}:
+        raise UnsupportedError(
+            f"the text marks loops at bundles {sorted(marked)}, its branches close loops at "
+            f"{sorted(begin for begin, _ in loops)}"
+        )
+    return loops, jumps
 
 
-def _name_loops(loops: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+def _name_loops(loops: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
     """Returns (begin, end) → place among the loops, outer loops first."""
     names: dict[tuple[int, int], str] = {}
     counts: dict[str, int] = {}
@@ -259,7 +300,7 @@ def _stated_rounds(lines: list[str], begin: int, end: int) -> int | None:
         return None
     steps = {name: (int(step), before) for name, step, before in _STEP.findall(body)}
     constants = dict(_CONSTANT.findall("\n".join(lines[:begin])))
-    step, before = steps.get(counter, (0, ""))
+    step, before = steps.get(_origin(counter, body), (0, ""))
     # The counter is what the phi becomes, or what follows from the phi.
     phis = _PHI.findall(lines[begin])
     starts = {start for phi, start, after in phis if counter == after or before == phi}
@@ -268,3 +309,10 @@ def _stated_rounds(lines: list[str], begin: int, end: int) -> int | None:
         return None
     span = int(bound) - int(first)
     return -(-span // step) if span > 0 else None
+
+
+def _origin(name: str, body: str) -> str:
+    """Returns the scalar that `name` reloads from the spill area, or `name`."""
+    slot = dict(_LOAD.findall(body)).get(name)
+    stored = {source for place, source in _STORE.findall(body) if place == slot}
+    return stored.pop() if len(stored) == 1 else name

@@ -37,8 +37,11 @@ class Kernel:
     # Sizes of the grid's dimensions that are known on device only, in order.
     grid: tuple[int, ...] = ()
     # Rounds of the loops for which the compiler's text states none (the grid aside), in program
-    # order: the mean each time the loop around them comes by.
+    # order: the mean each time they are entered.
     rounds: tuple[float, ...] = ()
+    # First and last of these loops → share of the visits in which the smallest skippable region
+    # around both runs.
+    visits: Mapping[tuple[int, int], float] = dataclasses.field(default_factory=dict)
     # Loop or region → share of the visits in which it runs at all; by place.
     entered: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depth: int | None = None  # channels a product sums over, where fewer than the unit is wide
@@ -189,6 +192,7 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, "bfloat16")
     tile = pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts)
+    forward_tiles = _even_load(config, tokens, experts, tile)[2]
     tile = min(tile, pallas_tpu_backward.LARGEST_TILE)
     assignments, _, tiles, assumes = _even_load(config, tokens, experts, tile)
     unit = assignments * 2 * width * inner
@@ -205,6 +209,18 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
         return pull(y)
 
     kernels = (
+        Kernel(
+            "grouped_matmul_gated_bfloat16",
+            flops=2 * unit,
+            moved_bytes=gate_up + rows + inner_rows,
+            **options | {"grid": (forward_tiles,)},
+        ),
+        Kernel(
+            "scaled_matmul_bfloat16",
+            flops=unit,
+            moved_bytes=down + rows + inner_rows,
+            **options | {"grid": (forward_tiles,)},
+        ),
         Kernel(
             "grouped_matmul_inner_gradient",
             flops=3 * unit,
@@ -296,7 +312,7 @@ def _dense_attention(model: str, config: ModelConfig) -> list[Case]:
 
 def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backward=False) -> Case:
     from v4jax.kernels import dense_attention
-    from v4jax.kernels.dense_attention import entries_tpu, pallas_tpu
+    from v4jax.kernels.dense_attention import entries_tpu, pallas_tpu, pallas_tpu_backward
     from v4jax.kernels.table import EntryTable
     from v4jax.quant import EntryFormat
 
@@ -344,15 +360,30 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
         # A block is attended to as it is loaded; the second loop awaits what nobody needs.
         rounds = (blocks, 0)
         assumes = f"every sequence at {context:,} tokens: {blocks} blocks of {block} entries"
-    elif ratio and not backward:
-        steps = ceil_div(tokens * heads // pallas_tpu.TILE_ROWS, 2)  # of one half of the chunk
-        rounds = (blocks / steps, whole, blocks - whole)
-        assumes = f"the last chunk of {context:,} tokens: {whole} of {blocks} blocks without mask"
+    elif ratio:
+        tile = pallas_tpu.TILE_ROWS // heads
+        tiles = ceil_div(tokens, tile)
+        halves = min(tiles, 2)  # each decodes its blocks in its first tile
+        blind = (ratio - 1) // tile if first == 0 else 0  # tiles before an entry is complete
+        rounds = (blocks * halves / tiles, whole, (blocks - whole) * (1 - blind / tiles))
+        assumes = f"positions {first:,} to {context:,}: {whole} of {blocks} blocks without mask"
     kernels = (
         Kernel("dense_attention", (), flops, moved, rounds=rounds, goal=goal, assumes=assumes),
     )
     if backward:
-        kernels += (Kernel("dense_attention_backward", (), flops * 5 // 2, 2 * moved),)
+        tile = pallas_tpu_backward.TILE_ROWS // heads
+        tiles, steps = ceil_div(tokens, tile), ceil_div(window + tokens, tile)
+        seeing = tiles - (ratio - 1) // tile
+        kernels += (
+            Kernel(
+                "dense_attention_backward",
+                (),
+                flops * 5 // 2,  # five products where the forward pass has two
+                2 * moved,
+                rounds=(blocks / steps, blocks * seeing / steps),
+                assumes=f"{seeing} of {tiles} tiles see the {blocks} block(s) of entries",
+            ),
+        )
     return Case("dense_attention", model, shape, gradients if backward else run, arguments, kernels)
 
 
@@ -402,6 +433,7 @@ def _sparse_attention(model: str, config: ModelConfig) -> list[Case]:
 def _indexer(model: str, config: ModelConfig) -> list[Case]:
     """Scores and selection in one kernel. FLOPs: 2 · heads · channels per query and entry."""
     from v4jax.kernels import indexer
+    from v4jax.kernels.indexer import pallas_tpu
     from v4jax.kernels.table import EntryTable
     from v4jax.quant import EntryFormat
 
@@ -425,15 +457,41 @@ def _indexer(model: str, config: ModelConfig) -> list[Case]:
             _S((batch,), jnp.int32),
         )
         seen = sum((p + 1) // ratio for p in range(CONTEXT - tokens, CONTEXT))
+        blocks = pallas_tpu.FEW if tokens <= pallas_tpu.FEW_TOKENS else pallas_tpu.MANY
+        steps = ceil_div(capacity, blocks.entries)
+        counted = _SELECTION_ROUNDS.get((count, tokens == 1))
+        options = {}
+        if counted is not None:
+            refreshes, *rounds = counted
+            options = {
+                "rounds": tuple(rounds),
+                "visits": {(2, 13): refreshes / steps, (14, len(rounds) - 1): 1 / steps},
+                "entered": {"0.0": 1 / (batch * ceil_div(tokens, pallas_tpu.LANES) * steps)},
+                "assumes": f"random scores: {refreshes} refreshes in {steps} blocks",
+            }
         kernel = Kernel(
             "indexer_select",
             depth=channels,
             flops=batch * seen * 2 * heads * channels,
             moved_bytes=batch
             * (capacity * stored_as.bytes_per_entry + tokens * (2 * heads * channels + 4 * count)),
+            grid=(steps,),
+            **options,
         )
         cases.append(Case("indexer", model, shape, run, arguments, (kernel,)))
     return cases
+
+
+# The first loop empties all candidates once, at the start.
+# (entries to select, one query a program) → refreshes, then the rounds of each loop each time it is
+# entered, in program order: chunks sifted (2 loops), refresh (12), write. Counted on random scores
+# by `python -m tests.benchmarks.count_rounds`; count again when the kernel's loops change.
+_SELECTION_ROUNDS = {
+    (512, False): (
+        *(7, 3.205, 3.238, 20, 20, 20, 13.57, 19.01, 20, 20, 13.29, 18.67, 84, 10, 84),
+        *(92, 92, 92, 92, 7, 92),
+    ),
+}
 
 
 def _compressor(model: str, config: ModelConfig) -> list[Case]:

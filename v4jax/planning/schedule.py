@@ -64,6 +64,7 @@ class LoopFigures:
     name: str
     bundles: int
     rounds: float | None  # each time it is entered; None: stated nowhere
+    cycles: float | None  # of one round; more than bundles where the matrix units need longer
     flops: float | None  # issued to the matrix units in one round
     share: float | None  # of the peak, issued FLOPs
     spills: float | None  # vector registers in one round
@@ -89,6 +90,7 @@ class KernelFigures:
     moved_bytes: float | None  # between HBM and this core, at least
     memory_cycles: float | None  # what these bytes take at the published bandwidth
     spills: float | None  # vector registers spilled or filled in the whole kernel
+    inner_part: float | None  # of the whole's cycles, spent in the inner loop
     notes: tuple[str, ...]
 
     @property
@@ -209,13 +211,14 @@ def count(text: str, chip: Chip, case: Case, name: str, call: Traced | None) -> 
         if call and kernel.name == call.name and kernel.result in ((), call.result)
     ]
     kernel = described[0] if described else Kernel(call.name if call else name)
-    program = bundles.read_program(text, unit=chip.unit, depth=kernel.depth)
+    units = bundles.Units(chip.unit, chip.flops_per_cycle, kernel.depth)
+    program = bundles.read_program(text, units)
     notes = [kernel.assumes] if kernel.assumes else []
     if not described:
         notes.append("not described in kernel_cases.py: FLOPs, bytes and rounds are not stated")
-    rounds, cores = _rounds(program, chip, kernel, call, notes)
+    rounds, entered, cores = _rounds(program, chip, kernel, call, notes)
     unknown = program.unknown_loops(rounds)
-    total = None if unknown else program.total(rounds, kernel.entered)
+    total = None if unknown else program.total(rounds, entered)
     flops = None if kernel.flops is None else kernel.flops / cores
     moved = None if kernel.moved_bytes is None else kernel.moved_bytes / cores
     share = None
@@ -227,14 +230,16 @@ def count(text: str, chip: Chip, case: Case, name: str, call: Traced | None) -> 
                 "issued; the case's rounds or its formula are wrong"
             )
             share = None
+    inner, inner_part = _inner(program, rounds, entered, chip), None
+    if inner is not None and total is not None:
+        loop = program.busiest_loop(rounds, entered)
+        inner_part = inner.cycles * program.runs(loop, rounds, entered) / total.cycles
     return KernelFigures(
         op=case.op,
         case=case.key,
         kernel=kernel.name,
-        inner=_inner(program, rounds, kernel, chip),
-        loops=tuple(
-            _count_loop(program, rounds, kernel.entered, loop, chip) for loop in program.loops
-        ),
+        inner=inner,
+        loops=tuple(_count_loop(program, rounds, entered, loop, chip) for loop in program.loops),
         regions=tuple((region.name, region.end - region.begin) for region in program.regions),
         bundles=len(program.work_n3),
         cycles=total and total.cycles,
@@ -246,13 +251,15 @@ def count(text: str, chip: Chip, case: Case, name: str, call: Traced | None) -> 
         moved_bytes=moved,
         memory_cycles=moved and moved / chip.bytes_per_cycle,
         spills=total and total.spills,
+        inner_part=inner_part,
         notes=tuple(notes),
     )
 
 
 def _rounds(program, chip: Chip, kernel: Kernel, call: Traced | None, notes: list[str]):
-    """Returns (rounds by name, the grid's included; how many cores share the grid)."""
+    """Returns rounds by loop, shares of visits by loop or region, and how many cores run."""
     rounds: dict[str, float] = {}
+    entered = dict(kernel.entered)
     places = {stretch.name for stretch in (*program.loops, *program.regions)}
     missing = sorted(set(kernel.entered) - places)
     if missing:
@@ -273,39 +280,53 @@ def _rounds(program, chip: Chip, kernel: Kernel, call: Traced | None, notes: lis
     silent = [loop for loop in program.unknown_loops(rounds) if not loop.is_grid]
     if len(silent) == len(kernel.rounds):
         rounds |= {loop.name: each for loop, each in zip(silent, kernel.rounds, strict=True)}
+        for (first, last), share in kernel.visits.items():
+            entered[_region_around(program, silent[first], silent[last]).name] = share
     else:
         listed = ", ".join(f"{loop.name} ({loop.end - loop.begin} bundles)" for loop in silent)
         notes.append(
             f"the text states no rounds of {len(silent)} loops, the case of {len(kernel.rounds)}: "
             f"no figures of the whole; {listed}"
         )
-    return rounds, cores
+    return rounds, entered, cores
 
 
-def _inner(program, rounds: dict, kernel: Kernel, chip: Chip) -> LoopFigures | None:
+def _region_around(program, first, last):
+    """Returns the smallest region that holds two loops, or the first loop if it stands alone."""
+    around = [r for r in program.regions if r.contains(first) and r.contains(last)]
+    return min(around, key=lambda region: region.end - region.begin, default=first)
+
+
+def _inner(program, rounds: dict, entered: dict, chip: Chip) -> LoopFigures | None:
     """Returns the loop with most of the matrix work; if it has others inside, its own bundles."""
-    loop = program.busiest_loop(rounds, kernel.entered)
+    loop = program.busiest_loop(rounds, entered)
     if loop is None:
         return None
     if not any(loop.contains(other) and other != loop for other in program.loops):
-        return _count_loop(program, rounds, kernel.entered, loop, chip)
+        return _count_loop(program, rounds, entered, loop, chip)
     work = program.own(loop, around_matrix_work=True)
-    if not work.cycles:
-        return None
-    share = work.issued_flops / (work.cycles * chip.flops_per_cycle)
-    runs = rounds.get(loop.name, loop.rounds)
-    name = f"{loop.name}, around its own matrix work"
-    return LoopFigures(name, round(work.cycles), runs, work.issued_flops, share, work.spills)
+    place = dataclasses.replace(loop, name=f"{loop.name}, around its own matrix work")
+    return (
+        _loop_figures(place, rounds.get(loop.name, loop.rounds), work, chip)
+        if work.cycles
+        else None
+    )
 
 
 def _count_loop(program, rounds: dict, entered, loop, chip: Chip) -> LoopFigures:
-    runs, size = rounds.get(loop.name, loop.rounds), loop.end - loop.begin
     try:
         work = program.total(rounds, entered, loop)
     except KeyError:
-        return LoopFigures(loop.name, size, runs, None, None, None)
+        work = None
+    return _loop_figures(loop, rounds.get(loop.name, loop.rounds), work, chip)
+
+
+def _loop_figures(loop, runs: float | None, work: bundles.Work | None, chip: Chip) -> LoopFigures:
+    size = loop.end - loop.begin
+    if work is None:
+        return LoopFigures(loop.name, size, runs, None, None, None, None)
     share = work.issued_flops / (work.cycles * chip.flops_per_cycle)
-    return LoopFigures(loop.name, size, runs, work.issued_flops, share, work.spills)
+    return LoopFigures(loop.name, size, runs, work.cycles, work.issued_flops, share, work.spills)
 
 
 def trace(case: Case) -> list[Traced]:
