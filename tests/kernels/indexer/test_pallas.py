@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.kernels import indexer
-from v4jax.kernels.indexer import pallas_tpu, reference
+from v4jax import log
+from v4jax.kernels import dispatch, indexer
+from v4jax.kernels.indexer import pallas_tpu, reference, sieve_tpu
 from v4jax.kernels.table import EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
@@ -20,19 +21,19 @@ LAST = CAPACITY * RATIO
 BLOCKS = pallas_tpu.Blocks(entries=64, chunk=4, growth=16, dense=2)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "pallas"))
-def select(queries, weights, stored, start, end, kind, pallas):
+@functools.partial(jax.jit, static_argnames=("kind", "pallas", "blocks", "count"))
+def select(queries, weights, stored, start, end, kind, pallas, blocks=BLOCKS, count=COUNT):
     table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
     if pallas:
         chosen = pallas_tpu.select(
             *(queries, weights, table, start, end),
             ratio=RATIO,
-            count=COUNT,
-            blocks=BLOCKS,
+            count=count,
+            blocks=blocks,
             interpret=True,
         )
     else:
-        chosen = reference.select(queries, weights, table, start, end, ratio=RATIO, count=COUNT)
+        chosen = reference.select(queries, weights, table, start, end, ratio=RATIO, count=count)
     return jnp.sort(chosen, axis=-1)
 
 
@@ -53,10 +54,16 @@ def draw(scores: str, kind: str):
         queries[:], weights[:], keys[:] = 0, 1, 0
         queries[..., 0] = 1
         keys[..., 0] = np.arange(CAPACITY) // 8 * 8  # in bfloat16 exact; eight tie each
-    if scores == "best in one stream":
+    if scores == "each worse than all before":
+        queries[:], weights[:], keys[:] = 0, -1, 0
+        queries[..., 0] = 1
+        keys[..., 0] = np.arange(CAPACITY) // 8 * 8
+    if scores in ("best in one stream", "each better, in one stream"):
         queries[:], weights[:], keys[:] = 0, 1, 0
         queries[..., 0] = 1
         keys[:, :, 3::8, 0] = 2
+        if scores == "each better, in one stream":
+            keys[:, :, 3::8, 0] = np.arange(3, CAPACITY, 8)
     queries, weights, keys = (jnp.asarray(x, jnp.bfloat16) for x in (queries, weights, keys))
     return queries, weights, EntryFormat(kind, CHANNELS, 64, "bfloat16").encode(keys)
 
@@ -68,6 +75,8 @@ SCORES = (
     "all negative",
     "each better than all before",
     "best in one stream",
+    "each worse than all before",
+    "each better, in one stream",
 )
 STARTS = {
     "from the beginning": ([0, 7], [TOKENS, 7 + TOKENS]),
@@ -90,6 +99,27 @@ def test_selection(scores, start, kind):
     for b in range(2):
         real = min(end[b] - start[b], TOKENS)
         np.testing.assert_array_equal(got[b, :real], expected[b, :real])
+
+
+def test_blocks_do_not_matter():
+    queries, weights, stored = draw("with many ties", "bfloat16")
+    start = np.array([LAST - TOKENS, 190], np.int32)
+    arguments = (queries, weights, stored, start, start + TOKENS, "bfloat16")
+    blocks = pallas_tpu.Blocks(entries=128, heads=1, chunk=16, growth=48, dense=0)
+    got = select(*arguments, pallas=True, blocks=blocks)
+    np.testing.assert_array_equal(got, select(*arguments, pallas=True))
+
+
+def test_keys_have_the_order_of_scores():
+    scores = np.array([-np.inf, -3e38, -2, -1, -1e-30, -0.0, 0, 1e-30, 1, 2, 3e38, np.inf], "f4")
+    keys = np.asarray(sieve_tpu.order_keys(jnp.asarray(scores))).astype(np.int64)
+    np.testing.assert_array_equal(
+        np.sign(np.diff(keys)), np.sign(np.diff(np.unique(scores, return_inverse=True)[1]))
+    )
+    np.testing.assert_array_equal(sieve_tpu.order_values(jnp.asarray(keys, jnp.int32)), scores)
+    strange = jnp.array([0x7FC00000, 0xFFC00000, 0xFFFFFFFF], jnp.uint32)
+    keys = sieve_tpu.order_keys(jax.lax.bitcast_convert_type(strange, jnp.float32))
+    assert (np.asarray(keys) > sieve_tpu.NOTHING).all()
 
 
 FEW = pallas_tpu.Blocks(entries=1024, growth=4, dense=2)
@@ -147,6 +177,39 @@ def test_layers_are_not_mixed():
     stored = {"values": stored["values"].at[0].set(jnp.nan).at[2].set(jnp.nan)}
     got = select(queries, weights, stored, start, start + TOKENS, kind="bfloat16", pallas=True)
     np.testing.assert_array_equal(got, expected)
+
+
+REFUSED = {
+    "float32 keys": (dict(kind="float32"), "must be fp4 or bfloat16, got float32"),
+    "fp8 keys": (dict(kind="fp8"), "must be fp4 or bfloat16, got fp8"),
+    "float32 queries": (dict(dtype=jnp.float32), "must be bfloat16, got float32"),
+    "narrow heads": (dict(channels=64), "multiple of 128 lanes, got 64"),
+    "little room": (dict(entries=300), "there is room for 300"),
+    "many selected": (dict(count=1500), "1500 selected entries need"),
+    "many heads": (dict(heads=512), "bytes of VMEM"),
+    "many entries": (dict(entries=2**23), "do not fit in 20 bits"),
+    "many programs": (dict(batch=20_000, tokens=8), "160000 programs"),
+}
+
+
+@pytest.mark.parametrize("change, reason", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_with_the_reason(change, reason, monkeypatch):
+    said = []
+    monkeypatch.setattr(log, "once", said.append)
+    sizes = dict(kind="bfloat16", dtype=jnp.bfloat16, channels=CHANNELS, entries=4096, count=512)
+    sizes = sizes | dict(heads=64, batch=1, tokens=256) | change
+    stored_as = EntryFormat(sizes["kind"], sizes["channels"], 64, "bfloat16")
+    stored = jax.eval_shape(lambda: stored_as.zeros(1, sizes["batch"], sizes["entries"]))
+    shape = tuple(sizes[name] for name in ("batch", "tokens", "heads", "channels"))
+
+    def choose(queries, stored):
+        table = EntryTable(stored, jnp.int32(0), stored_as)
+        assert indexer._choose(queries, table, sizes["count"]) == "reference"
+
+    with dispatch.compiling_for("tpu"):
+        jax.eval_shape(choose, jax.ShapeDtypeStruct(shape, sizes["dtype"]), stored)
+    assert said[0].startswith("kernels: indexer=reference on tpu; not pallas_tpu: ")
+    assert reason in said[0]
 
 
 # Flash and Pro: 64 index heads of 128 channels; a million tokens of context.

@@ -18,15 +18,21 @@ queries (decode): one query a program, and all 1,024 places of a register are it
   write   a last refresh with no slack leaves exactly the true best: larger keys, then smaller ids.
           The gaps between streams close the same way.
 
-It is exact because an entry leaves only when `count` others rank before it by (score, smaller id),
-and it costs what is seen: every appended row is sifted twice at worst, and the more entries have
-passed, the fewer survive.
+It is exact because an entry leaves only when `count` others rank before it by (score, smaller id):
+when it is not appended these are earlier entries, which win ties; when it is dropped, candidates.
+Nothing depends on the order of entries but the cost: each is scored and compared once, and the
+floor only rises, so that of n entries in random order about count · (1 + ln(n / count)) are ever
+candidates of a query. Where each is better than all before, each is appended; then a refresh of at
+most `capacity` rows is due for every `growth` rows of entries.
+
+Scores are finite. Should one be infinite or no number, the ids are still visible and distinct.
 
 Source: spec B.9.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +60,9 @@ from v4jax.shapes import ceil_div, round_up
 # Up to here each token is a program of its own. A tile of 128 costs as much as about ten of them
 # where 4,096 entries are seen, as twenty-five where 262,144 are.
 FEW_TOKENS = 8
-VMEM_BYTES = 48 * 2**20
+VMEM_BYTES = 48 * 2**20  # the smallest chip has 64 MiB
+ROOM_BYTES = 16 * 2**20  # of it for blocks of keys, results and registers spilled
+SCALAR_BYTES = 2**19  # half of what a core has
 CODES = 8  # FP4 codes in a word of 32 bits
 
 
@@ -62,9 +70,9 @@ CODES = 8  # FP4 codes in a word of 32 bits
 class Blocks:
     """Sizes of the walk over entries.
 
-    entries: of one grid step. heads: unrolled together. chunk: rows sifted together, at most 32
-    (bits of a mask). growth: rows of candidates added before a refresh. dense: survivors of one
-    stream in a chunk beyond which the chunk is copied whole.
+    entries: of one grid step. heads: unrolled together, or their largest divisor in common. chunk:
+    rows sifted together, at most 32 (bits of a mask). growth: rows of candidates added before a
+    refresh. dense: survivors of one stream in a chunk beyond which the chunk is copied whole.
     """
 
     entries: int = 512
@@ -89,8 +97,9 @@ FEW = Blocks(entries=4096, dense=2)
 
 def supported(queries, keys: EntryTable, count: int) -> str | None:
     """Returns why these kernels cannot run, or None."""
-    tokens, _, channels = queries.shape[1:]
-    blocks = FEW if tokens <= FEW_TOKENS else MANY
+    batch, tokens, heads, channels = queries.shape
+    few = tokens <= FEW_TOKENS
+    blocks = FEW if few else MANY
     if channels % LANES:
         return f"index_head_dim must be a multiple of {LANES} lanes, got {channels}"
     if keys.format.kind not in ("fp4", "bfloat16"):
@@ -103,6 +112,18 @@ def supported(queries, keys: EntryTable, count: int) -> str | None:
         return f"{count} selected entries need {blocks.capacity(count, SUBLANES)} rows"
     if keys.capacity >= SUBLANES << GAP_SHIFT:
         return f"{keys.capacity} entries do not fit in {GAP_SHIFT} bits"
+    programs = batch * (tokens if few else ceil_div(tokens, LANES))
+    if 4 * programs > SCALAR_BYTES:
+        return f"{programs} programs have more sizes than fit in {SCALAR_BYTES} bytes"
+    rows = 2 * blocks.capacity(count, SUBLANES)  # keys and ids
+    values = heads * channels * (1 if few else LANES)  # queries, fetched ahead
+    products = heads * blocks.entries if few else 0
+    needed = 4 * (rows * SUBLANES * LANES + values + products) + ROOM_BYTES
+    if needed > VMEM_BYTES:
+        return (
+            f"{heads} heads of {channels} channels and {count} selected entries need "
+            f"{needed} bytes of VMEM, there are {VMEM_BYTES}"
+        )
     return dispatch.needs_platform("tpu")
 
 
@@ -244,7 +265,7 @@ def score_many(stored, queries, weights, block_keys, unrolled: int):
     """Writes the keys of Σ_i weight · ReLU(product), float32 [entries, q], as [rows, 8, q]."""
     keys = stored["values"][...] if "values" in stored else decode_fp4(stored).T
     heads = queries.shape[0]
-    unrolled = unrolled if heads % unrolled == 0 else heads
+    unrolled = math.gcd(heads, unrolled)
 
     def add_heads(group, total):
         for head in range(unrolled):
