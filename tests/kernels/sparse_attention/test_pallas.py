@@ -8,28 +8,32 @@ import numpy as np
 import pytest
 
 from v4jax.kernels import sparse_attention
-from v4jax.kernels.sparse_attention import pallas_tpu, reference
+from v4jax.kernels.sparse_attention import decode_tpu, pallas_tpu, prefill_tpu, reference
 from v4jax.kernels.table import EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
 
-WINDOW, RATIO, HEADS, CHANNELS, COUNT = 16, 4, 8, 256, 128
+WINDOW, RATIO, HEADS, CHANNELS, COUNT = 16, 4, 16, 256, 128
 # Weights rounded to bfloat16 relative to another maximum, and the result itself.
 BFLOAT16 = 2**-6
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "TILE_TOKENS", 8)
+    monkeypatch.setattr(pallas_tpu, "REWRITTEN_ROWS", 1)
+    monkeypatch.setattr(decode_tpu, "DEPTH", 4)
+    monkeypatch.setattr(prefill_tpu, "TILE_GROUPS", 2)
+    monkeypatch.setattr(prefill_tpu, "BLOCK", 128)
+    monkeypatch.setattr(prefill_tpu, "UNROLLED_ROWS", 2)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "pallas"))
 def attend(queries, recent, sink, start, stored, selected, *, kind, pallas):
     table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
     module = pallas_tpu if pallas else reference
-    return module.attend(
+    return module.attend_with_mass(
         queries, recent, sink, start, window=WINDOW, entries=table, selected=selected
-    )
+    )[0]
 
 
 def draw(kind, tokens, capacity, start):
@@ -54,8 +58,8 @@ def draw(kind, tokens, capacity, start):
 CASES = {
     "from the beginning": (19, 160, [0, 1]),
     "more entries than places": (19, 160, [600, 300]),
-    "staged, one token": (1, 160, [0, 639]),
-    "staged, three tokens": (3, 400, [7, 1200]),
+    "one by one, one token": (1, 256, [0, 639]),
+    "one by one, three tokens": (3, 384, [7, 1200]),
 }
 
 
@@ -64,7 +68,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, kind):
     tokens, capacity, start = CASES[name]
-    assert pallas_tpu.gathers_in_kernel(tokens, COUNT, capacity) != name.startswith("staged")
+    assert pallas_tpu.gathers_one_by_one(tokens, COUNT, capacity) == name.startswith("one by one")
     arguments = draw(kind, tokens, capacity, start)
     got, expected = (attend(*arguments, kind=kind, pallas=pallas) for pallas in (True, False))
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, expected)), 0, BFLOAT16)
