@@ -14,12 +14,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from v4jax.errors import UnsupportedError
 from v4jax.kernels import dispatch
 from v4jax.kernels.grouped_matmul import pallas_tpu_backward, reference
 from v4jax.kernels.scaled_matmul import pallas_tpu as linear
 from v4jax.kernels.scaled_matmul import round_activations, unpack_tpu
+from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import FP8_AMAX_FLOOR, FP8_MAX
+from v4jax.shapes import ceil_div
+
+# Rows of a tile, and of an expert from which on tiles of `linear.LARGEST_TILE` gain.
+USUAL_TILE, LONG_LOAD = 256, 1024
 
 
 def supported(x, gate_up, down) -> str | None:
@@ -61,29 +67,35 @@ def _apply_forward(limit, quantize_activations, *arguments):
 
 
 def _apply_backward(limit, quantize_activations, arguments, gradient):
-    """By kernels where both weights are plain bfloat16; else by the reference.
+    """Quantized weights are constants: they get no gradient, and are expanded for the products.
 
-    Quantized weights are constants: only x and the routing weights have a gradient.
+    Their roundings of activations count as the identity.
     """
     x, expert_ids, weights, gate_up, down = arguments
-    no_ids = linear.zero_gradient(expert_ids)
-    if isinstance(gate_up, jax.Array) and isinstance(down, jax.Array):
-        experts = gate_up.shape[0]
-        tile = min(choose_tile(expert_ids.size, experts), pallas_tpu_backward.LARGEST_TILE)
-        plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
-        d_x, d_weights, d_gate_up, d_down = pallas_tpu_backward.backward(
-            plan, tile, x, weights, gate_up, down, gradient, limit=limit
+    experts = gate_up.shape[0]
+    if quantize_activations and isinstance(gate_up, ScaledArray):
+        x = round_activations(x)
+    tile = min(choose_tile(expert_ids.size, experts), pallas_tpu_backward.LARGEST_TILE)
+    plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
+    d_x, d_weights, *d_stored = pallas_tpu_backward.backward(
+        plan, tile, x, weights, _expand(gate_up), _expand(down), gradient, limit=limit
+    )
+    for i, weight in enumerate((gate_up, down)):
+        if isinstance(weight, ScaledArray):
+            d_stored[i] = jax.tree.map(linear.zero_gradient, weight)
+    return d_x, linear.zero_gradient(expert_ids), d_weights, *d_stored
+
+
+def _expand(weight):
+    """Returns a weight [e, …] in bfloat16; exact. One layer's experts, as long as it is needed."""
+    if isinstance(weight, jax.Array):
+        return weight
+    if any(isinstance(x, Stacked) for x in jax.tree.leaves(weight, is_leaf=linear.is_stacked)):
+        raise UnsupportedError(
+            "stacked layers only infer: give each layer its own experts to train"
         )
-        return d_x, no_ids, d_weights, d_gate_up, d_down
-
-    def run(x, weights):
-        options = {"limit": limit, "quantize_activations": quantize_activations}
-        return reference.apply_experts(x, expert_ids, weights, gate_up, down, **options)
-
-    _, pull = jax.vjp(run, x, weights)
-    d_x, d_weights = pull(gradient)
-    constant = jax.tree.map(linear.zero_gradient, (gate_up, down))
-    return d_x, no_ids, d_weights, *constant
+    # One expert at a time: what XLA makes in float32 on the way stays small.
+    return jax.lax.map(lambda expert: expert.dequantize(jnp.bfloat16), weight)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
@@ -105,10 +117,16 @@ def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
 
 
 def choose_tile(assignments: int, experts: int) -> int:
-    """Returns rows per tile: a power of two near half the mean load, so padding stays small."""
-    mean = max(assignments // (2 * experts), 1)
-    tile = 1 << (mean.bit_length() - 1)
-    return min(max(tile, linear.SMALLEST_TILE), linear.LARGEST_TILE)
+    """Returns rows per tile: the power of two that holds a load some way above the mean.
+
+    A short tile costs as much as one of 128 rows, since the weights go into the MXU for each; so an
+    expert gets one tile, if 256 rows suffice, which cost what they compute. Long ones gain little,
+    and padding is half a tile per expert.
+    """
+    if assignments >= LONG_LOAD * experts:
+        return linear.LARGEST_TILE
+    wanted = ceil_div(5 * assignments, 4 * experts)
+    return min(max(1 << (wanted - 1).bit_length(), linear.SMALLEST_TILE), USUAL_TILE)
 
 
 def ordered(x, weight):

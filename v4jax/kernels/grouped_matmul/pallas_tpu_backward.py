@@ -1,4 +1,4 @@
-"""Gradients of routed experts in bfloat16 on TPU, over the same tiles as the forward pass.
+"""Gradients of routed experts on TPU, over the same tiles as the forward pass.
 
 Nothing but the arguments is kept: gate and up are computed again. With G the gradient of the
 outputs' rows, h = weight · SwiGLU(a, b) and out = down · h:
@@ -7,7 +7,8 @@ outputs' rows, h = weight · SwiGLU(a, b) and out = down · h:
     d(gate, up) = Σ_rows (da, db) xᵀ,  d(down) = Σ_rows G hᵀ
 
 in three kernels: `_inner` (a, b, dh and what follows from them), `multiply_transposed` (dx) and
-`sum_products` (both weights). Empty rows have weight 0, hence h, da and db 0.
+`sum_products` (both weights; XLA leaves it out where no one asks, as for quantized experts). Empty
+rows have weight 0, hence h, da and db 0.
 """
 
 import functools

@@ -74,12 +74,13 @@ def zero_gradient(array):
     return jnp.zeros(array.shape, array.dtype)
 
 
+def is_stacked(node) -> bool:
+    """Returns whether a node of a weight's tree stands for one layer of a stack."""
+    return isinstance(node, Stacked)
+
+
 def layer_of(weight):
     """Returns (weight with arrays [l, e, …], layer [1]): a stack as it is, or one layer made so."""
-
-    def is_stacked(node):
-        return isinstance(node, Stacked)
-
     first = jax.tree.leaves(weight, is_leaf=is_stacked)[0]
     if is_stacked(first):
         arrays = jax.tree.map(lambda stack: stack.array, weight, is_leaf=is_stacked)
