@@ -21,6 +21,8 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "QUERY_TILE", 4)
         patch.setattr(reference, "ENTRY_BLOCK", 8)
+        patch.setattr(reference, "SPAN", 16)
+        patch.setattr(reference, "SMALL", 8)
         patch.setattr(reference, "GROUP", 4)
         yield
 

@@ -1,23 +1,33 @@
-"""Exact selection in plain jnp, in bounded memory: tiles of queries × blocks of entries.
+"""Exact selection in plain jnp, in bounded memory: tiles of queries × spans of entries.
 
-A block's scores are cut into groups of GROUP neighbouring entries. The running state of a query is
-its best `count` groups by (largest score, smaller id first), with all their scores, in order of id.
-That suffices: if `count` groups rank before a group g, each of them holds an entry that ranks
-before every entry of g, so no entry of g is among the best `count`. One final top-k over the kept
-groups gives the answer; since they stand in order of id, ties go to the smaller id. Sorting thus
-touches 1/GROUP of the scores, and nothing of size queries × entries exists.
+A span's scores are cut into groups of neighbouring entries, and only the largest score of each
+group is kept. The running state of a query is its best `count` groups by (largest score, smaller
+id). That suffices: if `count` groups rank before a group g, each of them holds an entry that ranks
+before every entry of g, so no entry of g is among the best `count`. In the end the scores of the
+kept groups are made again, and the best `count` of these are the answer. Groups stand in order of
+id and the smaller position wins a tie, so ties go to the smaller id. Where all entries fit into one
+small span, a group is one entry, and its score is the answer's.
+
+The choice itself touches 1/GROUP of the scores (`largest`), nothing of size queries × entries
+exists, and spans and blocks that no query of the tile sees are skipped.
 """
 
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.indexer.largest import find_largest
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
 from v4jax.shapes import ceil_div, round_up
 
-QUERY_TILE = 128
-ENTRY_BLOCK = 4096
+QUERY_TILE = 256
+HEADS = 4  # whose products are held at once
+ENTRY_BLOCK = 2048  # entries scored at once
+SPAN = 65_536  # entries between two choices: as many group maxima as are chosen from at once …
+SMALL = 4096  # … and up to here a group is one entry
 GROUP = 16
+# Channels of the kept groups that are scored again at once: 2 MiB in float32.
+GATHERED_ELEMENTS = 1 << 19
 UNSEEN = -jnp.inf
 
 
@@ -48,67 +58,126 @@ def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count)
 
 def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
     """Returns the ids of the best `count` of `needed` entries for one tile of queries."""
-    block = min(ENTRY_BLOCK, round_up(keys.capacity, GROUP))
-    readable = min(block, keys.capacity)
-    groups = block // GROUP
     rows = visible_bq.shape
+    capacity = keys.capacity
+    group = 1 if capacity <= SMALL else GROUP
+    block = round_up(ceil_div(capacity, ceil_div(capacity, ENTRY_BLOCK)), group)
+    # The last block of a capacity that block does not divide is read from earlier on, by whole
+    # groups, which every block therefore has room for.
+    readable = capacity - max(capacity - block, 0) // group * group
+    groups = ceil_div(readable, group)
+    span = min(max(SPAN // block, 1), ceil_div(capacity, block))  # in blocks
 
-    def add_block(state, index):
-        best_max, best_id, best_scores = state
-        # The last block of a capacity that block does not divide starts early; its known part is
-        # masked.
-        first = jnp.minimum(index * block, keys.capacity - readable)
+    def first_group(index):
+        return jnp.minimum(index * block, capacity - readable)
+
+    def group_maxima(index):
+        first = first_group(index)
         scores_bqw = score(queries_bqix, weights_bqi, keys.block(first, readable))
         ids_w = first + jnp.arange(readable)
-        seen_bqw = (ids_w < visible_bq[..., None]) & (ids_w >= index * block)
-        scores_bqw = jnp.where(seen_bqw, scores_bqw, UNSEEN)
-        scores_bqw = jnp.pad(
-            scores_bqw, [(0, 0), (0, 0), (0, block - readable)], constant_values=UNSEEN
-        )
-        new_scores = scores_bqw.reshape(*rows, groups, GROUP)
-        new_id = jnp.broadcast_to(first + jnp.arange(groups) * GROUP, (*rows, groups))
-        # Kept groups stand in order of id, before the new ones, whose ids are larger: top_k's
-        # preference for the smaller index is the preference for the smaller id.
-        all_max = jnp.concatenate([best_max, new_scores.max(axis=-1)], axis=-1)
-        chosen = jnp.sort(jax.lax.top_k(all_max, count)[1], axis=-1)
-        best_max = jnp.take_along_axis(all_max, chosen, axis=-1)
-        best_id = jnp.take_along_axis(jnp.concatenate([best_id, new_id], axis=-1), chosen, axis=-1)
-        all_scores = jnp.concatenate([best_scores, new_scores], axis=-2)
-        best_scores = jnp.take_along_axis(all_scores, chosen[..., None], axis=-2)
-        return best_max, best_id, best_scores
+        own_w = (ids_w >= index * block) & (ids_w < (index + 1) * block)
+        scores_bqw = jnp.where(own_w & (ids_w < visible_bq[..., None]), scores_bqw, UNSEEN)
+        padding = [(0, 0), (0, 0), (0, groups * group - readable)]
+        scores_bqw = jnp.pad(scores_bqw, padding, constant_values=UNSEEN)
+        return scores_bqw.reshape(*rows, groups, group).max(axis=-1)
+
+    def add_span(state, index):
+        best_max, best_id = state
+        indices = index * span + jnp.arange(span, dtype=jnp.int32)
+
+        def maxima_or_nothing(i):
+            nothing = jnp.full((*rows, groups), UNSEEN, jnp.float32)
+            return jax.lax.cond(i * block < needed, group_maxima, lambda _: nothing, i)
+
+        maxima = jnp.moveaxis(jax.lax.map(maxima_or_nothing, indices), 0, 2)
+        maxima = maxima.reshape(*rows, span * groups)
+        # In the order of ids: what was kept, then the span.
+        maxima = jnp.concatenate([best_max, maxima], axis=-1)
+        chosen = largest_of(maxima, count)
+        new = chosen - count
+        ids = first_group(index * span + new // groups) + new % groups * group
+        kept = jnp.take_along_axis(best_id, jnp.minimum(chosen, count - 1), axis=-1)
+        ids = jnp.where(new < 0, kept, ids)
+        best_max = jnp.take_along_axis(maxima, chosen, axis=-1)
+        return jnp.where(chosen < 0, UNSEEN, best_max), jnp.where(chosen < 0, -group, ids)
 
     def step(state, index):
-        seen = index * block < needed
-        return jax.lax.cond(seen, add_block, lambda s, _: s, state, index), None
+        seen = index * span * block < needed
+        return jax.lax.cond(seen, add_span, lambda s, _: s, state, index), None
 
-    state = (
-        jnp.full((*rows, count), UNSEEN, jnp.float32),
-        jnp.zeros((*rows, count), jnp.int32),
-        jnp.full((*rows, count, GROUP), UNSEEN, jnp.float32),
-    )
-    blocks = jnp.arange(ceil_div(keys.capacity, block), dtype=jnp.int32)
-    (_, best_id, best_scores), _ = jax.lax.scan(step, state, blocks)
-    ids = best_id[..., None] + jnp.arange(GROUP)
-    values, chosen = jax.lax.top_k(best_scores.reshape(*rows, -1), count)
-    ids = jnp.take_along_axis(ids.reshape(*rows, -1), chosen, axis=-1)
-    return jnp.where(values > UNSEEN, ids, -1)
+    state = jnp.full((*rows, count), UNSEEN, jnp.float32), jnp.full((*rows, count), -group)
+    spans = jnp.arange(ceil_div(capacity, span * block), dtype=jnp.int32)
+    _, best_id = jax.lax.scan(step, state, spans)[0]
+    if group == 1:
+        return best_id
+    ids = (best_id[..., None] + jnp.arange(group)).reshape(*rows, count * group)
+    scores = score_taken(queries_bqix, weights_bqi, keys, ids)
+    scores = jnp.where((ids >= 0) & (ids < visible_bq[..., None]), scores, UNSEEN)
+    chosen = largest_of(scores, count)
+    return jnp.where(chosen < 0, -1, jnp.take_along_axis(ids, chosen, axis=-1))
 
 
-def score(queries_bqix, weights_bqi, keys_bwx):
-    """Returns index scores in float32 [b, q, w]; only one head's products are held."""
+def largest_of(values, count):
+    """Returns `find_largest` of the last axis of [b, q, n]; `count` may exceed n."""
+    width = values.shape[-1]
+    chosen = find_largest(values.reshape(-1, width), min(count, width))
+    return chosen.reshape(*values.shape[:-1], -1)
 
-    def add_head(scores_bqw, head):
-        queries_bqx, weights_bq = head
-        products = jnp.einsum(
-            "bqx,bwx->bqw",
-            queries_bqx,
-            keys_bwx,
+
+def score_taken(queries_bqix, weights_bqi, keys, ids_bqw):
+    """Returns the scores of every query's own entries [b, q, w]."""
+    tile = GATHERED_ELEMENTS // (ids_bqw.shape[-1] * queries_bqix.shape[-1])
+
+    def score_tile(_, ids_bqw, queries_bqix, weights_bqi):
+        # One batch axis, and the sum over heads written out: XLA on CPU runs this ten times as
+        # fast as the same with two axes, or with a sum.
+        keys_nwx = keys.take(ids_bqw).reshape(-1, ids_bqw.shape[2], queries_bqix.shape[3])
+        products_niw = jnp.einsum(
+            "nix,nwx->niw",
+            queries_bqix.reshape(-1, *queries_bqix.shape[2:]),
+            keys_nwx,
             preferred_element_type=jnp.float32,
             precision="highest",
         )
-        weights_bq = weights_bq.astype(jnp.float32)
-        return scores_bqw + weights_bq[..., None] * jax.nn.relu(products), None
+        weights_ni = weights_bqi.astype(jnp.float32).reshape(-1, weights_bqi.shape[2])
+        scores_nw = jnp.zeros(keys_nwx.shape[:2], jnp.float32)
+        for head in range(weights_ni.shape[1]):
+            scores_nw += weights_ni[:, head, None] * jax.nn.relu(products_niw[:, head])
+        return scores_nw.reshape(ids_bqw.shape)
 
-    shape = (*queries_bqix.shape[:2], keys_bwx.shape[1])
-    heads = (jnp.moveaxis(queries_bqix, 2, 0), jnp.moveaxis(weights_bqi, 2, 0))
-    return jax.lax.scan(add_head, jnp.zeros(shape, jnp.float32), heads)[0]
+    tile = min(max(tile, 1), ids_bqw.shape[1])
+    return map_query_tiles(score_tile, tile, ids_bqw, queries_bqix, weights_bqi)
+
+
+def score(queries_bqix, weights_bqi, keys_bwx):
+    """Returns index scores in float32 [b, q, w]; the products of HEADS heads are held at once.
+
+    One product for several heads, then their sum written out: XLA on CPU makes one loop of it.
+    """
+    batch, tokens, heads, channels = queries_bqix.shape
+    together = HEADS if heads % HEADS == 0 else 1
+
+    def add_heads(scores_bqw, parts):
+        queries_bnx, weights_bhq = parts
+        # [b, h·q, w]: written as one matrix per sequence, so that its rows stay rows.
+        products = jnp.einsum(
+            "bnx,bwx->bnw",
+            queries_bnx,
+            keys_bwx,
+            preferred_element_type=jnp.float32,
+            precision="highest",
+        ).reshape(batch, together, tokens, -1)
+        for head in range(together):
+            weights_bq1 = weights_bhq[:, head, :, None]
+            scores_bqw = scores_bqw + weights_bq1 * jax.nn.relu(products[:, head])
+        return scores_bqw, None
+
+    # [b, q, i, …] → [groups of heads, b, h, q, …]
+    queries = jnp.moveaxis(queries_bqix, 2, 1).reshape(batch, -1, together * tokens, channels)
+    weights = jnp.moveaxis(weights_bqi.astype(jnp.float32), 2, 1)
+    weights = weights.reshape(batch, -1, together, tokens)
+    parts = jnp.moveaxis(queries, 1, 0), jnp.moveaxis(weights, 1, 0)
+    scores_bqw = jnp.zeros((batch, tokens, keys_bwx.shape[1]), jnp.float32)
+    if heads == together:
+        return add_heads(scores_bqw, jax.tree.map(lambda part: part[0], parts))[0]
+    return jax.lax.scan(add_heads, scores_bqw, parts)[0]
