@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from v4jax.kernels.dense_attention import gradient
 from v4jax.kernels.dense_attention.tiles_tpu import LANES, why_not
 from v4jax.kernels.sparse_attention import decode_tpu, prefill_tpu, reference
-from v4jax.kernels.sparse_attention.union_tpu import NOTHING, WORD_CHANNELS
+from v4jax.kernels.sparse_attention.rows_tpu import WORD_CHANNELS
+from v4jax.kernels.sparse_attention.union_tpu import NOTHING
 
 LARGEST_COUNT = 1024  # selected entries that VMEM holds decoded, with their blocks under way
 # A row of the table is rewritten for this part of what it costs to gather an entry from the table.

@@ -18,7 +18,8 @@ from v4jax.kernels import dispatch
 from v4jax.kernels.dense_attention.pallas_tpu import along_lanes, fold_lanes
 from v4jax.kernels.dense_attention.tiles_tpu import LANES, LOG2_E, VMEM_BYTES, dot
 from v4jax.kernels.softmax import MASKED
-from v4jax.kernels.sparse_attention.union_tpu import WORD_CHANNELS, pack_rows, unite
+from v4jax.kernels.sparse_attention import rows_tpu
+from v4jax.kernels.sparse_attention.union_tpu import unite
 from v4jax.shapes import ceil_div, round_up
 
 # Rows of one product: tokens × heads.
@@ -80,7 +81,7 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
     recent = jnp.pad(recent, [(0, 0), (0, padding + ALIGNMENT), (0, 0)])
     selected = jnp.pad(selected, [(0, 0), (0, padding), (0, 0)], constant_values=-1)
     selected = jnp.minimum(selected, entries.capacity - 1)
-    words, known = pack_rows(entries, selected.max() + 1, BLOCK)
+    words, known = rows_tpu.pack(entries, selected.max() + 1)
     groups = plan.tiles * plan.groups
     united = selected.reshape(batch, groups, plan.members * count)
     ids, bits, counts = unite(united, plan.members)
@@ -117,7 +118,7 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
                 pl.BlockSpec((1, plan.groups * plan.rows // LANES, LANES), place),
             ],
             scratch_shapes=[
-                pltpu.VMEM((DEPTH, BLOCK, channels // WORD_CHANNELS, LANES), jnp.int32),
+                pltpu.VMEM((DEPTH, BLOCK, channels // rows_tpu.WORD_CHANNELS, LANES), jnp.int32),
                 pltpu.SemaphoreType.DMA((DEPTH,)),
                 pltpu.VMEM((plan.rows, LANES), jnp.float32),
                 pltpu.VMEM((plan.rows, LANES), jnp.float32),
