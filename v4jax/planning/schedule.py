@@ -91,6 +91,8 @@ class KernelFigures:
     memory_cycles: float | None  # what these bytes take at the published bandwidth
     spills: float | None  # vector registers spilled or filled in the whole kernel
     inner_part: float | None  # of the whole's cycles, spent in the inner loop
+    goal_inner: float | None
+    goal_inner_part: float | None
     notes: tuple[str, ...]
 
     @property
@@ -252,6 +254,8 @@ def count(text: str, chip: Chip, case: Case, name: str, call: Traced | None) -> 
         memory_cycles=moved and moved / chip.bytes_per_cycle,
         spills=total and total.spills,
         inner_part=inner_part,
+        goal_inner=kernel.goal_inner,
+        goal_inner_part=kernel.goal_inner_part,
         notes=tuple(notes),
     )
 

@@ -1,0 +1,112 @@
+"""From bundles to figures; one small kernel through the real compiler."""
+
+import pytest
+
+from planning import test_bundles
+from v4jax.errors import UnsupportedError
+from v4jax.planning import ahead_of_time, kernel_cases, schedule
+from v4jax.planning.kernel_cases import Case, Kernel
+from v4jax.planning.schedule import Traced
+
+CHIP = schedule.CHIPS["v6e"]
+CALL = Traced("product", grid=(None, 3), parallel=(False, True), result=(8, 8))
+ONE = test_bundles.ONE
+
+
+def count(kernel: Kernel, chip=CHIP, call=CALL) -> schedule.KernelFigures:
+    case = Case("op", "model", "shape", lambda: None, (), (kernel,))
+    return schedule.count(test_bundles.TEXT, chip, case, "product.1", call)
+
+
+def test_figures():
+    figures = count(Kernel("product", flops=11 * ONE, moved_bytes=2**20, grid=(1,), rounds=(7,)))
+    cycles = 8 + 3 * (13 + 4 * test_bundles.FOUR + 7 * test_bundles.UNKNOWN)
+    assert figures.cycles == cycles
+    assert figures.share == pytest.approx(11 * ONE / cycles / 524_288)
+    assert (figures.issued_flops, figures.spills) == (12 * ONE, 24)
+    assert figures.memory_cycles == pytest.approx(2**20 / (1640 / 1.75))
+    assert (figures.inner.name, figures.inner.flops, figures.inner.cycles) == ("0.0", ONE, 10)
+    assert figures.inner_part == pytest.approx(120 / cycles)
+    assert figures.notes == ()
+
+
+def test_unknown_rounds_give_no_figures_of_the_whole():
+    figures = count(Kernel("product", flops=ONE, grid=(1,)))
+    assert figures.cycles is figures.share is figures.inner_part is None
+    assert figures.inner.share is not None
+    assert "no rounds of 1 loops, the case of 0" in figures.notes[0]
+    assert "0.1 (8 bundles)" in figures.notes[0]
+
+
+def test_too_many_flops_are_an_error_of_the_case():
+    figures = count(Kernel("product", flops=13 * ONE, grid=(1,), rounds=(7,)))
+    assert figures.share is None
+    assert "do not explain" in figures.notes[0]
+
+
+def test_kernels_without_description_are_shown():
+    figures = count(Kernel("other"))
+    assert figures.kernel == "product"
+    assert "not described" in figures.notes[0]
+
+
+def test_two_cores_share_a_grid():
+    """A grid of six of which the text runs three: the other core has the rest."""
+    call = Traced("product", grid=(2, 3), parallel=(True, False), result=())
+    kernel = Kernel("product", flops=4 * ONE, moved_bytes=100.0, rounds=(7,))
+    both = count(kernel, schedule.CHIPS["v5p"], call)
+    assert (both.flops, both.moved_bytes, both.notes) == (2 * ONE, 50, ())
+    call = Traced("product", grid=(1, 3), parallel=(True, False), result=())
+    alone = count(kernel, schedule.CHIPS["v5p"], call)
+    assert alone.notes[0] == "runs on 1 of 2 cores"
+
+
+def test_visits_of_the_region_around_loops():
+    text = test_bundles.TEXT.replace("%s8_s8, 4 /*", "%s8_s8, %s41_s41 /*")
+    case = Case("op", "model", "shape", lambda: None, (), (
+        Kernel("product", grid=(1,), rounds=(4, 7), visits={(0, 0): 0.5}),
+    ))  # fmt: skip
+    figures = schedule.count(text, CHIP, case, "product.1", CALL)
+    assert figures.issued_flops == 3 * 0.5 * 4 * ONE
+
+
+def test_calls_are_told_apart_by_name_and_result():
+    calls = [Traced("product", (), (), (8, 8)), Traced("product", (), (), (4, 8))]
+    calls.append(Traced("product_backward", (), (), (4, 8)))
+    assert schedule._called(calls, "jvp_product_.2", (4, 8)) is calls[1]
+    assert schedule._called(calls, "transpose_product_backward.1", (1,)) is calls[2]
+    assert schedule._called(calls, "fusion", (4, 8)) is None
+
+
+def test_traced_calls():
+    calls = schedule.trace(kernel_cases.find("grouped_matmul/v4_flash/decode_16"))
+    assert [call.name for call in calls] == ["grouped_matmul_gated_fp4", "scaled_matmul_fp4"]
+    assert calls[0].grid[-1] is None and calls[0].parallel == (True, False)
+
+
+def test_unknown_topology():
+    with pytest.raises(UnsupportedError, match="known generations"):
+        schedule.chip_of("v4:2x2x1")
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "why_unavailable", lambda: "libtpu is not installed")
+    case = kernel_cases.find("scaled_matmul/v4_flash/decode_64")
+    with pytest.raises(UnsupportedError, match="libtpu is not installed"):
+        schedule.measure("v6e:2x2", case)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(
+    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
+)
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_end_to_end(topology, tmp_path):
+    """Rounds of all loops are found, and explain the FLOPs: no padding in this shape."""
+    case = kernel_cases.find("compressor/v4_flash/prefill_index_keys")
+    (figures,) = schedule.measure(topology, case, tmp_path / "kept")
+    assert figures.kernel == "compressor"
+    assert 0.2 < figures.share <= 1
+    assert figures.flops <= figures.issued_flops < 2.1 * figures.flops
+    assert list((tmp_path / "kept").glob("*final_bundles.txt"))
