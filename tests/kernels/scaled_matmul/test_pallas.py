@@ -61,6 +61,20 @@ def test_every_fp4_code_and_scale(device, monkeypatch):
     np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
 
 
+@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite"])
+def test_every_fp8_code(device, monkeypatch):
+    """All finite codes, subnormals and −0 among them, with scales 2^−110 … 2^110."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: device)
+    codes = (np.arange(256 * 256).reshape(256, 256) * 7919 // 13 % 256).astype(np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80  # NaN becomes −0
+    values = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
+    scales = jnp.array([[17, 100], [127, 237]], jnp.uint8)
+    weight = ScaledArray(values, scales, (128, 128))
+    found = jax.jit(lambda *x: pallas_tpu.matmul(*x))(jnp.eye(256, dtype=jnp.bfloat16), weight)
+    expected = jax.jit(ScaledArray.dequantize)(weight)
+    np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
+
+
 def test_split_order():
     x = jnp.arange(512)[None]
     split = unpack_tpu.split(x)[0]
