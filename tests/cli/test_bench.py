@@ -1,15 +1,16 @@
 """`v4jax bench kernels`: what it prints and refuses; the compiler itself is replaced."""
 
+import dataclasses
 import json
 
 import pytest
 
 from v4jax.cli import bench, main
 from v4jax.errors import UnsupportedError
-from v4jax.planning import ahead_of_time, schedule
+from v4jax.planning import ahead_of_time, kernel_figures, schedule
 
-LOOP = schedule.LoopFigures("0.1", 1000, 4, 1000.0, 2.5e8, 0.477, 12)
-FIGURES = schedule.KernelFigures(
+LOOP = kernel_figures.LoopFigures("0.1", 1000, 4, 1000.0, 2.5e8, 0.477, 12)
+FIGURES = kernel_figures.KernelFigures(
     op="scaled_matmul",
     case="scaled_matmul/v4_flash/prefill",
     kernel="scaled_matmul_fp8",
@@ -86,7 +87,7 @@ def test_json_and_failures(compiler, capsys, tmp_path):
 
 
 def test_what_is_not_known_is_not_guessed():
-    cells = bench._cells(schedule.dataclasses.replace(FIGURES, cycles=None, share=None))
+    cells = bench._cells(dataclasses.replace(FIGURES, cycles=None, share=None))
     assert cells[7] == "?" and cells[9] == "[red]-[/] ≥ 65 %"
 
 

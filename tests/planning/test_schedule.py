@@ -4,18 +4,18 @@ import pytest
 
 from planning import test_bundles
 from v4jax.errors import UnsupportedError
-from v4jax.planning import ahead_of_time, kernel_cases, schedule
+from v4jax.planning import ahead_of_time, kernel_cases, kernel_figures, schedule
 from v4jax.planning.kernel_cases import Case, Kernel
-from v4jax.planning.schedule import Traced
+from v4jax.planning.kernel_figures import Traced
 
-CHIP = schedule.CHIPS["v6e"]
+CORE = kernel_figures.CORES["v6e"]
 CALL = Traced("product", grid=(None, 3), parallel=(False, True), result=(8, 8))
 ONE = test_bundles.ONE
 
 
-def count(kernel: Kernel, chip=CHIP, call=CALL) -> schedule.KernelFigures:
+def count(kernel: Kernel, core=CORE, call=CALL) -> kernel_figures.KernelFigures:
     case = Case("op", "model", "shape", lambda: None, (), (kernel,))
-    return schedule.count(test_bundles.TEXT, chip, case, "product.1", call)
+    return kernel_figures.count(test_bundles.TEXT, core, case, "product.1", call)
 
 
 def test_figures():
@@ -24,7 +24,7 @@ def test_figures():
     assert figures.cycles == cycles
     assert figures.share == pytest.approx(11 * ONE / cycles / 524_288)
     assert (figures.issued_flops, figures.spills) == (12 * ONE, 24)
-    assert figures.memory_cycles == pytest.approx(2**20 / (1640 / 1.75))
+    assert figures.memory_cycles == pytest.approx(2**20 / (1638 / 918 * 524.288))
     assert (figures.inner.name, figures.inner.flops, figures.inner.cycles) == ("0.0", ONE, 10)
     assert figures.inner_part == pytest.approx(120 / cycles)
     assert figures.notes == ()
@@ -54,10 +54,10 @@ def test_two_cores_share_a_grid():
     """A grid of six of which the text runs three: the other core has the rest."""
     call = Traced("product", grid=(2, 3), parallel=(True, False), result=())
     kernel = Kernel("product", flops=4 * ONE, moved_bytes=100.0, rounds=(7,))
-    both = count(kernel, schedule.CHIPS["v5p"], call)
+    both = count(kernel, kernel_figures.CORES["v5p"], call)
     assert (both.flops, both.moved_bytes, both.notes) == (2 * ONE, 50, ())
     call = Traced("product", grid=(1, 3), parallel=(True, False), result=())
-    alone = count(kernel, schedule.CHIPS["v5p"], call)
+    alone = count(kernel, kernel_figures.CORES["v5p"], call)
     assert alone.notes[0] == "runs on 1 of 2 cores"
 
 
@@ -66,7 +66,7 @@ def test_visits_of_the_region_around_loops():
     case = Case("op", "model", "shape", lambda: None, (), (
         Kernel("product", grid=(1,), rounds=(4, 7), visits={(0, 0): 0.5}),
     ))  # fmt: skip
-    figures = schedule.count(text, CHIP, case, "product.1", CALL)
+    figures = kernel_figures.count(text, CORE, case, "product.1", CALL)
     assert figures.issued_flops == 3 * 0.5 * 4 * ONE
 
 
@@ -86,7 +86,7 @@ def test_traced_calls():
 
 def test_unknown_topology():
     with pytest.raises(UnsupportedError, match="known generations"):
-        schedule.chip_of("v4:2x2x1")
+        kernel_figures.core_of("v4:2x2x1")
 
 
 def test_without_libtpu(monkeypatch):

@@ -78,7 +78,7 @@ def run(values: Any, positional: list[str]) -> int:
     if values.list:
         print("\n".join(case.key for case in cases))
         return 0
-    chip = schedule.chip_of(values.topology)
+    core = schedule.core_of(values.topology)
     reason = ahead_of_time.why_unavailable()
     if reason is not None:
         raise UnsupportedError(f"bench kernels needs the TPU compiler: {reason}")
@@ -90,7 +90,7 @@ def run(values: Any, positional: list[str]) -> int:
         except UnsupportedError as error:
             failures[case.key] = str(error)
     if values.json:
-        _print_json(values.topology, chip, figures, failures)
+        _print_json(values.topology, core, figures, failures)
     else:
         _print_table(values.topology, figures, failures, values.loops)
     return 1 if failures else 0
@@ -105,14 +105,14 @@ def _progress(cases: list) -> Any:
         yield case
 
 
-def _print_json(topology: str, chip: Any, figures: list, failures: dict[str, str]) -> None:
+def _print_json(topology: str, core: Any, figures: list, failures: dict[str, str]) -> None:
     kernels = [dataclasses.asdict(row) | {"share_of_bound": row.share_of_bound} for row in figures]
     print(
         json.dumps(
             {
                 "source": "compiler's schedule, not a measurement",
                 "topology": topology,
-                "flops_per_cycle": chip.flops_per_cycle,
+                "flops_per_cycle": core.flops_per_cycle,
                 "kernels": kernels,
                 "failures": failures,
             },

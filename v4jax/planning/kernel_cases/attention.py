@@ -103,6 +103,7 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
     matrix unit is wider, the rest of it idles, whichever operand stays in the unit.
     """
     from v4jax.kernels import sparse_attention
+    from v4jax.kernels.sparse_attention import rows_tpu
     from v4jax.kernels.table import EntryTable
     from v4jax.quant import EntryFormat
 
@@ -135,7 +136,13 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
             rows=heads,
             goal_of_bound=0.60 if shape == "prefill" else None,
         )
-        cases.append(Case("sparse_attention", model, shape, run, arguments, (kernel,)))
+        rows = Kernel(  # the entries in use, decoded so that one row can be fetched alone
+            "sparse_attention_rows",
+            flops=0,
+            moved_bytes=batch * capacity * (stored_as.bytes_per_entry + 2 * channels),
+            grid=(capacity // rows_tpu.BLOCK,),
+        )
+        cases.append(Case("sparse_attention", model, shape, run, arguments, (rows, kernel)))
     return cases
 
 
