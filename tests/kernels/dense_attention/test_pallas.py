@@ -179,7 +179,8 @@ SHAPES = {
     "Pro, decode": dict(batch=64, tokens=1, heads=128),
     "Flash, window layer": dict(batch=1, tokens=2048, heads=64, entries=0),
     "Flash, training": dict(batch=1, tokens=4096, heads=64, entries=32, backward=True),
-    "Pro, training": dict(batch=1, tokens=131_072, heads=128, entries=1024, backward=True),
+    # A share of a sequence of 131,072 tokens, whose queries alone are 16 GiB.
+    "Pro, training": dict(batch=1, tokens=4096, heads=128, entries=1024, backward=True),
 }
 
 
