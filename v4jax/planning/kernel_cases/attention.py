@@ -135,6 +135,7 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
             moved_bytes=queries * 2 * channels * (2 * heads + count),
             rows=heads,
             goal_of_bound=0.60 if shape == "prefill" else None,
+            **(_random_selection(arguments[0], window, count) if tokens > 1 else {}),
         )
         rows = Kernel(  # the entries in use, decoded so that one row can be fetched alone
             "sparse_attention_rows",
@@ -144,6 +145,25 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
         )
         cases.append(Case("sparse_attention", model, shape, run, arguments, (rows, kernel)))
     return cases
+
+
+def _random_selection(queries, window: int, count: int) -> dict:
+    """Returns rounds where neighbours select nothing in common: the most work there is.
+
+    Of a group's union every block is full. While a block is computed the rows of a later one are
+    requested, but for the last ones of a tile: two branches of one loop.
+    """
+    from v4jax.kernels.sparse_attention import prefill_tpu
+
+    plan = prefill_tpu.make_plan(queries, window, count)
+    blocks = plan.places // prefill_tpu.BLOCK
+    last = prefill_tpu.DEPTH / (plan.groups * blocks)
+    return {
+        "rounds": (blocks,),
+        "entered": {"0.3.0?0": 1 - last, "0.3.0?1": last},
+        "assumes": f"random selections: {plan.members} neighbours share nothing, {blocks} blocks "
+        "for each group of them; what they do share makes it faster",
+    }
 
 
 def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
