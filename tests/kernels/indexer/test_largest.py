@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from v4jax.kernels.indexer.largest import find_largest
+from v4jax.kernels.indexer.largest import count_largest, sort_largest
 
 CASES = {
     "reals": lambda random, shape: random.standard_normal(shape),
@@ -22,11 +22,15 @@ CASES = {
 }
 # Rows × values, and how many to find: more than half of them, an odd number, all; long rows.
 SIZES = [(3, 70, 40), (5, 200, 7), (2, 64, 64), (2, 9000, 65), (4, 1, 1)]
-find = functools.partial(jax.jit, static_argnums=1)(find_largest)
+WAYS = {
+    way.__name__: functools.partial(jax.jit, static_argnums=1)(way)
+    for way in (count_largest, sort_largest)
+}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rows, width, count", SIZES)
-def test_against_a_stable_sort(rows, width, count):
+def test_against_a_stable_sort(way, rows, width, count):
     for name, draw in CASES.items():
         values = draw(np.random.RandomState(width), (rows, width)).astype(np.float32)
         expected = np.full((rows, count), -1)
@@ -34,4 +38,4 @@ def test_against_a_stable_sort(rows, width, count):
             order = np.argsort(-line, kind="stable")[:count]
             order = np.sort(order[line[order] > -np.inf])
             row[: len(order)] = order
-        np.testing.assert_array_equal(find(values, count), expected, err_msg=name)
+        np.testing.assert_array_equal(WAYS[way](values, count), expected, err_msg=name)

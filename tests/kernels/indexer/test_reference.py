@@ -16,14 +16,13 @@ TOKENS, COUNT = 10, 5  # three tiles of 4 queries, the last not full
 CAPACITY = 37  # five blocks of 8 entries in groups of 4; neither divides
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_tiles():
+@pytest.fixture(scope="module", autouse=True, params=[4, 1], ids=["groups", "single entries"])
+def small_tiles(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "QUERY_TILE", 4)
         patch.setattr(reference, "ENTRY_BLOCK", 8)
-        patch.setattr(reference, "SPAN", 16)
-        patch.setattr(reference, "SMALL", 8)
-        patch.setattr(reference, "GROUP", 4)
+        patch.setattr(reference, "SPAN", 4)
+        patch.setattr(reference, "choose_group", lambda *_: request.param)
         yield
 
 

@@ -110,8 +110,10 @@ def project_streams(streams, fn, norm_eps):
     """Returns (fn · v) / rms(v) for the flattened streams v, float32 [o, b, t]."""
     flat = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1) + norm_eps)
-    projected = jnp.einsum("oz,btz->obt", fn.astype(jnp.float32), flat, precision="highest")
-    return projected * inverse_rms
+    projected = jnp.einsum("btz,oz->bto", flat, fn.astype(jnp.float32), precision="highest")
+    # The barrier keeps the transposition behind the product: XLA on CPU would rather transpose the
+    # streams, at the price of the rest of the site.
+    return jnp.moveaxis(jax.lax.optimization_barrier(projected), -1, 0) * inverse_rms
 
 
 def weigh_streams(streams, weights_btn):

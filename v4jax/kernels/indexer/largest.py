@@ -1,7 +1,8 @@
-"""The positions of a row's largest values, exactly, without sorting.
+"""The positions of a row's largest values, exactly.
 
 `jax.lax.top_k` sorts on one core. Counting is elementwise and uses all of them: bisection finds the
-value of the last one chosen (the floor), and the positions at or above it are packed together.
+value of the last one chosen (the floor), and the positions at or above it are packed together. That
+takes many small steps, so few rows are sorted.
 """
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 NOTHING = -(2**31)  # key of a value that is not there: below the key of every number
 LANES = 64  # a row is counted in so many lanes, whose sums are small integers
 CELL = 32  # positions that are ranked together
+FEW_ROWS = 8  # up to here the steps cost more than sorting
 
 
 def find_largest(values: jax.Array, count: int) -> jax.Array:
@@ -18,6 +20,21 @@ def find_largest(values: jax.Array, count: int) -> jax.Array:
     Ties go to the smaller position; −∞ is never chosen, −1 stands where fewer are left; −0 equals
     +0. NaN is not allowed.
     """
+    if values.shape[0] <= FEW_ROWS:
+        return sort_largest(values, count)
+    return count_largest(values, count)
+
+
+def sort_largest(values, count: int):
+    """`find_largest` by sorting."""
+    width = values.shape[1]
+    best, positions = jax.lax.top_k(jnp.where(values == 0, 0.0, values), count)  # −0 is less there
+    positions = jnp.sort(jnp.where(best > -jnp.inf, positions, width), axis=-1)
+    return jnp.where(positions < width, positions, -1)
+
+
+def count_largest(values, count: int):
+    """`find_largest` by counting."""
     missing = -values.shape[1] % LANES
     keys = order_keys(jnp.pad(values, [(0, 0), (0, missing)], constant_values=-jnp.inf))
     floor = find_floor(keys, count)

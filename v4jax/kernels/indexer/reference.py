@@ -8,7 +8,7 @@ kept groups are made again, and the best `count` of these are the answer. Groups
 id and the smaller position wins a tie, so ties go to the smaller id. Where all entries fit into one
 small span, a group is one entry, and its score is the answer's.
 
-The choice itself touches 1/GROUP of the scores (`largest`), nothing of size queries × entries
+The choice touches one value a group (`largest`), nothing of size queries × entries
 exists, and spans and blocks that no query of the tile sees are skipped.
 """
 
@@ -23,9 +23,8 @@ from v4jax.shapes import ceil_div, round_up
 QUERY_TILE = 256
 HEADS = 4  # whose products are held at once
 ENTRY_BLOCK = 2048  # entries scored at once
-SPAN = 65_536  # entries between two choices: as many group maxima as are chosen from at once …
-SMALL = 4096  # … and up to here a group is one entry
-GROUP = 16
+SPAN = 4096  # group maxima between two choices: what one choice is made from …
+SMALL = 4096  # … and up to so many entries, a group is one entry
 # Channels of the kept groups that are scored again at once: 2 MiB in float32.
 GATHERED_ELEMENTS = 1 << 19
 UNSEEN = -jnp.inf
@@ -60,13 +59,13 @@ def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
     """Returns the ids of the best `count` of `needed` entries for one tile of queries."""
     rows = visible_bq.shape
     capacity = keys.capacity
-    group = 1 if capacity <= SMALL else GROUP
+    group = choose_group(capacity, count)
     block = round_up(ceil_div(capacity, ceil_div(capacity, ENTRY_BLOCK)), group)
     # The last block of a capacity that block does not divide is read from earlier on, by whole
     # groups, which every block therefore has room for.
     readable = capacity - max(capacity - block, 0) // group * group
     groups = ceil_div(readable, group)
-    span = min(max(SPAN // block, 1), ceil_div(capacity, block))  # in blocks
+    span = min(max(SPAN * group // block, 1), ceil_div(capacity, block))  # in blocks
 
     def first_group(index):
         return jnp.minimum(index * block, capacity - readable)
@@ -115,6 +114,17 @@ def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
     scores = jnp.where((ids >= 0) & (ids < visible_bq[..., None]), scores, UNSEEN)
     chosen = largest_of(scores, count)
     return jnp.where(chosen < 0, -1, jnp.take_along_axis(ids, chosen, axis=-1))
+
+
+def choose_group(capacity: int, count: int) -> int:
+    """Returns the entries of a group, a power of two.
+
+    Choosing costs capacity / group, scoring again count · group, each of these about four times as
+    much as each of those: the sum is least at the root of capacity / (4 · count).
+    """
+    if capacity <= SMALL:
+        return 1
+    return 1 << (max(capacity // (4 * count), 1).bit_length() - 1) // 2
 
 
 def largest_of(values, count):
