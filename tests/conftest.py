@@ -1,4 +1,4 @@
-"""Settings of every test: CPU, compilations that favour compile time, checked shapes.
+"""Settings of every test: eight CPU devices, compilations that favour compile time, checked shapes.
 
 The suite's time is XLA compiling small programs; optimization level 1 halves it and changes results
 by rounding only.
@@ -8,7 +8,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
 ).strip()
 
 from jaxtyping import install_import_hook

@@ -8,12 +8,18 @@ import jax.numpy as jnp
 from v4jax.cache.entries import CompressorRows
 from v4jax.config import Layer
 from v4jax.kernels.table import EntryTable
+from v4jax.parallel.context_parallel import prepend
+from v4jax.parallel.shard import gather
 from v4jax.quant import EntryFormat
 
 
 @dataclasses.dataclass(frozen=True)
 class FullSequence:
-    """Implements `LayerMemory` for sequences of equal length without history."""
+    """Implements `LayerMemory` for sequences of equal length without history.
+
+    Where a sequence lies on several devices, in shares of whole windows, `start` is that of this
+    device's share, and the rows before it are the left neighbour's last.
+    """
 
     layer: Layer
     window: int
@@ -25,7 +31,7 @@ class FullSequence:
     def append_window(self, key_values):
         """See `LayerMemory.append_window`; rows before position 0 are masked."""
         stored = self.entry_format.decode(self.entry_format.encode(key_values))
-        return jnp.pad(stored, [(0, 0), (self.window, 0), (0, 0)]), self
+        return prepend(stored, self.window), self
 
     def append_rows(self, which, values, gates):
         """See `LayerMemory.append_rows`; tokens after the last whole window have no entry."""
@@ -35,15 +41,15 @@ class FullSequence:
         before = ratio if self.layer.overlaps else 0
 
         def cut(rows):
-            rows = rows[:, :whole]
-            return jnp.pad(rows, [(0, 0), (before, whole - rows.shape[1]), (0, 0)])
+            rows = prepend(rows[:, :whole], before)
+            return jnp.pad(rows, [(0, 0), (0, before + whole - rows.shape[1]), (0, 0)])
 
-        first = jnp.zeros_like(self.start)
+        first = self.start // ratio
         return CompressorRows(cut(values), cut(gates), first, self.end // ratio), self
 
     def append_entries(self, which, vectors, rows):
         """See `LayerMemory.append_entries`."""
         del rows
         stored_as = self.index_format if which == "index" else self.entry_format
-        stored = jax.tree.map(lambda x: x[None], stored_as.encode(vectors))
+        stored = jax.tree.map(lambda x: gather(x, "tokens", 1)[None], stored_as.encode(vectors))
         return EntryTable(stored, jnp.int32(0), stored_as), self

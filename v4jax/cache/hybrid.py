@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from v4jax.cache import ring
@@ -24,10 +25,13 @@ from v4jax.cache.formats import entry_format, index_format
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.errors import CacheError
 from v4jax.kernels.table import EntryTable
+from v4jax.parallel.context_parallel import rows_before
+from v4jax.parallel.shard import first_here, gather, shares
 from v4jax.quant import EntryFormat
-from v4jax.shapes import ceil_div
+from v4jax.shapes import ceil_div, round_up
 
 WINDOW, CSA, HCA, INDEX = "window", "csa", "hca", "index"
+NOWHERE = jnp.iinfo(jnp.int32).max  # the place of what is no entry
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +104,7 @@ class HybridCache:
             unfinished=jax.tree.map(pick, self.unfinished),
         )
 
-    def check_fits(self, config: ModelConfig, numerics: Numerics) -> None:
+    def check_fits(self, config: ModelConfig, numerics: Numerics, entry_shares: int = 1) -> None:
         """Raises unless these are the arrays that `init_cache` makes for the model.
 
         Raises:
@@ -114,10 +118,11 @@ class HybridCache:
                 "the cache that the call returned, or leave donate=True away"
             )
         capacity = min(self.capacity, config.max_position_embeddings)
-        wanted, wanted_structure = _wanted_leaves(config, numerics, self.batch, capacity)
+        sizes = self.batch, capacity, entry_shares
+        wanted, wanted_structure = _wanted_leaves(config, numerics, *sizes)
         shapes = [(x.shape, x.dtype) for x in leaves]
         if structure != wanted_structure or shapes != wanted:
-            wanted = _describe(_abstract_cache(config, numerics, self.batch, capacity))
+            wanted = _describe(_abstract_cache(config, numerics, *sizes))
             mine = _describe(self)
             name = next(n for n in {**mine, **wanted} if mine.get(n) != wanted.get(n))
             raise CacheError(
@@ -128,13 +133,13 @@ class HybridCache:
 
 
 @functools.lru_cache(maxsize=64)
-def _wanted_leaves(config: ModelConfig, numerics: Numerics, batch: int, capacity: int):
-    leaves, structure = jax.tree.flatten(_abstract_cache(config, numerics, batch, capacity))
+def _wanted_leaves(config: ModelConfig, numerics: Numerics, *sizes: int):
+    leaves, structure = jax.tree.flatten(_abstract_cache(config, numerics, *sizes))
     return [(x.shape, x.dtype) for x in leaves], structure
 
 
-def _abstract_cache(config: ModelConfig, numerics: Numerics, batch: int, capacity: int):
-    return jax.eval_shape(lambda: init_cache(config, numerics, batch, capacity))
+def _abstract_cache(config: ModelConfig, numerics: Numerics, *sizes: int):
+    return jax.eval_shape(lambda: init_cache(config, numerics, *sizes))
 
 
 def _describe(cache: HybridCache) -> dict[str, str]:
@@ -155,8 +160,30 @@ def _as_array(values) -> np.ndarray | jax.Array:
     return values if isinstance(values, jax.Array) else np.asarray(values)
 
 
-def init_cache(config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int) -> HybridCache:
+def cache_axes(cache: HybridCache) -> HybridCache:
+    """Returns the cache with the logical axes of every array in its place, as `PartitionSpec`s.
+
+    Rings and unfinished windows are small, and whole on every device of a sequence.
+    """
+    rings, entries = P(None, "batch"), P(None, "batch", "entries")
+    return dataclasses.replace(
+        cache,
+        lengths=P("batch"),
+        stored={
+            name: jax.tree.map(lambda _, axes=rings if name == WINDOW else entries: axes, arrays)
+            for name, arrays in cache.stored.items()
+        },
+        unfinished=jax.tree.map(lambda _: rings, cache.unfinished),
+    )
+
+
+def init_cache(
+    config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int, entry_shares: int = 1
+) -> HybridCache:
     """Returns empty caches for `batch` sequences of up to `max_tokens` tokens.
+
+    Args:
+      entry_shares: devices that share the entries of a sequence; room is rounded up accordingly.
 
     Raises:
       CacheError: `batch` or `max_tokens` is out of range.
@@ -180,7 +207,7 @@ def init_cache(config: ModelConfig, numerics: Numerics, batch: int, max_tokens: 
         if not layers:
             continue
         count, layer = len(layers), layers[0]
-        capacity = max(max_tokens // layer.ratio, 1)
+        capacity = round_up(max(max_tokens // layer.ratio, 1), entry_shares)
         rows, series = (2 * layer.ratio, 2) if layer.overlaps else (layer.ratio, 1)
         stored[name] = entries.zeros(count, batch, capacity)
         unfinished[name] = jnp.zeros((count, batch, rows, 2, series * config.head_dim), jnp.float32)
@@ -210,7 +237,11 @@ class LayerView:
         """See `LayerMemory.append_window`."""
         stored_as, rings = self.cache.entry_format, self.cache.stored[WINDOW]
         new = stored_as.encode(key_values)
-        history = jax.tree.map(lambda r: ring.ordered(r, self.layer_index, self.start), rings)
+        history = jax.tree.map(
+            lambda r, fresh: rows_before(fresh, ring.ordered(r, self.layer_index, self.start)),
+            rings,
+            new,
+        )
         rows = jax.tree.map(lambda old, fresh: jnp.concatenate([old, fresh], axis=1), history, new)
         rings = jax.tree.map(
             lambda r, fresh: ring.append(r, self.layer_index, fresh, self.start, self.end),
@@ -224,7 +255,7 @@ class LayerView:
         name, ratio, tokens = self._name(which), self.layer.ratio, values.shape[1]
         rings = self.cache.unfinished[name]
         new = jnp.stack([values, gates], axis=2).astype(jnp.float32)
-        history = ring.ordered(rings, self.kind_index, self.start)
+        history = rows_before(new, ring.ordered(rings, self.kind_index, self.start))
         # The rows of all windows touched begin where the unfinished window does (with overlap, one
         # window before) and end with the last window that the call can complete.
         before = ratio if self.layer.overlaps else 0
@@ -237,29 +268,47 @@ class LayerView:
         first_b = history.shape[1] - before - phase_b
         rows = jax.vmap(lambda r, f: jax.lax.dynamic_slice_in_dim(r, f, size))(rows, first_b)
         first_window = self.start // ratio
+        end = self.end if shares("tokens") == 1 else jnp.minimum(self.end, self.start + tokens)
         result = CompressorRows(
-            rows[:, :, 0], rows[:, :, 1], first_window, self.end // ratio - first_window
+            rows[:, :, 0], rows[:, :, 1], first_window, end // ratio - first_window
         )
         rings = ring.append(rings, self.kind_index, new, self.start, self.end)
         cache = dataclasses.replace(self.cache, unfinished={**self.cache.unfinished, name: rings})
         return result, dataclasses.replace(self, cache=cache)
 
     def append_entries(self, which, vectors, rows):
-        """See `LayerMemory.append_entries`; an out-of-bounds index drops unfinished windows."""
+        """See `LayerMemory.append_entries`; an out-of-bounds index drops unfinished windows.
+
+        Every device gets the entries of all shares of the tokens, and keeps those whose place lies
+        in its share of the cache.
+        """
         name = self._name(which)
         stored_as = self.cache.index_format if which == "index" else self.cache.entry_format
         batch, windows = vectors.shape[:2]
         offset_w = jnp.arange(windows)
         place_bw = rows.first_window[:, None] + offset_w
-        capacity = next(iter(self.cache.stored[name].values())).shape[2]
-        place_bw = jnp.where(offset_w < rows.completed[:, None], place_bw, capacity)
+        capacity = next(iter(self.cache.stored[name].values())).shape[2]  # on this device
+        place_bw = jnp.where(offset_w < rows.completed[:, None], place_bw, NOWHERE)
+        place_bw = gather(place_bw, "tokens", 1) - first_here("entries", capacity)
+        place_bw = jnp.where((place_bw >= 0) & (place_bw < capacity), place_bw, capacity)
         slots = jnp.arange(batch)[:, None]
         stored = jax.tree.map(
             lambda array, new: array.at[self.kind_index, slots, place_bw].set(new, mode="drop"),
             self.cache.stored[name],
-            stored_as.encode(vectors),
+            jax.tree.map(lambda new: gather(new, "tokens", 1), stored_as.encode(vectors)),
         )
-        return EntryTable(stored, self.kind_index, stored_as), self._store(name, stored)
+        return self._table(stored, stored_as), self._store(name, stored)
+
+    def _table(self, stored, stored_as) -> EntryTable:
+        """Returns the entries that attention reads: all, or in decoding those of this device."""
+        if shares("entries") == shares("read_entries"):
+            return EntryTable(stored, self.kind_index, stored_as)
+
+        def read(array):
+            layer = jax.lax.dynamic_index_in_dim(array, self.kind_index, keepdims=True)
+            return gather(layer, "entries", 2)
+
+        return EntryTable(jax.tree.map(read, stored), jnp.int32(0), stored_as)
 
     def _name(self, which: str) -> str:
         if which == "index":

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from v4jax.parallel.context_parallel import call_start, take_owned
+from v4jax.parallel.shard import shares
+
 
 def append(
     rings: jax.Array,
@@ -20,6 +23,8 @@ def append(
 
     Args:
       rows: [b, t, …], the row of position start+i at place i; rows from end−start on are padding.
+        Where a sequence lies on several devices, they are this device's share and `start` the
+        position of its first; every device ends up with the whole ring.
     """
     size, tokens = rings.shape[2], rows.shape[1]
     if tokens == 1:
@@ -29,9 +34,11 @@ def append(
     old = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
     last_b = end[:, None] - 1
     position_bs = last_b - (last_b - jnp.arange(size)) % size  # newest position of each place
-    fresh_bs = position_bs >= start[:, None]
-    source_bs = jnp.clip(position_bs - start[:, None], 0, tokens - 1)
-    new = take_rows(rows, source_bs).astype(rings.dtype)
+    fresh_bs = position_bs >= call_start(start, tokens)[:, None]
+    source_bs = position_bs - start[:, None]
+    new = take_rows(rows, jnp.clip(source_bs, 0, tokens - 1)).astype(rings.dtype)
+    if shares("tokens") > 1:
+        new = take_owned(new, fresh_bs & (source_bs >= 0) & (source_bs < tokens))
     fresh = fresh_bs.reshape(*fresh_bs.shape, *(1,) * (new.ndim - 2))
     return jax.lax.dynamic_update_index_in_dim(rings, jnp.where(fresh, new, old), layer, axis=0)
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from v4jax.cache import LayerMemory
+from v4jax.cache import LayerMemory, split_entries
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
-from v4jax.kernels import dense_attention, sparse_attention
 from v4jax.kernels.scaled_matmul import matmul
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
@@ -15,6 +14,7 @@ from v4jax.model.indexer import Indexer
 from v4jax.model.norm import RMSNorm, rescale_stepwise
 from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotate
+from v4jax.parallel.shard import sum_over
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import round_to
 
@@ -63,9 +63,7 @@ class Attention(nnx.Module):
         cosine, sine = (angle[:, :, None] for angle in context.rotations[self.layer.rope])
         latent_btr = self.query_norm(self._linear(x, self.query_down))
         queries_bthc = self._linear(latent_btr, self.query_up)
-        queries_bthc = queries_bthc.reshape(
-            *x.shape[:2], self.config.num_attention_heads, self.config.head_dim
-        )
+        queries_bthc = queries_bthc.reshape(*x.shape[:2], -1, self.config.head_dim)
         queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
         queries_bthc = rotate(queries_bthc, cosine, sine)
         key_values_btc = self.key_value_norm(self._linear(x, self.key_value))
@@ -79,11 +77,12 @@ class Attention(nnx.Module):
             with jax.named_scope("compressor"):
                 entries, memory = self.compressor(x, memory)
             with jax.named_scope("sparse_attention"):
-                attended_bthc = sparse_attention.attend(
+                attended_bthc = split_entries.attend_selected(
                     queries_bthc,
                     recent_bsc,
                     sink,
                     context.start,
+                    context.end,
                     window=window,
                     entries=entries,
                     selected=selected,
@@ -94,7 +93,7 @@ class Attention(nnx.Module):
                 with jax.named_scope("compressor"):
                     entries, memory = self.compressor(x, memory)
             with jax.named_scope("dense_attention"):
-                attended_bthc, _ = dense_attention.attend(
+                attended_bthc = split_entries.attend_all(
                     queries_bthc,
                     recent_bsc,
                     sink,
@@ -108,12 +107,12 @@ class Attention(nnx.Module):
 
     def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
         """Projects each group of heads to a low rank, then all groups to the model width."""
-        groups, rank = self.config.o_groups, self.config.o_lora_rank
-        grouped = attended_bthc.reshape(*attended_bthc.shape[:2], groups, self.config.group_width)
+        width, rank = self.config.group_width, self.config.o_lora_rank
+        grouped = attended_bthc.reshape(*attended_bthc.shape[:2], -1, width)
         weight = self.output_down.get_value()
         if isinstance(weight, ScaledArray):  # expanded without rounding its input, as published
             weight = weight.dequantize(grouped.dtype)
-        weight_grk = weight.astype(grouped.dtype).reshape(groups, rank, self.config.group_width)
+        weight_grk = weight.astype(grouped.dtype).reshape(-1, rank, width)
         low_btgr = jnp.einsum(
             "btgk,grk->btgr",
             grouped,
@@ -122,7 +121,8 @@ class Attention(nnx.Module):
             precision="highest",
         )
         low_btgr = round_to(low_btgr, grouped.dtype)
-        return self._linear(low_btgr.reshape(*low_btgr.shape[:2], groups * rank), self.output_up)
+        output = self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)
+        return sum_over(output, "heads")
 
     def _linear(self, x, param):
         return matmul(x, param.get_value(), quantize_activations=self.numerics.quantize_activations)

@@ -35,5 +35,5 @@ class Block(nnx.Module):
         streams = self.attention_hyper.expand(output, streams, mix)
         x, mix = self.moe_hyper(streams)
         with jax.named_scope("moe"):
-            output = self.moe(self.moe_norm(x), context.tokens)
+            output = self.moe(self.moe_norm(x), context.tokens, context.real)
         return self.moe_hyper.expand(output, streams, mix), memory

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from v4jax.config import Rope
 from v4jax.model.rope import rotation
@@ -14,8 +14,9 @@ from v4jax.model.rope import rotation
 class Context:
     """One call: its tokens, where they stand, and the rotations of these positions.
 
-    tokens [b, t] (hash routing needs the ids); start [b] position of the first token; end [b]
-    position after the last real one; rotations: rope → (cosine, sine) [b, t, pairs], computed once
+    tokens [b, t] (hash routing needs the ids); start [b] position of the first token (where a
+    sequence lies on several devices, of this device's first); end [b] position after the last real
+    one of the call; rotations: rope → (cosine, sine) [b, t, pairs], computed once
     for all layers.
     """
 
@@ -23,6 +24,11 @@ class Context:
     start: Int[Array, "b"]
     end: Int[Array, "b"]
     rotations: dict[Rope, tuple[jax.Array, jax.Array]]
+
+    @property
+    def real(self) -> Bool[Array, "b t"]:
+        """Which tokens are no padding."""
+        return self.start[:, None] + jnp.arange(self.tokens.shape[1]) < self.end[:, None]
 
 
 def make_context(tokens: Array, start: Array, end: Array, ropes: set[Rope]) -> Context:

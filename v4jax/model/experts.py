@@ -1,11 +1,12 @@
 """The experts' weights: routed ones, stacked, and the shared one that every token passes."""
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.config import ModelConfig, Numerics
 from v4jax.kernels import grouped_matmul
 from v4jax.model.parameters import Declare
+from v4jax.parallel.expert_parallel import route
 
 
 class Experts(nnx.Module):
@@ -22,18 +23,26 @@ class Experts(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "t d"], ids: Int[Array, "t k"], weights: Float[Array, "t k"]
+        self,
+        x: Float[Array, "t d"],
+        ids: Int[Array, "t k"],
+        weights: Float[Array, "t k"],
+        real: Bool[Array, "t"] | None = None,
     ) -> Float[Array, "t d"]:
         """Returns the weighted sum of the chosen experts' outputs, float32."""
-        return grouped_matmul.apply_experts(
-            x,
-            ids,
-            weights,
-            self.gate_up.get_value(),
-            self.down.get_value(),
-            limit=self.config.swiglu_limit,
-            quantize_activations=self.numerics.quantize_activations,
-        )
+
+        def compute(x, ids, weights):
+            return grouped_matmul.apply_experts(
+                x,
+                ids,
+                weights,
+                self.gate_up.get_value(),
+                self.down.get_value(),
+                limit=self.config.swiglu_limit,
+                quantize_activations=self.numerics.quantize_activations,
+            )
+
+        return route(compute, x, ids, weights, real, self.config.n_routed_experts)
 
 
 class SharedExpert(nnx.Module):

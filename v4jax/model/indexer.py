@@ -4,10 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from v4jax.cache import LayerMemory
+from v4jax.cache import LayerMemory, split_entries
 from v4jax.cache.formats import index_format
 from v4jax.config import Layer, ModelConfig, Numerics
-from v4jax.kernels import indexer as kernel
 from v4jax.kernels.scaled_matmul import matmul
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
@@ -58,7 +57,7 @@ class Indexer(nnx.Module):
         weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)
         weights_bti = round_to(weights_bti * (width**-0.5 * heads**-0.5), x.dtype)
         keys, memory = self.compressor(x, memory)
-        selected = kernel.select(
+        selected = split_entries.select(
             queries_btix,
             weights_bti,
             keys,

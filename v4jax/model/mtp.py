@@ -26,7 +26,7 @@ class MTP(nnx.Module):
 
     def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
         d, eps = config.hidden_size, config.rms_norm_eps
-        self.numerics = numerics
+        self.config, self.layer, self.numerics = config, layer, numerics
         self.embed_norm = RMSNorm(declare, d, "embed", eps)
         self.stream_norm = RMSNorm(declare, d, "embed", eps)
         self.embed_projection = declare.matrix("fp8", (d, d), ("embed", "embed_in"))

@@ -26,16 +26,16 @@ class Router(nnx.Module):
         experts, chosen = config.n_routed_experts, config.num_experts_per_tok
         self.config, self.kind = config, kind
         self.weight = declare.matrix(
-            "bfloat16", (experts, config.hidden_size), ("experts", "embed")
+            "bfloat16", (experts, config.hidden_size), ("choices", "embed")
         )
         if kind is RouterKind.HASH:
             # Neighbouring ids start at neighbouring experts; the released tables replace this.
             table = (jnp.arange(config.vocab_size)[:, None] + jnp.arange(chosen)) % experts
-            self.table = declare.buffer(table.astype(jnp.int32), ("vocab", "chosen"))
+            self.table = declare.buffer(table.astype(jnp.int32), ("token_id", "chosen"))
             self.bias = None
         else:
             self.table = None
-            self.bias = declare.buffer(jnp.zeros(experts, jnp.float32), ("experts",))
+            self.bias = declare.buffer(jnp.zeros(experts, jnp.float32), ("choices",))
 
     def __call__(
         self, x: Float[Array, "t d"], tokens: Int[Array, "t"]

@@ -17,6 +17,7 @@ from v4jax.model.block import Block
 from v4jax.model.context import Context
 from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
+from v4jax.parallel.weights import splits_storage, whole
 
 
 class Stack(nnx.Module):
@@ -45,7 +46,7 @@ class Stack(nnx.Module):
 
         def run(block, streams, layer, _):
             memory = full_sequence(self.config, self.numerics, layer, context)
-            return block(streams, context, memory)[0]
+            return whole(block)(streams, context, memory)[0]
 
         return self._run(run, streams, slice_experts=True)
 
@@ -58,16 +59,17 @@ class Stack(nnx.Module):
             streams, cache = carry
             kind_index = kind_position(self.config.layers, layer.kind, layer_index)
             view = LayerView(cache, layer, layer_index, kind_index, context.start, context.end)
-            streams, view = block(streams, context, view)
+            streams, view = whole(block)(streams, context, view)
             return streams, view.cache
 
-        return self._run(run, (streams, cache), slice_experts=False)
+        return self._run(run, (streams, cache), slice_experts=splits_storage())
 
     def _run(self, run: Callable, carry, *, slice_experts: bool):
         """Folds `run(block, carry, layer, layer_index)` over all layers.
 
         With `slice_experts` the scan slices every parameter of its step, which is what gradients
-        want; without, routed experts stay in their stack and are indexed where they are used.
+        and gathered weights want; without, routed experts stay in their stack and are indexed where
+        they are used.
         """
         plan, layers = self.config.stack_plan, self.config.layers
         for i, block in enumerate(self.prefix):

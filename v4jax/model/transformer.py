@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from v4jax.cache import HybridCache, init_cache
+from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.kernels.scaled_matmul import matmul_float32
@@ -20,6 +22,16 @@ from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.stack import Stack, full_sequence
+from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call, take_token
+from v4jax.parallel.shard import (
+    WEIGHTS,
+    check_batch,
+    entry_shares,
+    look_up,
+    make_arrays,
+    on_shards,
+)
+from v4jax.parallel.weights import whole
 from v4jax.shapes import as_integers, check_shape
 
 
@@ -45,6 +57,7 @@ class Transformer(nnx.Module):
     ):
         declare = Declare(config, storage, rngs)
         self.config, self.numerics, self.folder = config, numerics, None
+        self.layout = None  # on a mesh: where the weights lie, `parallel.Layout`
         vocab = (config.vocab_size, config.hidden_size)
         self.embed = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
         self.stack = Stack(config, numerics, storage, rngs)
@@ -84,7 +97,11 @@ class Transformer(nnx.Module):
         Raises:
           CacheError: a size is out of range.
         """
-        return init_cache(self.config, self.numerics, batch, max_tokens)
+        sizes = batch, max_tokens, entry_shares(self.layout)
+        check_batch(self.layout, batch)
+        return make_arrays(
+            lambda: init_cache(self.config, self.numerics, *sizes), cache_axes, self.layout
+        )
 
     def extend(
         self,
@@ -127,7 +144,7 @@ class Transformer(nnx.Module):
                 f"tokens have batch {batch} but the cache holds {cache.batch} sequences; "
                 f"make it with init_cache({batch}, …)"
             )
-        cache.check_fits(self.config, self.numerics)
+        cache.check_fits(self.config, self.numerics, entry_shares(self.layout))
         lengths = np.full(batch, count, np.int32) if lengths is None else lengths
         lengths = as_integers("lengths", lengths)
         check_shape("lengths", lengths, (batch,))
@@ -193,8 +210,10 @@ def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits
     streams, cache = run_layers(model, tokens, start, end, cache)
     if logits == "last":
         last_b = jnp.maximum(lengths - 1, 0)
-        streams = streams[jnp.arange(tokens.shape[0]), last_b][:, None]
-        return read_logits(model, streams)[:, 0], cache
+        regime = divide_tokens(model.layout, streams.shape[1])
+        inputs = (P("batch", "tokens"), P("batch"))
+        streams = on_shards(take_token, model.layout, regime, inputs, P("batch"))(streams, last_b)
+        return read_logits(model, streams[:, None])[:, 0], cache
     return read_logits(model, streams), cache
 
 
@@ -207,23 +226,43 @@ def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCa
     batch, count = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if start is None else start
     end = start + count if end is None else end
-    context = make_context(tokens, start, end, {layer.rope for layer in model.config.layers})
-    x = embed(model, tokens)
-    streams = jnp.broadcast_to(x[:, :, None], (batch, count, model.config.hc_mult, x.shape[-1]))
+    call = plan_call(model.layout, model.config, batch, count, decodes=cache is not None)
+    axes = None if cache is None else cache_axes(cache)
+    inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
+    run = on_shards(_run_layers, model.layout, call.regime, inputs, (P("batch", "tokens"), axes))
+    streams, cache = run((model.embed, model.stack), call.pad(tokens), start, end, cache)
     if cache is None:
-        return model.stack(streams, context), None
-    streams, cache = model.stack.extend(streams, context, cache)
-    return streams, dataclasses.replace(cache, lengths=end.astype(jnp.int32))
+        return call.cut(streams), None
+    return call.cut(streams), dataclasses.replace(cache, lengths=end.astype(jnp.int32))
 
 
-def embed(model: Transformer, tokens) -> Float[Array, "b t d"]:
+def _run_layers(weights, tokens, start, end, cache):
+    embedding, stack = weights
+    start = own_start(start, tokens.shape[1])
+    context = make_context(tokens, start, end, {layer.rope for layer in stack.config.layers})
+    x = embed(embedding, tokens, stack.numerics)
+    streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+    if cache is None:
+        return stack(streams, context), None
+    return stack.extend(streams, context, cache)
+
+
+def embed(embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
     """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
-    return model.embed[...][tokens].astype(model.numerics.activation_dtype)
+    return look_up(whole(embedding)[...], tokens).astype(numerics.activation_dtype)
 
 
 def read_logits(model: Transformer, streams) -> Float[Array, "b t v"]:
     """Returns float32 logits of streams (spec B.15)."""
-    return matmul_float32(model.norm(model.collapse(streams)), model.head[...])
+    regime = divide_tokens(model.layout, streams.shape[1])
+    inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens", "vocab")
+    read = on_shards(_read_logits, model.layout, regime, inputs, outputs)
+    return read((model.collapse, model.norm, model.head), streams)
+
+
+def _read_logits(weights, streams):
+    collapse, norm, head = whole(weights)
+    return matmul_float32(norm(collapse(streams)), head[...])
 
 
 def read_drafts(model: Transformer, streams, tokens) -> Float[Array, "b u v"]:
@@ -231,10 +270,22 @@ def read_drafts(model: Transformer, streams, tokens) -> Float[Array, "b u v"]:
 
     Row u pairs the streams of token u with token u+1; the last streams have no pair.
     """
-    following = tokens[:, 1:]
-    layer = model.config.mtp_layers[0]
-    start = jnp.zeros(tokens.shape[0], jnp.int32)
-    context = make_context(following, start, start + following.shape[1], {layer.rope})
-    memory = full_sequence(model.config, model.numerics, layer, context)
-    normed, _, _ = model.mtp[0](streams[:, :-1], embed(model, following), context, memory)
-    return matmul_float32(normed, model.head[...])
+    following, streams = tokens[:, 1:], streams[:, :-1]
+    batch, count = following.shape
+    call = plan_call(model.layout, model.config, batch, count, decodes=False)
+    inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
+    outputs = P("batch", "tokens", "vocab")
+    read = on_shards(_read_drafts, model.layout, call.regime, inputs, outputs)
+    end = jnp.full(batch, count, jnp.int32)
+    weights = (model.embed, model.mtp[0], model.head)
+    return call.cut(read(weights, call.pad(streams), call.pad(following), end))
+
+
+def _read_drafts(weights, streams, following, end):
+    embedding, mtp, head = whole(weights)
+    layer = mtp.layer
+    start = own_start(jnp.zeros_like(end), following.shape[1])
+    context = make_context(following, start, end, {layer.rope})
+    memory = full_sequence(mtp.config, mtp.numerics, layer, context)
+    normed, _, _ = mtp(streams, embed(embedding, following, mtp.numerics), context, memory)
+    return matmul_float32(normed, head[...])

@@ -55,12 +55,8 @@ def score_selected(
     selected: Int[Array, "b t k"],
 ) -> Float[Array, "b t k"]:
     """Returns the scores of selected entries in float32, −∞ for the id −1: see `select`."""
-    batch, tokens, heads, channels = queries.shape
-    keys_nkx = keys.take(selected).reshape(batch * tokens, -1, channels)
-    scores_n1k = reference.score(
-        queries.reshape(-1, 1, heads, channels), head_weights.reshape(-1, 1, heads), keys_nkx
-    )
-    return jnp.where(selected >= 0, scores_n1k.reshape(selected.shape), -jnp.inf)
+    scores = reference.score_taken(queries, head_weights, keys, selected)
+    return jnp.where(selected >= 0, scores, -jnp.inf)
 
 
 def _choose(queries, keys, count) -> str:

@@ -1,0 +1,149 @@
+"""Every transport gives what one device computes, for every load; nothing is dropped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from v4jax.errors import ConfigError
+from v4jax.kernels import grouped_matmul
+from v4jax.kernels.scaled_matmul import round_activations
+from v4jax.parallel import Dispatch, Layout, make_mesh
+from v4jax.parallel.expert_parallel import buffer_rows, route
+from v4jax.parallel.layout import activate
+from v4jax.quant import quantize_weight
+
+TOKENS, CHOSEN, EXPERTS, WIDTH, INNER = 256, 2, 8, 128, 64
+LIMIT = 10.0
+
+# Sums of up to eight float32 products of size 1, in another order.
+TOLERANCE = 1e-5
+
+_RANDOM = np.random.RandomState(0)
+X = _RANDOM.standard_normal((TOKENS, WIDTH)).astype(np.float32)
+ROUTING = _RANDOM.uniform(0.2, 1.0, (TOKENS, CHOSEN)).astype(np.float32)
+PLACE = np.arange(TOKENS)[:, None]
+LOADS = {
+    "even": (PLACE * CHOSEN + np.arange(CHOSEN)) % EXPERTS,
+    "random": np.argsort(_RANDOM.uniform(size=(TOKENS, EXPERTS)), axis=1)[:, :CHOSEN],
+    "hash": np.stack([PLACE[:, 0] * 7 % EXPERTS, (PLACE[:, 0] * 7 + 3) % EXPERTS], axis=1),
+    "all on one device": np.tile([5, 5], (TOKENS, 1)),
+    "one half empty": PLACE % 2 + np.array([[0, 2]]),
+    "first tokens only": np.where(PLACE < 20, [[0, 1]], [[6, 7]]),
+}
+
+
+def make_weights(fmt):
+    random = np.random.RandomState(1)
+    shapes = (EXPERTS, 2, INNER, WIDTH), (EXPERTS, WIDTH, INNER)
+    made = [random.standard_normal(s).astype(np.float32) / np.sqrt(s[-1]) for s in shapes]
+    return [quantize_weight(w, fmt) if fmt == "fp4" else jnp.asarray(w) for w in made]
+
+
+WEIGHTS = {fmt: make_weights(fmt) for fmt in ("float32", "fp4")}
+
+
+def compute_with(gate_up, down):
+    def compute(x, ids, weights):
+        return grouped_matmul.apply_experts(x, ids, weights, gate_up, down, limit=LIMIT)
+
+    return compute
+
+
+@functools.cache
+def one_device(fmt):
+    return jax.jit(lambda x, ids, routing: compute_with(*WEIGHTS[fmt])(x, ids, routing))
+
+
+@functools.cache
+def on_devices(fmt="float32", regime="prefill", **dispatch):
+    """Returns the same function on eight devices, each with an eighth of the tokens.
+
+    In the regime "decode" the four devices along `expert` have the same tokens.
+    """
+    layout = Layout(make_mesh(data=2, expert=4), "prefill", Dispatch(**dispatch))
+    split = P(("data", "expert")) if regime == "prefill" else P("data")
+
+    def run(weights, x, ids, routing, real):
+        with activate(layout, regime, per_device=True):
+            return route(compute_with(*weights), x, ids, routing, real, EXPERTS)
+
+    mapped = jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(P(("data", "expert")), split, split, split, split),
+        out_specs=split,
+        check_vma=False,
+    )
+    return jax.jit(lambda *arguments: mapped(WEIGHTS[fmt], *arguments))
+
+
+ALL = np.ones(TOKENS, bool)
+TRANSPORTS = {
+    "all_to_all": dict(),
+    "all_to_all, small buffers": dict(slack=0.25),
+    "all_to_all, FP4 experts": dict(fmt="fp4"),
+    "gather": dict(transport="gather"),
+    "gather where tokens are everywhere": dict(regime="decode"),
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_load(transport):
+    options = TRANSPORTS[transport]
+    run = on_devices(**options)
+    for name, ids in LOADS.items():
+        want = one_device(options.get("fmt", "float32"))(X, ids, ROUTING)
+        got = run(X, ids, ROUTING, ALL)
+        np.testing.assert_allclose(got, want, atol=TOLERANCE, err_msg=name)
+
+
+def test_fp8_payload():
+    """Rounds the experts' inputs as released numerics do, and nothing else."""
+    rounded = np.asarray(round_activations(jnp.asarray(X)))
+    assert 0.01 < np.std(rounded - X) < 0.04
+    want = one_device("float32")(rounded, LOADS["random"], ROUTING)
+    got = on_devices(payload="fp8")(X, LOADS["random"], ROUTING, ALL)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+def test_padding_goes_nowhere():
+    real = np.arange(TOKENS) % 3 > 0
+    want = np.asarray(one_device("float32")(X, LOADS["random"], ROUTING))
+    got = on_devices()(X, LOADS["random"], ROUTING, real)
+    np.testing.assert_allclose(got, np.where(real[:, None], want, 0), atol=TOLERANCE)
+
+
+def test_gradients_with_further_rounds():
+    """Inputs and routing weights, over loads that take one round and many."""
+    run, one = on_devices(slack=0.25), one_device("float32")
+    slope = np.random.RandomState(2).standard_normal(X.shape).astype(np.float32)
+
+    def gradients(function, *more):
+        def loss(x, routing, ids):
+            return (function(x, ids, routing, *more) * slope).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    many, single = gradients(run, ALL), gradients(one)
+    for name in ("even", "all on one device"):
+        got, want = many(X, ROUTING, LOADS[name]), single(X, ROUTING, LOADS[name])
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, atol=2e-4, err_msg=name)
+
+
+def test_transport_that_needs_other_tokens():
+    with pytest.raises(ConfigError) as error:
+        on_devices(regime="decode", transport="all_to_all")(X, LOADS["even"], ROUTING, ALL)
+    assert "needs devices with different tokens, but here those along ('expert',)" in str(
+        error.value
+    )
+
+
+def test_buffer_rows():
+    assert buffer_rows(512, 6, 8, 1.5) == 576  # 3072 assignments, 384 per pair
+    assert buffer_rows(1, 6, 8, 1.5) == 8
+    assert buffer_rows(16, 2, 2, 4.0) == 32  # never more than there are

@@ -1,0 +1,129 @@
+"""Meshes: axes, arrangement over slices, and errors that say which sizes would do."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from v4jax.config.loading import load_model_config
+from v4jax.errors import ConfigError
+from v4jax.parallel import check_mesh, make_mesh
+from v4jax.parallel.axes import MESH_AXES, RULES
+from v4jax.parallel.mesh import arrange_devices
+
+
+def abstract_mesh(**sizes):
+    """Returns a mesh of any size without devices."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+def test_axes_and_their_types():
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "expert": 2, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert len({d.id for d in mesh.devices.flat}) == 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Stands for a device of a slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_slices_are_joined_along_their_axis_only():
+    """Two slices of four, along `data`: neighbours on every other axis share a slice."""
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    sizes = {"data": 4, "expert": 2, "context": 1, "tensor": 1}
+    arranged = arrange_devices(sizes, {"data": 2}, chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(arranged)
+    assert arranged.shape == (4, 2, 1, 1)
+    np.testing.assert_array_equal(slices[:, 0, 0, 0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(slices[:, 0], slices[:, 1])
+    assert {chip.id for chip in arranged.flat} == set(range(8))
+
+
+BAD_MESH = {
+    "not all devices": (dict(data=3), "mesh sizes must multiply to the 8 devices, got data 3"),
+    "no size": (dict(data=0), "mesh.data must be a positive integer, got 0"),
+    "no such axis": (dict(data=8, slices={"pipe": 2}), "mesh.slices has no axis 'pipe'"),
+    "slices do not divide": (
+        dict(data=8, slices={"data": 3}),
+        "mesh.slices.data = 3 does not divide mesh.data = 8; sizes that would do: [1, 2, 4, 8]",
+    ),
+    "one slice only": (
+        dict(data=8, slices={"data": 2}),
+        "mesh.slices must multiply to the 1 slices of these devices",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESH)
+def test_bad_mesh(case):
+    sizes, message = BAD_MESH[case]
+    with pytest.raises(ConfigError) as error:
+        make_mesh(**sizes)
+    assert message in str(error.value)
+
+
+BAD_FIT = {
+    "groups of heads": (
+        "v4_flash", "decode", dict(tensor=16),
+        "mesh.tensor = 16 does not divide model.o_groups = 8; sizes that would do: [1, 2, 4, 8]",
+    ),
+    "experts over two axes": (
+        "v4_flash", "prefill", dict(data=3, expert=4),
+        "mesh.data = 3 · mesh.expert = 4 does not divide model.n_routed_experts = 256; "
+        "sizes that would do: [1, 2, 4, 8, 16, 32, 64, 128, 256]",
+    ),
+    "experts in training": (
+        "v4_pro", "train", dict(data=2, expert=5),
+        "mesh.expert = 5 does not divide model.n_routed_experts = 384",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FIT)
+def test_mesh_does_not_divide_the_model(case):
+    name, regime, sizes, message = BAD_FIT[case]
+    with pytest.raises(ConfigError) as error:
+        check_mesh(abstract_mesh(**sizes), load_model_config(name), regime)
+    assert message in str(error.value)
+
+
+GOOD_FIT = {
+    "16 chips read Flash": ("v4_flash", "prefill", dict(expert=16)),
+    "64 chips serve Pro": ("v4_pro", "decode", dict(data=2, expert=16, tensor=2)),
+    "128 chips train Flash": ("v4_flash", "train", dict(data=16, expert=8)),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_FIT)
+def test_mesh_divides_the_model(case):
+    name, regime, sizes = GOOD_FIT[case]
+    check_mesh(abstract_mesh(**sizes), load_model_config(name), regime)
+
+
+def test_rules_name_axes_in_mesh_order():
+    """Collectives over several axes number devices in mesh order, so rules must too."""
+    for rules in RULES.values():
+        for axes in (*rules.weights.values(), *rules.arrays.values()):
+            places = [MESH_AXES.index(axis) for axis in axes]
+            assert places == sorted(places), axes
+
+
+def test_prefill_and_decode_share_weights_and_cache():
+    prefill, decode = RULES["prefill"], RULES["decode"]
+    assert prefill.weights == decode.weights
+    for axis in ("batch", "entries"):
+        assert prefill.arrays[axis] == decode.arrays[axis]
+
+
+def test_eight_devices():
+    assert jax.device_count() == 8

@@ -1,0 +1,216 @@
+"""Tokens travel to the devices of their experts and back; none is ever dropped.
+
+Two ways, by where tokens are. Where devices have different tokens (training, prefill), each sends
+rows to the owners of the chosen experts in buffers of a bounded size, one buffer per pair of
+devices. A load that does not fit goes in further rounds, as many as the fullest buffer needs, so
+there is nothing to overflow: even loads take one round, all tokens on one expert take the most.
+Where devices have the same few tokens (decoding), nothing travels: each computes what its own
+experts add, and the results are summed.
+
+The experts themselves are `compute(rows, ids, weights)` on local ids; the id one past the last
+names no expert, costs nothing, and its result is never read.
+
+Source: report, expert parallelism (spec G.8): dispatch may be FP8, combine is not.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from v4jax.errors import ConfigError
+from v4jax.parallel.layout import Dispatch, active, split_axes
+from v4jax.quant import formats
+from v4jax.shapes import ceil_div, round_up
+
+Compute = Callable[[Array, Array, Array], Array]
+FP8_BLOCK = 128
+SMALLEST_BUFFER = 8
+
+
+def route(
+    compute: Compute,
+    x: Float[Array, "t d"],
+    ids: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    real: Bool[Array, "t"] | None,
+    experts: int,
+) -> Float[Array, "t d"]:
+    """Returns Σ_k of what the chosen experts give for each token, wherever they are, float32.
+
+    Args:
+      compute: (rows [r, d], local ids [r, j], weights [r, j]) → [r, d], float32, by the experts of
+        this device; without a layout these are all.
+      real: false marks padding, which goes nowhere; None: all are real.
+      experts: of all devices together.
+    """
+    axes = split_axes("experts")
+    if not axes:
+        return compute(x, ids, weights)
+    now = active()
+    own_tokens = {*split_axes("batch"), *split_axes("tokens")}
+    distinct = tuple(axis for axis in axes if axis in own_tokens)
+    repeated = tuple(axis for axis in axes if axis not in own_tokens)
+    if real is not None:
+        ids = jnp.where(real[:, None], ids, experts)
+    local = experts // now.layout.size(axes)
+    dispatch = now.layout.dispatch
+    if dispatch.transport == "gather" or (repeated and dispatch.transport == "auto"):
+        first = jax.lax.axis_index(axes) * local
+        return _gather(compute, x, ids, weights, first, local, distinct, repeated)
+    if repeated:
+        raise ConfigError(
+            f"mesh.dispatch.transport = {dispatch.transport!r} needs devices with different "
+            f"tokens, but here those along {repeated} have the same; use 'auto'"
+        )
+    return _exchange(compute, x, ids, weights, local, axes, dispatch)
+
+
+def _gather(compute, x, ids, weights, first, local, distinct, repeated):
+    """Every device computes what its own experts add to all tokens of the group."""
+    if distinct:
+        x, ids, weights = (
+            jax.lax.all_gather(array, distinct, axis=0, tiled=True) for array in (x, ids, weights)
+        )
+    tokens, chosen = ids.shape
+    ids_a = (ids - first).reshape(-1)
+    here_a = (ids_a >= 0) & (ids_a < local)
+    ids_a = jnp.where(here_a, ids_a, local)
+    output_ad = compute(jnp.repeat(x, chosen, axis=0), ids_a[:, None], weights.reshape(-1)[:, None])
+    output_ad = jnp.where(here_a[:, None], output_ad, 0.0)
+    output_td = output_ad.reshape(tokens, chosen, -1).sum(axis=1)
+    if repeated:
+        output_td = jax.lax.psum(output_td, repeated)
+    if distinct:
+        output_td = jax.lax.psum_scatter(output_td, distinct, scatter_dimension=0, tiled=True)
+    return output_td
+
+
+class _Plan(NamedTuple):
+    """Where each assignment (token, choice) of this device goes.
+
+    owner [a]: device, `devices` for none. rank [a]: its place among those of the same owner.
+    load: assignments for the fullest pair of devices, the same number everywhere.
+    """
+
+    owner: jax.Array
+    rank: jax.Array
+    load: jax.Array
+
+
+def _exchange(compute, x, ids, weights, local, axes, dispatch: Dispatch):
+    """Sends rows to the owners of their experts, in rounds of bounded buffers, and back."""
+    devices = active().layout.size(axes)
+    tokens, chosen = ids.shape
+    bound = buffer_rows(tokens, chosen, devices, dispatch.slack)
+    plan = _plan(ids.reshape(-1) // local, devices)
+    rounds = ceil_div(tokens * chosen, bound)  # a table of experts may name one twice
+
+    def run(number):
+        """Returns what the assignments of one round add."""
+        place_a = plan.rank - number * bound
+        sent_a = (place_a >= 0) & (place_a < bound) & (plan.owner < devices)
+        slot_a = jnp.where(sent_a, plan.owner * bound + place_a, devices * bound)
+        every_a = jnp.arange(tokens * chosen, dtype=jnp.int32)
+        source_s = jnp.zeros(devices * bound, jnp.int32).at[slot_a].set(every_a, mode="drop")
+        used_s = jnp.zeros(devices * bound, bool).at[slot_a].set(True, mode="drop")
+        ids_s = jnp.where(used_s, ids.reshape(-1)[source_s] % local, local)
+        weights_s = jnp.where(used_s, weights.reshape(-1)[source_s], 0.0)
+        rows_sd = jnp.where(used_s[:, None], x[source_s // chosen], 0)
+        # A buffer is filled from its front, so counts say which rows are real.
+        counts = used_s.reshape(devices, bound).sum(axis=1, dtype=jnp.int32)
+        arriving = jax.lax.all_to_all(counts, axes, 0, 0, tiled=True)
+        send = functools.partial(_send, axes, dispatch.transport, bound)
+        ids_s, weights_s = (
+            jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s)
+        )
+        if dispatch.payload == "fp8":
+            rows_sd = _send_fp8(axes, dispatch.transport, bound, rows_sd, counts, arriving)
+        else:
+            rows_sd = send(rows_sd, counts, arriving)
+        output_sd = compute(rows_sd, ids_s[:, None], weights_s[:, None])
+        output_sd = jnp.where((ids_s < local)[:, None], output_sd, 0.0).astype(x.dtype)
+        output_sd = send(output_sd, arriving, counts)
+        output_ad = output_sd[jnp.minimum(slot_a, devices * bound - 1)].astype(jnp.float32)
+        output_ad = jnp.where(sent_a[:, None], output_ad, 0.0)
+        return output_ad.reshape(tokens, chosen, -1).sum(axis=1)
+
+    output_td = run(jnp.int32(0))
+    if rounds == 1:
+        return output_td
+
+    def further(output_td):
+        # Rare rounds keep nothing for the backward pass but their inputs.
+        @jax.checkpoint
+        def add(output_td, number):
+            needed = number * bound < plan.load
+            more = jax.lax.cond(needed, run, lambda _: jnp.zeros_like(output_td), number)
+            return output_td + more
+
+        numbers = jnp.arange(1, rounds, dtype=jnp.int32)
+        return jax.lax.scan(lambda sums, n: (add(sums, n), None), output_td, numbers)[0]
+
+    return jax.lax.cond(plan.load > bound, further, lambda sums: sums, output_td)
+
+
+def buffer_rows(tokens: int, chosen: int, devices: int, slack: float) -> int:
+    """Returns the rows of one buffer: `slack` times an even load, and at most all assignments."""
+    even = ceil_div(tokens * chosen, devices)
+    return min(max(round_up(int(slack * even), 8), SMALLEST_BUFFER), round_up(tokens * chosen, 8))
+
+
+def _plan(owner_a, devices: int) -> _Plan:
+    owner_a = jnp.minimum(owner_a, devices).astype(jnp.int32)
+    order = jnp.argsort(owner_a, stable=True)
+    load_o = jnp.bincount(owner_a, length=devices + 1)
+    first_o = jnp.cumsum(load_o) - load_o
+    sorted_rank = jnp.arange(owner_a.shape[0]) - first_o[owner_a[order]]
+    rank_a = jnp.zeros_like(owner_a).at[order].set(sorted_rank.astype(jnp.int32))
+    # Every device of the mesh must agree on the rounds, as they all take part in them.
+    load = jax.lax.pmax(load_o[:devices].max(), active().layout.mesh.axis_names)
+    return _Plan(owner_a, rank_a, load)
+
+
+def _send(axes, transport, bound, rows, counts, arriving):
+    """Sends buffer j of `rows` [devices·bound, …] to device j; returns those received, in order.
+
+    Args:
+      counts, arriving: real rows of each buffer sent and received; the others are arbitrary, and
+        received as zeros by the ragged transport.
+    """
+    if transport != "ragged":
+        return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
+    own = jnp.arange(counts.shape[0], dtype=jnp.int32) * bound
+    there = jnp.full_like(own, jax.lax.axis_index(axes) * bound)
+    return jax.lax.ragged_all_to_all(
+        rows, jnp.zeros_like(rows), own, counts, there, arriving, axis_name=axes
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _send_fp8(axes, transport, bound, rows, counts, arriving):
+    """As `_send`, the rows rounded to e4m3 with a power-of-two scale per 128 channels."""
+    values, scales = formats.quantize_fp8(rows, FP8_BLOCK)
+    values = jax.lax.bitcast_convert_type(values, jnp.uint8)
+    values = _send(axes, transport, bound, values, counts, arriving)
+    scales = _send(axes, transport, bound, scales, counts, arriving)
+    values = jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+    return formats.dequantize_fp8(values, scales, FP8_BLOCK).astype(rows.dtype)
+
+
+def _send_fp8_forward(axes, transport, bound, rows, counts, arriving):
+    received = _send_fp8(axes, transport, bound, rows, counts, arriving)
+    return received, (counts, arriving)
+
+
+def _send_fp8_backward(axes, transport, bound, kept, gradient):
+    """The gradient travels back unrounded, as if the rows had not been rounded."""
+    counts, arriving = kept
+    back = _send(axes, transport, bound, gradient, arriving, counts)
+    return back, None, None
+
+
+_send_fp8.defvjp(_send_fp8_forward, _send_fp8_backward)

@@ -1,0 +1,134 @@
+"""Weights on a mesh: their specs from their logical axes, arrays put or born in place, gathering.
+
+`place` needs shapes only, so it works on an abstract model: abstract first, then shardings, then
+arrays born in place.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v4jax.parallel.axes import COMPUTED_ON, RULES
+from v4jax.parallel.layout import Layout, active
+from v4jax.parallel.mesh import check_divides
+from v4jax.quant import ScaledArray
+
+Module = TypeVar("Module")
+
+
+def is_variable(node) -> bool:
+    """Whether a node of a module is a stored value with logical axes."""
+    return isinstance(node, nnx.Variable)
+
+
+def place(module: Module, layout: Layout) -> Module:
+    """Returns the module, its arrays unmoved, with the spec of every variable as its metadata.
+
+    Raises:
+      ConfigError: a mesh axis does not divide what the code computes on; the message names it, its
+        size and the sizes that would do.
+    """
+
+    def describe(path, variable):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = weight_spec(name, variable.get_value(), variable.get_metadata()["axes"], layout)
+        return variable.copy(spec=spec)
+
+    return jax.tree_util.tree_map_with_path(describe, module, is_leaf=is_variable)
+
+
+def weight_spec(path: str, value, axes: tuple[str, ...], layout: Layout) -> P:
+    """Returns how a variable is split; values and scales of a `ScaledArray` are split alike.
+
+    A mesh axis splits at most one axis of an array, the first that asks for it. Storage splits take
+    the leading mesh axes that divide; vectors are not worth gathering and stay whole.
+    """
+    quantized = isinstance(value, ScaledArray)
+    blocks = (1,) * (len(axes) - 2) + value.block if quantized else (1,) * len(axes)
+    names = [name for name in axes if name != "layers"]
+    rules, free, spec = RULES[layout.regime].weights, set(layout.mesh.axis_names), []
+    for name, size, block in zip(axes, value.shape, blocks, strict=True):
+        wanted = [a for a in rules.get(name, ()) if a in free and layout.mesh.shape[a] > 1]
+        if name in COMPUTED_ON:
+            what = f"axis {name!r} of {path}"
+            check_divides(layout.mesh, tuple(wanted), what, size, block, f"blocks of {block}")
+        elif len(names) < 2:
+            wanted = []
+        else:
+            while wanted and size % (layout.size(tuple(wanted)) * block):
+                wanted.pop()
+        free -= set(wanted)
+        spec.append(tuple(wanted) or None)
+    return P(*spec)
+
+
+def spec_of(variable: nnx.Variable) -> P:
+    """Returns the spec that `place` gave a variable; whole without one."""
+    return variable.get_metadata().get("spec", P())
+
+
+def weight_specs(module):
+    """Returns the module with the spec of every array in its place."""
+    leaves = [
+        spec_of(variable)
+        for variable in jax.tree.leaves(module, is_leaf=is_variable)
+        for _ in jax.tree.leaves(variable)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+
+def weight_shardings(module, layout: Layout):
+    """Returns the module with the sharding of every array in its place."""
+    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), weight_specs(module))
+
+
+def move(module: Module, layout: Layout) -> Module:
+    """Returns a module whose arrays are copied to their shares; for models one host can hold."""
+    placed = place(module, layout)
+    return jax.tree.map(jax.device_put, placed, weight_shardings(placed, layout))
+
+
+def put_shares(array, variable: nnx.Variable, layout: Layout) -> jax.Array:
+    """Returns a host array of a variable on the mesh; only the slices of this host are read."""
+    sharding = NamedSharding(layout.mesh, spec_of(variable))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def born(build: Callable[[], Module], layout: Layout) -> Module:
+    """Returns build(), each array made on the devices that hold it: no device has the whole."""
+    abstract = place(jax.eval_shape(build), layout)
+    make = jax.jit(lambda: place(build(), layout), out_shardings=weight_shardings(abstract, layout))
+    return make()
+
+
+def splits_storage() -> bool:
+    """Whether per-device code must gather weights that are split for storage."""
+    now = active()
+    return now is not None and now.per_device and now.layout.trains
+
+
+def whole(module: Module) -> Module:
+    """Returns the module of per-device code with every weight whole that is split for storage.
+
+    The gradient of a gathered weight is summed and scattered back to its shares.
+    """
+    if not splits_storage():
+        return module
+
+    def gather(variable):
+        axes, spec = variable.get_metadata()["axes"], spec_of(variable)
+
+        def gather_leaf(leaf):
+            dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away
+            for axis, (name, split) in enumerate(zip(axes, spec, strict=True)):
+                if split and name not in COMPUTED_ON:
+                    leaf = jax.lax.all_gather(leaf, split, axis=axis - dropped, tiled=True)
+            return leaf
+
+        return jax.tree.map(gather_leaf, variable)
+
+    return jax.tree.map(gather, module, is_leaf=is_variable)
