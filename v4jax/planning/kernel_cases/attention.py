@@ -203,8 +203,7 @@ def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
             options = {
                 "rounds": tuple(rounds),
                 "visits": {refresh: refreshes / steps, write: 1 / steps},
-                # Candidates are emptied once, at the start.
-                "entered": {"0.0": 1 / (batch * ceil_div(tokens, pallas_tpu.LANES) * steps)},
+                "entered": {"0.0": 1 / steps},  # candidates are emptied before each program
                 "assumes": f"random scores: {refreshes} refreshes in {steps} blocks",
             }
         kernel = Kernel(
@@ -230,15 +229,15 @@ def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
 _SELECTION_ROUNDS = {
     (512, False): (
         *(2, 7),
-        *(3.205, 3.238),
-        *(20, 20, 20, 13.57, 19.01, 20, 20, 13.29, 18.67, 84, 10, 84),
-        *(92, 92, 92, 92, 7, 92),
+        *(3.244, 3.227),
+        *(20, 20, 20, 8.143, 19.12, 20, 20, 0, 0, 84, 10, 84),
+        *(91, 91, 91, 91, 7, 91),
     ),
     (1024, False): (
         *(2, 9),
-        *(3.832, 3.822),
-        *(22.67, 22.67, 22.67, 14.89, 21.88, 22.67, 22.67, 13.78, 22.75, 94.67, 10, 94.67),
-        *(169, 169, 169, 169, 8, 169),
+        *(3.877, 3.895),
+        *(23.11, 23.11, 23.11, 9.111, 22.65, 23.11, 23.11, 0, 0, 96.44, 10, 96.44),
+        *(159, 159, 159, 159, 8, 159),
     ),
     (512, True): (
         *(1, 1),
