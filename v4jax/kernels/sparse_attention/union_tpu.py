@@ -7,8 +7,9 @@ one with the heads of four or more fills it, so the masked part is free: at wors
 entry, a group does the work of its queries one by one.
 """
 
-import jax
 import jax.numpy as jnp
+
+from v4jax.kernels.sparse_attention.sort_tpu import sort_columns
 
 NOTHING = jnp.iinfo(jnp.int32).max
 
@@ -29,34 +30,31 @@ def unite(selected_bgk, members: int):
         beyond the count go on with the numbers after the last id, without bits.
       counts: int32 [b, g].
     """
+    batch, groups, places = selected_bgk.shape
     shift = members.bit_length() - 1
-    places = selected_bgk.shape[-1]
-    member = jnp.arange(places, dtype=jnp.int32) // (places // members)
-    keys = jnp.where(selected_bgk >= 0, (selected_bgk << shift) | member, NOTHING)
-    keys = jax.lax.sort(keys, is_stable=False)
+    selected = selected_bgk.reshape(batch * groups, places).T  # a column for each group
+    place = jnp.arange(places, dtype=jnp.int32)[:, None]
+    keys = (selected << shift) | (place // (places // members))
+    keys = sort_columns(jnp.where(selected >= 0, keys, NOTHING), NOTHING)
     ids, bits = keys >> shift, 1 << (keys & (members - 1))
     step = 1
     while step < members:
-        same = ids == _moved(ids, step)
-        bits |= jnp.where(same, _moved(bits, step), 0)
+        bits |= jnp.where(ids == _moved(ids, step), _moved(bits, step), 0)
         step *= 2
     first = (ids != _moved(ids, -1)) & (keys != NOTHING)
-    keys = jax.lax.sort(jnp.where(first, (ids << members) | bits, NOTHING), is_stable=False)
-    counts = first.sum(-1, dtype=jnp.int32)
+    keys = sort_columns(jnp.where(first, (ids << members) | bits, NOTHING), NOTHING)
+    counts = first.sum(0, dtype=jnp.int32)
     ids, bits = keys >> members, keys & ((1 << members) - 1)
-    place = jnp.arange(places, dtype=jnp.int32)
-    last = jnp.where(place < counts[..., None], ids, -1).max(-1, keepdims=True)
-    inside = place < counts[..., None]
-    beyond = last + 1 + place - counts[..., None]
-    return jnp.where(inside, ids, beyond), jnp.where(inside, bits, 0), counts
+    inside = place < counts
+    last = jnp.where(inside, ids, -1).max(0)
+    ids = jnp.where(inside, ids, last + 1 + place - counts)
+    bits = jnp.where(inside, bits, 0)
+    shape = (batch, groups, places)
+    return ids.T.reshape(shape), bits.T.reshape(shape), counts.reshape(batch, groups)
 
 
 def _moved(values, step: int):
-    """Returns values[…, i + step], and −1 where there is none."""
+    """Returns row i + step of each place, and −1 where there is none."""
     if step > 0:
-        return jnp.pad(
-            values[..., step:], [(0, 0)] * (values.ndim - 1) + [(0, step)], constant_values=-1
-        )
-    return jnp.pad(
-        values[..., :step], [(0, 0)] * (values.ndim - 1) + [(-step, 0)], constant_values=-1
-    )
+        return jnp.pad(values[step:], [(0, step), (0, 0)], constant_values=-1)
+    return jnp.pad(values[:step], [(-step, 0), (0, 0)], constant_values=-1)
