@@ -30,7 +30,7 @@ class Kernel:
     # Loop or region → share of the visits in which it runs at all; by place.
     entered: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depth: int | None = None  # channels a product sums over, where fewer than the unit is wide
-    rows: int | None = None  # rows of a product, where fewer than the unit is wide
+    rows: int | None = None  # rows or columns of a product, where fewer than the unit is wide
     goal: float | None = None  # share of the peak to reach
     goal_of_bound: float | None = None  # or share of what the shape allows
     goal_inner: float | None = None  # or share of the peak in the inner loop

@@ -30,6 +30,7 @@ def compressor_cases(model: str, config: ModelConfig) -> list[Case]:
         )
         kernel = Kernel(
             "compressor",
+            rows=channels,  # one block of columns
             flops=CHUNK * 4 * hidden * columns,
             moved_bytes=count_bytes(arguments) + 4 * CHUNK // ratio * channels,
         )
