@@ -125,6 +125,9 @@ SHAPES = {
 }
 
 
+MODEST_BYTES = 64 * 2**20  # ids, unions and padded queries
+
+
 @pytest.mark.tpu_compiler
 @pytest.mark.skipif(
     ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
@@ -161,3 +164,7 @@ def test_compiles(chip, name):
         spec((batch, tokens, count), jnp.int32),
     )
     assert "sparse_attention" in compiled.as_text()
+    if not backward:
+        # Entries in use as rows, for a prefill, and never a copy of the table or its stack.
+        rows = batch * entries * 2 * channels if tokens > 1 else 0
+        assert compiled.memory_analysis().temp_size_in_bytes <= rows + MODEST_BYTES
