@@ -40,7 +40,7 @@ class Chip:
     hbm_bytes_per_second: float
     link_bytes_per_second: float
     network_bytes_per_second: float
-    shapes: dict[int, tuple[int, ...]]
+    shapes: dict[int, tuple[int, ...]] = dataclasses.field(compare=False)
     source: str
 
     @property

@@ -37,16 +37,17 @@ _NO_PRODUCT = ("embed", "position_bias", "table")  # looked up or added, not mul
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter: logical shape and axes, and the arrays that hold it (values, then scales).
+    """One parameter of the model.
 
-    fmt: "fp4", "fp8" or a dtype. trained: False for routing tables and biases.
+    shape, axes: logical, as in the checkpoint. value: the abstract array, or `ScaledArray` of
+    abstract arrays. fmt: "fp4", "fp8" or a dtype. trained: False for routing tables and biases.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     fmt: str
-    arrays: tuple[jax.ShapeDtypeStruct, ...]
+    value: jax.ShapeDtypeStruct | ScaledArray
     component: str
     trained: bool
 
@@ -57,8 +58,8 @@ class Weight:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all arrays on one device without any split."""
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.arrays)
+        """Bytes of values and scales on one device without any split."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.value))
 
     @property
     def is_matrix(self) -> bool:
@@ -92,7 +93,6 @@ def _numerics() -> Numerics:
 def _describe(path: str, variable: nnx.Variable) -> Weight:
     value = variable.get_value()
     scaled = isinstance(value, ScaledArray)
-    arrays = (value.values, value.scales) if scaled else (value,)
     fmt = ("fp4" if value.is_fp4 else "fp8") if scaled else str(jnp.dtype(value.dtype))
     component = next(name for pattern, name in _COMPONENTS if re.search(pattern, f"{path}"))
     return Weight(
@@ -100,7 +100,7 @@ def _describe(path: str, variable: nnx.Variable) -> Weight:
         shape=tuple(value.shape),
         axes=tuple(variable.get_metadata().get("axes") or ()),
         fmt=fmt,
-        arrays=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays),
+        value=value,
         component=component,
         trained=not isinstance(variable, Buffer),
     )
@@ -124,10 +124,11 @@ class CacheArray:
 
 @functools.lru_cache(maxsize=64)
 def list_cache(
-    config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int
+    config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int, entry_shares: int = 1
 ) -> tuple[CacheArray, ...]:
-    """Returns every array that `init_cache` would allocate."""
-    cache = jax.eval_shape(lambda: init_cache(config, numerics, batch, max_tokens))
+    """Returns every array that `init_cache` would allocate, whole."""
+    sizes = batch, max_tokens, entry_shares
+    cache = jax.eval_shape(lambda: init_cache(config, numerics, *sizes))
     found = []
     for name, arrays in cache.stored.items():
         rows = "window" if name == "window" else "entries"

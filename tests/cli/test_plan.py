@@ -1,0 +1,69 @@
+"""`v4jax plan`: what it prints, in which form, and its errors."""
+
+import json
+
+import pytest
+
+from v4jax.cli import main
+
+NANO = ("--model=nano", "--topology=v6e-4", "--mesh=expert=2,context=2", "--context=16384")
+
+
+def plan(capsys, *arguments: str, status: int = 0) -> str:
+    """Returns what a command prints."""
+    assert main.run(["plan", *arguments]) == status
+    return capsys.readouterr().out
+
+
+def test_plan_of_nano(capsys):
+    shown = plan(capsys, *NANO, "--batch=2")
+    assert "nano: decode on v6e:2x2 (4 chips, a device each), mesh expert=2,context=2" in shown
+    for part in ("bytes of one device", "fits: ", "index scores", "all-reduce", "tokens/s"):
+        assert part in shown
+
+
+def test_json(capsys):
+    data = json.loads(plan(capsys, *NANO, "--batch=2", "--json"))
+    assert (data["regime"], data["fits"], data["mesh"]["context"]) == ("decode", True, 2)
+    assert data["sequence_flops"].keys() == data["device_flops"].keys()
+
+
+def test_all_devices_on_expert_by_default(capsys):
+    data = json.loads(plan(capsys, "--model=nano", "--topology=v6e-4", "--context=4096", "--json"))
+    assert data["mesh"] == {"data": 1, "expert": 4, "context": 1, "tensor": 1}
+
+
+def test_a_plan_that_does_not_fit_says_so_by_its_status(capsys):
+    arguments = ("--model=nano", "--topology=v5e-1", "--batch=100000", "--context=1048576")
+    shown = plan(capsys, *arguments, status=1)
+    assert "DOES NOT FIT" in shown and "smallest change: --batch=" in shown
+
+
+def test_efficiency(capsys):
+    shown = plan(capsys, "--efficiency")
+    assert "     1 M    46.9414     4.9178    10.48     3.4349     7.32" in shown.splitlines()
+    rows = json.loads(plan(capsys, "--efficiency", "--json"))
+    assert round(rows[-1]["flops_share"], 3) == 0.101
+
+
+def test_chips(capsys):
+    shown = plan(capsys, "--chips")
+    for name in ("v5e", "v5p", "v6e", "tpu7x", "h100", "h200"):
+        assert any(line.startswith(name) for line in shown.splitlines())
+    assert json.loads(plan(capsys, "--chips", "--json"))["v6e"]["hbm_bytes"] == 32 * 2**30
+
+
+BROKEN = {
+    "no topology": ([], "--topology is required"),
+    "topology": (["--topology=v6e-3"], "usual are v6e-1, v6e-4"),
+    "mesh": (["--topology=v6e-4", "--mesh=expert=3"], "must multiply to the 4 devices"),
+    "positional": (["v4_flash"], "unexpected argument 'v4_flash'"),
+    "plot alone": (["--plot=x.png"], "--plot goes with --efficiency"),
+    "model": (["--topology=v6e-4", "--model=v4_flsh"], "did you mean 'v4_flash'?"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BROKEN.values(), ids=BROKEN.keys())
+def test_bad_requests(capsys, flags, message):
+    assert main.run(["plan", *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,30 @@
+"""Workloads for tests, by short descriptions."""
+
+from v4jax.config import get_numerics
+from v4jax.config.loading import load_model_config
+from v4jax.planning import hardware, workload
+
+
+def work(
+    topology,
+    mesh,
+    regime="decode",
+    *,
+    model="v4_flash",
+    context=1 << 20,
+    batch=4,
+    slices=1,
+    **options,
+):
+    """Returns a checked workload."""
+    trains = regime == "train"
+    return workload.build_workload(
+        load_model_config(model),
+        get_numerics("bfloat16" if trains else "released"),
+        topology=hardware.parse_topology(topology, slices),
+        mesh=workload.parse_mesh(mesh),
+        regime=regime,
+        context=context,
+        batch=batch,
+        **options,
+    )

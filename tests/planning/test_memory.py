@@ -1,0 +1,86 @@
+"""Bytes of a device, against published totals and against sums by hand."""
+
+import pytest
+
+from v4jax.planning import inventory, memory
+
+from .plans import work
+
+GIB = 2**30
+CACHE_GIB = {"v4_flash": 3.4349, "v4_pro": 4.9178}  # spec C.3, one sequence of a million tokens
+
+
+@pytest.mark.parametrize("model", CACHE_GIB)
+def test_cache_of_a_million_tokens(model):
+    held = memory.cache_bytes(work("v5p:1x1x1", "data=1", model=model, batch=1))
+    held.pop("unfinished windows")
+    assert sum(held.values()) / GIB == pytest.approx(CACHE_GIB[model], abs=5e-5)
+
+
+def test_entries_are_split_and_windows_are_not():
+    alone = memory.cache_bytes(work("v6e-1", "data=1", batch=1))
+    split = memory.cache_bytes(work("v6e-16", "context=16", batch=1))
+    for name in ("csa", "hca", "index"):
+        assert split[name] == alone[name] / 16
+    assert split["window"] == alone["window"] == 43 * 128 * 584
+    by_data = memory.cache_bytes(work("v6e-4", "data=4", batch=8))
+    assert by_data == {name: 2 * size for name, size in alone.items()}
+
+
+def test_weights_on_one_device_are_the_checkpoint():
+    """As `v4jax inspect` counts them, tables as int32."""
+    held = memory.weight_bytes(work("v5p:1x1x1", "data=1", batch=1))
+    assert held["bfloat16"] == 2_830_518_528
+    assert held["fp4"] + held["fp8"] == 6_023_020_544 + 8_858_737_664 + 141_733_920_768
+    assert (held["float32"], held["int32"]) == (144_672_072, 18_616_320 // 2)
+
+
+def test_experts_are_split_over_data_and_expert_when_serving():
+    whole = memory.weight_bytes(work("v5p:1x1x1", "data=1", batch=1))
+    split = memory.weight_bytes(work("v6e-16", "data=2,expert=8"))
+    assert split["fp4"] == whole["fp4"] / 16
+    assert split["fp8"] == whole["fp8"]
+
+
+def test_tensor_splits_heads_widths_and_vocabulary():
+    config = work("v6e-1", "data=1").config
+    half = work("v6e-4", "tensor=2,context=2")
+    share = {}
+    for weight in inventory.list_weights(config):
+        mine = sum(x.size * x.dtype.itemsize for x in memory.local_arrays(weight, half))
+        share.setdefault(weight.path.rpartition(".")[2], set()).add(mine / weight.bytes)
+    assert share["query_up"] == {0.5, 1.0}  # the indexer's own is whole
+    assert share["embed"] == share["gate_up"] == share["output_up"] == {0.5}
+    assert share["query_down"] == {1.0}
+
+
+def test_training_keeps_sixteen_bytes_a_parameter():
+    """bfloat16 weights and gradients, a float32 copy, two float32 moments: 2 + 2 + 4 + 8."""
+    one = work("v5p:1x1x1", "data=1", "train", context=4096, batch=1)
+    parameters = sum(w.parameters for w in inventory.list_weights(one.config) if w.trained)
+    held = sum(memory.weight_bytes(one).values()) + sum(memory.optimizer_bytes(one).values())
+    assert held / parameters == pytest.approx(16, rel=2e-3)  # mHC is float32 throughout
+
+
+def test_muon_keeps_one_moment():
+    adamw = work("v5p:1x1x1", "data=1", "train", context=4096, batch=1)
+    muon = work("v5p:1x1x1", "data=1", "train", context=4096, batch=1, training="muon")
+    moments = memory.optimizer_bytes(adamw)["adamw state"]
+    assert memory.optimizer_bytes(muon)["muon state"] == pytest.approx(moments / 2, rel=1e-3)
+
+
+def test_adapters_by_hand():
+    """Rank 16 on attention and experts of Flash; the base stays packed."""
+    lora = work("v5p:1x1x1", "data=1", "train", context=4096, batch=1, training="lora")
+    d, f, low = 4096, 2048, 8 * 1024
+    attention = (d + 1024) + (1024 + 64 * 512) + (d + 512) + (low + 4096) + (low + d)
+    experts = 257 * ((2 * (f + d)) + (d + f))  # gate and up apart, then down; one is shared
+    assert memory.optimizer_bytes(lora)["adapters"] == 43 * 16 * 4 * (attention + experts)
+    assert sum(memory.weight_bytes(lora).values()) < 160e9
+
+
+def test_training_splits_storage():
+    alone = memory.weight_bytes(work("v5p:1x1x1", "data=1", "train", context=4096, batch=1))
+    pod = work("v5p:4x4x8", "data=8,expert=16", "train", context=4096, batch=128)
+    held = memory.weight_bytes(pod)
+    assert sum(alone.values()) / 128 <= sum(held.values()) < sum(alone.values()) / 16

@@ -1,0 +1,202 @@
+"""One layer of each kind, traced as a device of the mesh runs it: its memory and its collectives.
+
+The layer runs under the rules of the mesh (`parallel.shard.on_shards`) on a mesh without devices,
+with the chip's kernels. What the trace holds and sends is read off, not computed from formulas.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from v4jax.cache import init_cache
+from v4jax.cache.hybrid import LayerView, cache_axes
+from v4jax.config import Layer, ModelConfig, Numerics
+from v4jax.kernels import dispatch
+from v4jax.model.block import Block
+from v4jax.model.context import make_context
+from v4jax.model.parameters import Declare
+from v4jax.model.stack import full_sequence
+from v4jax.parallel.context_parallel import own_start
+from v4jax.parallel.layout import Layout
+from v4jax.parallel.shard import WEIGHTS, entry_shares, on_shards
+from v4jax.parallel.weights import place, whole
+from v4jax.planning.liveness import peak_bytes
+from v4jax.planning.workload import Workload, abstract_mesh
+
+# Primitive → what it is called in reports.
+_COLLECTIVES = {
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "ragged_all_to_all": "all-to-all",
+    "ppermute": "permute",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What one device puts into one collective: its operand, before anything is exchanged."""
+
+    kind: str
+    axes: tuple[str, ...]
+    operand_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTrace:
+    """A layer on one device: bytes at its fullest moment, and its collectives with their number."""
+
+    layers: int
+    peak_bytes: int
+    messages: tuple[tuple[Message, int], ...]
+
+
+def trace_layers(work: Workload) -> list[LayerTrace]:
+    """Returns a trace for each kind of layer; routers and MTP blocks differ too little to count."""
+    kinds: dict[tuple, list[Layer]] = {}
+    trained = work.config.mtp_layers if work.regime == "train" else ()
+    for layer in (*work.config.layers, *trained):
+        kinds.setdefault((layer.kind, layer.ratio), []).append(layer)
+    traces = []
+    for layers in kinds.values():
+        size, messages = _trace(
+            *(work.config, work.numerics, layers[-1], work.mesh, work.regime, work.storage),
+            *(work.training == "lora", work.batch, work.chunk, work.context),
+            work.topology.chip.platform,
+        )
+        traces.append(LayerTrace(len(layers), size, messages))
+    return traces
+
+
+@functools.lru_cache(maxsize=512)
+def _trace(
+    config: ModelConfig,
+    numerics: Numerics,
+    layer: Layer,
+    mesh: tuple[tuple[str, int], ...],
+    regime: str,
+    storage: str,
+    frozen: bool,
+    batch: int,
+    tokens: int,
+    context: int,
+    platform: str,
+) -> tuple[int, tuple[tuple[Message, int], ...]]:
+    layout = Layout(abstract_mesh(dict(mesh)), regime)
+
+    def build():
+        return Block(Declare(config, storage, nnx.Rngs(0)), config, layer, numerics)
+
+    block = place(nnx.eval_shape(build), layout)
+    width = (batch, tokens, config.hc_mult, config.hidden_size)
+    streams = jax.ShapeDtypeStruct(width, jnp.dtype(numerics.activation_dtype))
+    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+    with dispatch.compiling_for(platform):
+        if regime == "train":
+            program = _training(layout, layer, numerics, frozen)
+            traced = jax.make_jaxpr(program)(block, streams, ids)
+        else:
+            start = jax.ShapeDtypeStruct((batch,), jnp.int32)
+            shares = entry_shares(layout)
+            cache = jax.eval_shape(lambda: init_cache(config, numerics, batch, context, shares))
+            program = _extending(layout, regime, layer, cache)
+            traced = jax.make_jaxpr(program)(block, streams, ids, start, cache)
+    messages = collections.Counter()
+    _collect(traced.jaxpr, layout, 1, messages)
+    return peak_bytes(traced), tuple(messages.items())
+
+
+def _extending(layout: Layout, regime: str, layer: Layer, cache):
+    def run(block, streams, ids, start, cache):
+        end = start + ids.shape[1] * (layout.size(layout.array_axes(regime, "tokens")))
+        first = own_start(start, ids.shape[1])
+        context = make_context(ids, first, end, {layer.rope})
+        view = LayerView(cache, layer, jnp.int32(0), jnp.int32(0), first, end)
+        streams, view = whole(block)(streams, context, view)
+        return streams, view.cache
+
+    tokens, axes = P("batch", "tokens"), cache_axes(cache)
+    inputs = (WEIGHTS, tokens, tokens, P("batch"), axes)
+    return on_shards(run, layout, regime, inputs, (tokens, axes))
+
+
+def _training(layout: Layout, layer: Layer, numerics: Numerics, frozen: bool):
+    """Returns a program of one layer's forward and backward pass, as if its input were kept."""
+    tokens = P("batch", "tokens")
+
+    def run(block, streams, ids):
+        config = block.attention.config
+        start = own_start(jnp.zeros(ids.shape[0], jnp.int32), ids.shape[1])
+        end = start + ids.shape[1]
+        context = make_context(ids, start, end, {layer.rope})
+        memory = full_sequence(config, numerics, layer, context)
+        return whole(block)(streams, context, memory)[0]
+
+    forward = on_shards(run, layout, "train", (WEIGHTS, tokens, tokens), tokens)
+
+    def gradients(block, streams, ids):
+        if frozen:
+            out, pull = jax.vjp(lambda streams: forward(block, streams, ids), streams)
+            return pull(out)
+        graph, trained, rest = nnx.split(block, nnx.Param, ...)
+
+        def of_trained(trained, streams):
+            return forward(nnx.merge(graph, trained, rest), streams, ids)
+
+        out, pull = jax.vjp(of_trained, trained, streams)
+        return pull(out)
+
+    return gradients
+
+
+def _collect(jaxpr, layout: Layout, times: int, messages: collections.Counter) -> None:
+    for equation in jaxpr.eqns:
+        name, p = equation.primitive.name, equation.params
+        if name in _COLLECTIVES:
+            message = _describe(_COLLECTIVES[name], equation, layout)
+            if message is not None:
+                messages[message] += times
+        elif name == "scan":
+            _collect(p["jaxpr"].jaxpr, layout, times * p["length"], messages)
+        elif name == "cond":
+            # Only an uneven load takes a branch that sends more: count the one that sends least.
+            branches = []
+            for branch in p["branches"]:
+                branches.append(collections.Counter())
+                _collect(branch.jaxpr, layout, times, branches[-1])
+            messages.update(min(branches, key=_size))
+        elif name != "pallas_call":
+            for inner in _bodies(p):
+                _collect(inner, layout, times, messages)
+
+
+def _describe(kind: str, equation, layout: Layout) -> Message | None:
+    axes = equation.params.get("axes", equation.params.get("axis_name"))
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    axes = tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
+    operands = equation.invars if kind != "all-to-all" else equation.invars[:1]
+    size = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in operands)
+    return Message(kind, axes, size) if axes else None
+
+
+def _size(messages: collections.Counter) -> int:
+    return sum(message.operand_bytes * count for message, count in messages.items())
+
+
+def _bodies(parameters: dict):
+    for value in parameters.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner

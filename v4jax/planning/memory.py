@@ -1,0 +1,165 @@
+"""Bytes of one device by kind: weights, cache, gradients and optimizer, activations.
+
+Every array is asked of the code that makes it, and split by the rules that split it there
+(`parallel.weights.weight_spec`, `parallel.axes.RULES`). Activations are an estimate from traced
+layers (`layer_trace.py`); `v4jax plan --compile` asks the compiler instead.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from v4jax.parallel.weights import weight_spec
+from v4jax.planning.inventory import Weight, list_cache, list_weights
+from v4jax.planning.layer_trace import trace_layers
+from v4jax.planning.workload import Workload
+from v4jax.quant import ScaledArray
+from v4jax.shapes import ceil_div
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBytes:
+    """What one device holds during a step, by kind and within a kind by what it is."""
+
+    weights: dict[str, int]
+    cache: dict[str, int]
+    optimizer: dict[str, int]
+    activations: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(sum(getattr(self, field.name).values()) for field in dataclasses.fields(self))
+
+
+def count_bytes(work: Workload, traced: bool = True) -> DeviceBytes:
+    """Returns the bytes of one device by kind.
+
+    Args:
+      traced: whether layers are traced for their activations (seconds); left out otherwise.
+    """
+    return DeviceBytes(
+        weights=weight_bytes(work),
+        cache={} if work.regime == "train" else cache_bytes(work),
+        optimizer=optimizer_bytes(work) if work.regime == "train" else {},
+        activations=activation_bytes(work) if traced else {},
+    )
+
+
+def weight_bytes(work: Workload) -> dict[str, int]:
+    """Returns format → bytes of the weights on one device, scales included."""
+    sums: dict[str, int] = {}
+    for weight in list_weights(work.config, work.storage):
+        size = sum(_bytes(array) for array in local_arrays(weight, work))
+        sums[weight.fmt] = sums.get(weight.fmt, 0) + size
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def local_arrays(weight: Weight, work: Workload) -> list[jax.ShapeDtypeStruct]:
+    """Returns the arrays of a weight as one device holds them: values, then scales.
+
+    Raises:
+      ConfigError: a mesh axis does not divide what the code computes on.
+    """
+    spec = weight_spec(weight.path, weight.value, weight.axes, work.layout)
+    arrays = jax.tree.leaves(weight.value)
+    return [_divide(array, spec, work) for array in arrays]
+
+
+def _divide(array, spec: PartitionSpec, work: Workload) -> jax.ShapeDtypeStruct:
+    parts = [work.layout.size(split) if split else 1 for split in map(_names, spec)]
+    shape = tuple(ceil_div(size, part) for size, part in zip(array.shape, parts, strict=True))
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+def _names(split) -> tuple[str, ...]:
+    return () if split is None else (split,) if isinstance(split, str) else tuple(split)
+
+
+def cache_bytes(work: Workload) -> dict[str, int]:
+    """Returns what is cached → bytes on one device, for sequences of the full context.
+
+    Entries are split over the devices of a sequence; windows and unfinished windows are on each.
+    """
+    sums: dict[str, int] = {}
+    shares = work.parts("entries")
+    for array in list_cache(work.config, work.numerics, work.local_batch, work.context, shares):
+        parts = [work.parts(name) if name == "entries" else 1 for name in array.axes]
+        shape = (ceil_div(size, part) for size, part in zip(array.shape, parts, strict=True))
+        name = "unfinished windows" if array.holds.startswith("unfinished") else array.holds
+        sums[name] = sums.get(name, 0) + math.prod(shape) * array.itemsize
+    sums.pop("lengths")
+    return sums
+
+
+def optimizer_bytes(work: Workload) -> dict[str, int]:
+    """Returns gradients and optimizer state of one device, as optax would allocate them.
+
+    Beside bfloat16 weights stand a float32 copy that is updated and its state, float32 too: two
+    moments (AdamW), or momentum for matrices (Muon). LoRA trains, beside frozen weights, two
+    float32 matrices of its rank for every projection of attention and of the experts.
+    """
+    trained = trained_arrays(work)
+    gradients = sum(map(_bytes, trained))
+    copies = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in trained]
+    matrices = [x for x in copies if x.ndim >= 2] if work.training == "muon" else []
+    others = [x for x in copies if x.ndim < 2] if work.training == "muon" else copies
+    state = sum(map(_bytes, matrices)) + _state_bytes(others)
+    if work.training == "lora":
+        return {"adapters": gradients, "gradients": gradients, "adamw state": state}
+    name = f"{work.training} state"
+    return {"float32 weights": sum(map(_bytes, copies)), "gradients": gradients, name: state}
+
+
+def _state_bytes(parameters: list) -> int:
+    state = jax.eval_shape(optax.adamw(1e-4).init, parameters)
+    return sum(map(_bytes, jax.tree.leaves(state)))
+
+
+def activation_bytes(work: Workload) -> dict[str, int]:
+    """Returns what a step holds beside its arguments → bytes on one device at the fullest moment.
+
+    In training the input of every layer is kept and the layer computed again in the backward pass.
+    Logits are those of one token per sequence: a training step makes its own chunk by chunk.
+    """
+    config = work.config
+    tokens = work.local_batch * work.local_tokens
+    dtype = jnp.dtype(work.numerics.activation_dtype)
+    streams = tokens * config.hc_mult * config.hidden_size * dtype.itemsize
+    if work.regime == "train":
+        streams *= config.num_hidden_layers + config.num_nextn_predict_layers
+    vocab = config.vocab_size // work.weight_parts("vocab")
+    largest = max(trace.peak_bytes for trace in trace_layers(work))
+    return {
+        "streams": streams,
+        "largest layer": largest,
+        "logits": work.local_batch * vocab * 4,
+    }
+
+
+def trained_arrays(work: Workload) -> list[jax.ShapeDtypeStruct]:
+    """Returns the arrays that get gradients, as one device holds them."""
+    weights = list_weights(work.config, work.storage)
+    if work.training != "lora":
+        return [x for w in weights if w.trained for x in local_arrays(w, work)]
+    adapted = ("attention projections", "routed experts", "shared expert")
+    arrays = []
+    for weight in weights:
+        if weight.is_matrix and weight.component in adapted:
+            values = local_arrays(weight, work)[0]
+            if isinstance(weight.value, ScaledArray) and weight.value.is_fp4:
+                values = jax.ShapeDtypeStruct(
+                    (*values.shape[:-1], 2 * values.shape[-1]), values.dtype
+                )
+            *lead, out, width = values.shape
+            for shape in ((*lead, out, work.lora_rank), (*lead, work.lora_rank, width)):
+                arrays.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    return arrays
+
+
+def _bytes(array) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize

@@ -1,0 +1,165 @@
+"""How long a step takes at best: operations, bytes of memory and bytes of links at their peaks.
+
+A device does its share of a step's operations: its tokens and sequences, its heads, experts and
+entries. What the rules leave whole is computed on every device that has it.
+"""
+
+import dataclasses
+
+from v4jax.cache.formats import entry_format
+from v4jax.config import LayerKind
+from v4jax.planning import communication, flops, memory
+from v4jax.planning.inventory import count_layers, list_cache, list_weights
+from v4jax.planning.workload import Workload
+
+# Rules (of weights) over which a component's products are split; others repeat along them.
+_SPLIT_BY = {
+    "attention projections": ("heads",),
+    "sparse attention": ("heads",),
+    "dense attention": ("heads",),
+    "shared expert": ("expert_width",),
+    "head": ("vocab",),
+}
+_STREAM_PASSES = 3  # a site reads the streams to mix them, reads and writes them to expand
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one step if nothing but its floor held it up; the step takes at least the largest.
+
+    flops: operations of one device by component. traffic: collectives. memory_bytes: read and
+    written by one device.
+    """
+
+    flops: dict[str, float]
+    memory_bytes: dict[str, float]
+    traffic: list[communication.Traffic]
+    compute_seconds: float
+    memory_seconds: float
+    link_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The lower bound of a step, everything overlapped."""
+        return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
+
+    @property
+    def bound(self) -> str:
+        """What sets the bound."""
+        pairs = (
+            (self.compute_seconds, "compute"),
+            (self.memory_seconds, "memory"),
+            (self.link_seconds, "links"),
+        )
+        return max(pairs)[1]
+
+
+def estimate(work: Workload) -> Times:
+    """Returns the floor of a step: the last one of a decode, the mean chunk of a prefill."""
+    chip = work.topology.chip
+    operations = device_flops(work)
+    moved = device_traffic(work)
+    traffic = communication.count_traffic(work)
+    # All products run in bfloat16: FP8 and FP4 are expanded on the way to the matrix unit.
+    peak = chip.bf16_flops_per_second / chip.devices
+    return Times(
+        flops=operations,
+        memory_bytes=moved,
+        traffic=traffic,
+        compute_seconds=sum(operations.values()) / peak,
+        memory_seconds=sum(moved.values()) * chip.devices / chip.hbm_bytes_per_second,
+        link_seconds=sum(item.seconds for item in traffic),
+    )
+
+
+def count_sequence(work: Workload) -> list[flops.Work]:
+    """Returns the operations of one sequence in one step."""
+    config, context = work.config, work.context
+    if work.regime == "decode":
+        return flops.count_tokens(config, context - 1, context)
+    if work.regime == "train":
+        return flops.count_training(config, context, remat=True, storage=work.storage)
+    whole = flops.count_tokens(config, 0, context)
+    return [item.times(min(work.chunk / context, 1.0)) for item in whole]
+
+
+def device_flops(work: Workload) -> dict[str, float]:
+    """Returns the operations of one device in a step, by component."""
+    sums: dict[str, float] = {}
+    for component, total in flops.by_component(count_sequence(work)).items():
+        sums[component] = total * work.batch / _parts(work, component)
+    return sums
+
+
+def _parts(work: Workload, component: str) -> float:
+    """Returns over how many devices the work of a step is spread."""
+    sequences = work.parts("batch") * work.parts("tokens")
+    if component == "routed experts":
+        # Devices that share experts and have distinct tokens serve each other's.
+        axes = {*work.layout.array_axes(work.regime, "batch")}
+        axes |= {*work.layout.array_axes(work.regime, "tokens")}
+        experts = work.layout.weight_axes("experts")
+        repeated = tuple(axis for axis in experts if axis not in axes)
+        return sequences * work.layout.size(repeated) * work.weight_parts("expert_width")
+    parts = sequences
+    for name in _SPLIT_BY.get(component, ()):
+        parts *= work.weight_parts(name)
+    if component in ("index scores", "selection", "sparse attention", "dense attention"):
+        parts *= work.parts("read_entries")
+    return parts
+
+
+def device_traffic(work: Workload) -> dict[str, float]:
+    """Returns the bytes of memory that one device reads and writes in a step, by what they are.
+
+    Every weight is read once a pass, of the routed experts those that some token chose; selected
+    entries are read once per query, everything else in the cache once.
+    """
+    passes = 3 if work.regime == "train" else 1
+    config = work.config
+    tokens = work.local_batch * work.local_tokens
+    width = config.hc_mult * config.hidden_size * 2
+    moved = {
+        "weights": passes * _weights_read(work),
+        "streams": passes * _STREAM_PASSES * 2.0 * config.num_hidden_layers * tokens * width,
+    }
+    if work.regime != "decode":
+        moved["selected entries"] = passes * _selected_bytes(work, tokens)
+    if work.regime == "train":
+        moved["optimizer"] = 2.0 * sum(memory.optimizer_bytes(work).values())
+    else:
+        moved["cache"] = float(_cache_read(work))
+    return moved
+
+
+def _weights_read(work: Workload) -> float:
+    """Returns bytes of weights that a step reads on one device."""
+    config = work.config
+    miss = (1 - config.num_experts_per_tok / config.n_routed_experts) ** work.step_tokens
+    read = 0.0
+    for weight in list_weights(config, work.storage):
+        if weight.component == "embedding" or (
+            weight.component == "MTP" and work.regime != "train"
+        ):
+            continue
+        size = sum(array.size * array.dtype.itemsize for array in memory.local_arrays(weight, work))
+        read += size * (1 - miss) if weight.is_routed else size
+    return read
+
+
+def _selected_bytes(work: Workload, tokens: int) -> float:
+    layers = count_layers(work.config, LayerKind.CSA)
+    entry_bytes = entry_format(work.config, work.numerics).bytes_per_entry
+    return float(layers * tokens * work.config.index_topk * entry_bytes)
+
+
+def _cache_read(work: Workload) -> float:
+    """Returns the cache bytes that a step reads on one device, at the full context."""
+    read = 0.0
+    shares = work.parts("entries")
+    for array in list_cache(work.config, work.numerics, work.local_batch, work.context, shares):
+        size = array.bytes / (work.parts("read_entries") if "entries" in array.axes else 1)
+        if array.holds == "csa":
+            size *= min(1.0, work.config.index_topk / array.shape[2])
+        read += size
+    return read

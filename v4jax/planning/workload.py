@@ -1,0 +1,218 @@
+"""What is planned: a model, a slice, a mesh on it, and what runs there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from jax.sharding import AbstractMesh, AxisType
+
+from v4jax.config import ModelConfig, Numerics
+from v4jax.errors import ConfigError
+from v4jax.parallel.axes import MESH_AXES, Regime
+from v4jax.parallel.context_parallel import token_unit
+from v4jax.parallel.layout import Layout
+from v4jax.parallel.mesh import check_mesh, divisors
+from v4jax.planning.hardware import Topology
+
+TRAININGS = ("adamw", "muon", "lora")
+_CHUNK = 1024  # tokens of a prefill chunk per device, unless asked otherwise
+_LORA_RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One plan's question. Build it with `build_workload`, which checks it.
+
+    context: tokens of a sequence, prompt and answer together. batch: sequences of a step, over all
+    devices. chunk: tokens of each sequence that one step reads (1 in decode, all in training).
+    training: which parameters get gradients and what the optimizer keeps.
+    """
+
+    config: ModelConfig
+    numerics: Numerics
+    topology: Topology
+    mesh: tuple[tuple[str, int], ...]
+    regime: Regime
+    context: int
+    batch: int
+    chunk: int
+    training: str = "adamw"
+    lora_rank: int = _LORA_RANK
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh without devices, and the rules of the regime."""
+        return Layout(abstract_mesh(dict(self.mesh)), self.regime)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis → devices along it."""
+        return dict(self.mesh)
+
+    @property
+    def mesh_name(self) -> str:
+        """The mesh as its flag says it."""
+        return ",".join(f"{axis}={size}" for axis, size in self.mesh if size > 1) or "data=1"
+
+    @property
+    def storage(self) -> str:
+        """How weights are kept: trained ones in bfloat16, frozen and served ones as released."""
+        trains = self.regime == "train" and self.training != "lora"
+        return "bfloat16" if trains else "released"
+
+    @property
+    def local_batch(self) -> int:
+        """Sequences on one device."""
+        return self.batch // self.parts("batch")
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of one sequence on one device in a step."""
+        return self.chunk // self.parts("tokens")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step over all devices."""
+        return self.batch * self.chunk
+
+    def parts(self, name: str) -> int:
+        """Returns over how many devices an axis of a call's arrays is split."""
+        return self.layout.size(self.layout.array_axes(self.regime, name))
+
+    def weight_parts(self, name: str) -> int:
+        """Returns over how many devices an axis of the weights is split."""
+        return self.layout.size(self.layout.weight_axes(name))
+
+    def with_mesh(self, mesh: Mapping[str, int], topology: Topology | None = None) -> "Workload":
+        """Returns the same work on another mesh, checked."""
+        return self._rebuild(mesh=mesh, topology=topology or self.topology)
+
+    def with_batch(self, batch: int) -> "Workload":
+        """Returns the same work on another number of sequences, checked."""
+        return self._rebuild(batch=batch)
+
+    def with_context(self, context: int) -> "Workload":
+        """Returns the same work on sequences of another length, checked."""
+        return self._rebuild(context=context)
+
+    def with_chunk(self, chunk: int) -> "Workload":
+        """Returns the same prefill in chunks of another length, checked."""
+        return self._rebuild(chunk=chunk)
+
+    def _rebuild(self, chunk: int | None = None, **changes) -> "Workload":
+        fields = dict(mesh=self.sizes, topology=self.topology, batch=self.batch)
+        fields |= dict(context=self.context) | changes
+        if self.regime == "prefill" and chunk is None and self.chunk <= fields["context"]:
+            chunk = self.chunk
+        return build_workload(
+            self.config,
+            self.numerics,
+            regime=self.regime,
+            chunk=chunk,
+            training=self.training,
+            lora_rank=self.lora_rank,
+            **fields,
+        )
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns mesh axis → size of "data=2,expert=8".
+
+    Raises:
+      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES or not equals or axis in sizes:
+            raise ConfigError(
+                f"mesh must name each of {', '.join(MESH_AXES)} at most once, such as "
+                f"data=1,expert=16; got {text!r}"
+            )
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """Returns a mesh without devices: enough for shapes, specs and tracing."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def build_workload(
+    config: ModelConfig,
+    numerics: Numerics,
+    *,
+    topology: Topology,
+    mesh: Mapping[str, int],
+    regime: Regime,
+    context: int,
+    batch: int,
+    chunk: int | None = None,
+    training: str = "adamw",
+    lora_rank: int = _LORA_RANK,
+) -> Workload:
+    """Returns a checked `Workload`.
+
+    Args:
+      mesh: axis → size; axes left out have size 1.
+      chunk: tokens of a sequence per prefill step; by default 1024 per device of the sequence.
+
+    Raises:
+      ConfigError: a size is out of range, or the mesh does not divide the model, the batch or the
+        tokens; the message names what does.
+    """
+    sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    product = math.prod(sizes.values())
+    if product != topology.devices:
+        named = " · ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"
+        raise ConfigError(
+            f"mesh sizes must multiply to the {topology.devices} devices of {topology.name}, "
+            f"got {named} = {product}{_devices_hint(topology)}"
+        )
+    if not 1 <= context <= config.max_position_embeddings:
+        raise ConfigError(
+            f"context must be 1 … max_position_embeddings = {config.max_position_embeddings}, "
+            f"got {context}"
+        )
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
+    check_mesh(abstract_mesh(sizes), config, regime)
+    work = Workload(
+        *(config, numerics, topology, tuple(sizes.items()), regime, context, batch),
+        *(1, training, lora_rank),
+    )
+    if batch % work.parts("batch"):
+        raise ConfigError(
+            f"mesh.data = {work.parts('batch')} does not divide a batch of {batch}; sizes that "
+            f"would do: {divisors(batch)}"
+        )
+    return dataclasses.replace(work, chunk=_choose_chunk(work, chunk))
+
+
+def _devices_hint(topology: Topology) -> str:
+    if topology.chip.devices == 1:
+        return ""
+    return f" (each of its {topology.chips} chips is {topology.chip.devices} devices)"
+
+
+def _choose_chunk(work: Workload, chunk: int | None) -> int:
+    """Returns the tokens of a sequence in one step; shares are whole windows (128 tokens)."""
+    parts, unit = work.parts("tokens"), token_unit(work.config)
+    if work.regime == "decode":
+        return 1
+    whole = work.context if work.regime == "train" or chunk is None else chunk
+    if parts > 1 and whole % (parts * unit) and (work.regime == "train" or chunk is not None):
+        fitting = [n for n in divisors(whole // unit) if whole % unit == 0] or [1]
+        raise ConfigError(
+            f"mesh.context · mesh.expert = {parts} does not divide {whole} tokens of a step in "
+            f"whole windows of {unit}; sizes that would do: {fitting}"
+        )
+    if work.regime == "train":
+        return work.context
+    if chunk is not None:
+        return chunk
+    smallest = parts * unit if parts > 1 else 1
+    return min(_CHUNK * parts, max(-(-work.context // smallest) * smallest, smallest))
