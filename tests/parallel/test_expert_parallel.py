@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.errors import ConfigError
-from v4jax.kernels import grouped_matmul
+from v4jax.kernels import dispatch, grouped_matmul
 from v4jax.kernels.scaled_matmul import round_activations
 from v4jax.parallel import Dispatch, Layout, make_mesh
+from v4jax.parallel.axes import MESH_AXES
 from v4jax.parallel.expert_parallel import buffer_rows, route
 from v4jax.parallel.layout import activate
+from v4jax.planning import ahead_of_time
 from v4jax.quant import quantize_weight
 
 TOKENS, CHOSEN, EXPERTS, WIDTH, INNER = 256, 2, 8, 128, 64
@@ -141,6 +144,48 @@ def test_transport_that_needs_other_tokens():
     assert "needs devices with different tokens, but here those along ('expert',)" in str(
         error.value
     )
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(
+    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
+)
+@pytest.mark.parametrize("payload", ["activations", "fp8"])
+def test_ragged_compiles(payload):
+    """The ragged transport, around the experts' TPU kernels on FP4 weights, for four chips."""
+    devices = np.array(ahead_of_time.describe("v6e:2x2").devices).reshape(1, 4, 1, 1)
+    mesh = Mesh(devices, MESH_AXES)
+    layout = Layout(mesh, "prefill", Dispatch(transport="ragged", payload=payload))
+    abstract = jax.eval_shape(
+        lambda: [
+            quantize_weight(jnp.zeros(shape), "fp4")
+            for shape in ((EXPERTS, 2, 256, 512), (EXPERTS, 512, 256))
+        ]
+    )
+    split = NamedSharding(mesh, P("expert"))
+
+    def place(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+    arguments = [
+        jax.tree.map(lambda x: place(x.shape, x.dtype), abstract),
+        place((1024, 512), jnp.bfloat16),
+        place((1024, CHOSEN), jnp.int32),
+        place((1024, CHOSEN), jnp.float32),
+        place((1024,), jnp.bool_),
+    ]
+
+    def run(weights, x, ids, routing, real):
+        with activate(layout, "prefill", per_device=True):
+            return route(compute_with(*weights), x, ids, routing, real, EXPERTS)
+
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False
+    )
+    with dispatch.compiling_for("tpu", devices.flat[0].device_kind):
+        text = jax.jit(mapped).lower(*arguments).compile().as_text()
+    assert "ragged-all-to-all" in text
+    assert "tpu_custom_call" in text
 
 
 def test_buffer_rows():

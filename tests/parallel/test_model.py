@@ -42,8 +42,8 @@ def batch_of(sizes):
 
 
 # One call after the other: (tokens given to each, real ones per sequence, cyclically). Four shares
-# of 128 tokens are a prefill; the second starts at odd phases of all windows. Eight shares make the
-# wide calls decode: their tokens are then on every device.
+# of 128 tokens are a prefill; the second starts at odd phases of all windows. Where a sequence lies
+# on eight devices the wide calls have too few tokens, which are then on every device.
 CALLS = [
     (512, (512, 389)),
     (3, (1, 3)),
@@ -144,6 +144,15 @@ def test_sequence_and_gradients(sizes):
         np.testing.assert_allclose(
             got[name] / largest, gradient / largest, atol=GRADIENT_TOLERANCE, err_msg=name
         )
+
+
+@pytest.mark.slow
+def test_drafts():
+    """The MTP block's pairs of streams and next tokens, of which the last has none."""
+    tokens = IDS[:2, :400]
+    want = model().predict_ahead(tokens)
+    got = on_mesh(model(), "train", expert=2, context=2, tensor=2).predict_ahead(tokens)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
 def test_arrays_lie_in_shares():
