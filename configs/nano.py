@@ -3,9 +3,9 @@
     v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl
 
 Made for this project; no released counterpart. At a million tokens the index scores of the CSA
-layers are most of the arithmetic (queries × entries × index heads), so only two layers are CSA and
-their index heads are narrow. There are 16 of them all the same: with few heads every ReLU is often
-zero at once, scores tie exactly, and the selection is not defined.
+layers are most of the arithmetic (queries × entries × index heads), so only two layers are CSA,
+with four narrow index heads. The context is a document of 1,048,576 tokens and room for a
+conversation about it.
 """
 
 import ml_collections
@@ -15,6 +15,7 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.tokenizer = "byte"
     config.vocab_size = 320
+    config.max_position_embeddings = 1_048_576 + 65_536
     config.bos_token_id = 256
     config.eos_token_id = 257
     config.hidden_size = 192
@@ -28,7 +29,7 @@ def get_config():
     config.n_routed_experts = 16
     config.num_experts_per_tok = 4
     config.moe_intermediate_size = 64
-    config.index_n_heads = 16
+    config.index_n_heads = 4
     config.index_head_dim = 32
     config.index_topk = 64
     config.routed_scaling_factor = 1.5

@@ -48,7 +48,7 @@ def define_model_flags(flags: Any, values: Any) -> None:
     )
     flags.DEFINE_integer(
         "chunk_tokens",
-        2048,
+        4096,
         "Tokens read at once. Larger chunks read faster and need more memory.",
         flag_values=values,
     )

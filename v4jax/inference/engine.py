@@ -41,7 +41,7 @@ class EngineOptions:
     """
 
     frame: Frame = field(default_factory=Frame)
-    chunk_tokens: int = 2048
+    chunk_tokens: int = 4096
     short_tokens: int = 128
     questions_at_once: int = 4
     max_tokens: int | None = None

@@ -5,12 +5,14 @@ group is kept. The running state of a query is its best `count` groups by (large
 id). That suffices: if `count` groups rank before a group g, each of them holds an entry that ranks
 before every entry of g, so no entry of g is among the best `count`. In the end the scores of the
 kept groups are made again, and the best `count` of these are the answer. Groups stand in order of
-id and the smaller position wins a tie, so ties go to the smaller id. Where all entries fit into one
-small span, a group is one entry, and its score is the answer's.
+id and the smaller position wins a tie, so ties go to the smaller id. As long as a tile sees few
+entries, a group is one entry, and its score is the answer's.
 
-The choice touches one value a group (`largest`), nothing of size queries × entries
-exists, and spans and blocks that no query of the tile sees are skipped.
+The choice touches one value a group (`largest`), nothing of size queries × entries exists, and
+spans and blocks that no query of the tile sees are skipped.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,8 @@ from v4jax.shapes import ceil_div, round_up
 QUERY_TILE = 256
 HEADS = 4  # whose products are held at once
 ENTRY_BLOCK = 2048  # entries scored at once
-SPAN = 4096  # group maxima between two choices: what one choice is made from …
-SMALL = 4096  # … and up to so many entries, a group is one entry
+SPAN = 2048  # group maxima between two choices: what one choice is made from
+SMALL = 4096  # entries of which each is a group of its own
 # Channels of the kept groups that are scored again at once: 2 MiB in float32.
 GATHERED_ELEMENTS = 1 << 19
 UNSEEN = -jnp.inf
@@ -45,8 +47,14 @@ def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count)
             ids = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), (*visible_bq.shape, kept))
             return jnp.where(ids < visible_bq[..., None], ids, -1)
 
+        def best_of(limit):
+            return select_best(queries_bqix, weights_bqi, keys, limit, visible_bq, needed, kept)
+
         def best_visible():
-            return select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, kept)
+            if keys.capacity <= SMALL:
+                return best_of(keys.capacity)
+            few = functools.partial(best_of, SMALL)
+            return jax.lax.cond(needed <= SMALL, few, lambda: best_of(keys.capacity))
 
         if keys.capacity <= count:
             return all_visible()
@@ -55,10 +63,12 @@ def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count)
     return map_query_tiles(select_tile, min(QUERY_TILE, tokens), queries, head_weights)
 
 
-def select_best(queries_bqix, weights_bqi, keys, visible_bq, needed, count):
-    """Returns the ids of the best `count` of `needed` entries for one tile of queries."""
+def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, count):
+    """Returns the ids of the best `count` of `needed` entries for one tile of queries.
+
+    `capacity`, a static bound of `needed`, is what the steps are sized by.
+    """
     rows = visible_bq.shape
-    capacity = keys.capacity
     group = choose_group(capacity, count)
     block = round_up(ceil_div(capacity, ceil_div(capacity, ENTRY_BLOCK)), group)
     # The last block of a capacity that block does not divide is read from earlier on, by whole
