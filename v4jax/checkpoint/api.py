@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from v4jax import log
 from v4jax.checkpoint.hf_reader import read_model
@@ -12,12 +13,20 @@ from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.model import Transformer
+from v4jax.parallel import Dispatch, Layout, Regime, check_mesh
+from v4jax.parallel.weights import born
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
 
 
 def load(
-    name_or_folder: str | pathlib.Path, numerics: str | Numerics = "float32", *, seed: int = 0
+    name_or_folder: str | pathlib.Path,
+    numerics: str | Numerics = "float32",
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    regime: Regime = "prefill",
+    dispatch: Dispatch | None = None,
 ) -> Transformer:
     """Returns a model: read from a checkpoint folder, or made with random weights from a name.
 
@@ -26,10 +35,15 @@ def load(
         a configuration, such as "nano".
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
         folder's weights stay in their stored formats whatever it is.
-      seed: of random weights; a folder ignores it.
+      seed: of random weights; a folder ignores it. On a mesh the same seed gives other weights.
+      mesh: devices to lie on (`parallel.make_mesh`); None: the default device.
+      regime: "prefill" and "decode" serve (their weights lie alike); "train" splits weights further
+        and gathers them where they are used. See `parallel/axes.py`.
+      dispatch: how tokens travel to their experts; None: `parallel.Dispatch()`.
 
     Raises:
-      ConfigError: the name, the numerics or the configuration is bad.
+      ConfigError: the name, the numerics or the configuration is bad, or the mesh does not divide
+        the model; the message then names axis, size and the sizes that would do.
       CheckpointError: the folder's files are.
     """
     numerics = get_numerics(numerics)
@@ -41,9 +55,12 @@ def load(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed must be an integer, got {seed!r}")
     path = pathlib.Path(name_or_folder)
+    layout = None if mesh is None else Layout(mesh, regime, dispatch or Dispatch())
     if path.is_dir():
-        return read_model(path, numerics)
+        return read_model(path, numerics, layout=layout)
     config = load_model_config(name_or_folder)
+    if layout is not None:
+        check_mesh(layout.mesh, config, layout.regime)
 
     def build() -> Transformer:
         return Transformer(config, numerics, storage=numerics.activation_dtype, rngs=nnx.Rngs(seed))
@@ -55,7 +72,11 @@ def load(
             "weights; give the folder of its checkpoint, or a small configuration such as nano"
         )
     log.info(f"{name_or_folder}: random weights (seed {seed}), {parameters / 1e6:.1f} M parameters")
-    return build()
+    if layout is None:
+        return build()
+    model = born(build, layout)
+    model.layout = layout
+    return model
 
 
 def save(model: Transformer, folder: str | pathlib.Path, format: str = "released") -> None:

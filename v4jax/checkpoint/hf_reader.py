@@ -28,6 +28,8 @@ from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, read_into, read_te
 from v4jax.config import ModelConfig, Numerics, get_numerics
 from v4jax.errors import CheckpointError
 from v4jax.model import Transformer, abstract_transformer
+from v4jax.parallel import Layout, check_mesh, place
+from v4jax.parallel.weights import put_shares
 from v4jax.quant import ScaledArray
 
 READ_THREADS = 8
@@ -39,13 +41,16 @@ def read_model(
     numerics: str | Numerics = "released",
     *,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
+    layout: Layout | None = None,
 ) -> Transformer:
     """Returns the model that a checkpoint folder holds, in the formats it is stored in.
 
     Args:
       folder: config.json and safetensors files, in the released layout or that of transformers.
       numerics: how the model rounds.
-      put: places one array of the named parameter on devices; by default on the default device.
+      put: places one array of the named parameter on devices; by default on the default device,
+        or by `layout`.
+      layout: where the model lies on a mesh; every device gets its share of each array.
 
     Raises:
       CheckpointError: a tensor or file is missing, unknown, truncated, mis-shaped, of a wrong
@@ -54,8 +59,17 @@ def read_model(
     """
     opened = open_folder(folder)
     model, sources = _plan_model(opened, numerics)
+    if layout is not None:
+        check_mesh(layout.mesh, model.config, layout.regime)
+        for path, variable in model_variables(model).items():
+            variable.set_value(sources[path].abstract)
+        model = place(model, layout)
+        model.layout = layout
     variables = model_variables(model)
-    put = put or (lambda path, array: jax.device_put(array, may_alias=True))
+    if put is None and layout is None:
+        put = lambda path, array: jax.device_put(array, may_alias=True)  # noqa: E731
+    elif put is None:
+        put = lambda path, array: put_shares(array, variables[path], layout)  # noqa: E731
     total = sum(source.nbytes for source in sources.values())
     shards = count_shards(len(opened.files))
     with log.phase("weights", f"reading {shards}, {log.format_bytes(total)}") as phase:

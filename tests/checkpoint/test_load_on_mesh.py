@@ -1,0 +1,45 @@
+"""`load(…, mesh=…)`: arrays are read, or made, where they lie."""
+
+import numpy as np
+import pytest
+
+import v4jax
+from v4jax.checkpoint.census import model_variables
+from v4jax.errors import ConfigError
+from v4jax.parallel import make_mesh
+from v4jax.quant import ScaledArray
+
+from . import folders
+
+
+def test_folder(tmp_path):
+    """Every array equals that of one device; a device has only its share of the experts."""
+    folder = folders.write(tmp_path)
+    whole = folders.stored_tensors(v4jax.load(folder))
+    made = v4jax.load(folder, mesh=make_mesh(expert=4, context=2))
+    for name, array in folders.stored_tensors(made).items():
+        assert folders.same_bytes(array, whole[name]), name
+    experts = model_variables(made)["stack.suffix.0.moe.experts.down"].get_value()
+    assert isinstance(experts, ScaledArray) and experts.is_fp4
+    for array in (experts.values, experts.scales):
+        assert array.shape[0] == 4 and array.addressable_shards[0].data.shape[0] == 1
+    assert made.layout.mesh.shape["expert"] == 4
+
+
+@pytest.mark.slow
+def test_random_weights():
+    """Random weights are born in their shares, and the same for the same seed and mesh shape."""
+    mesh = make_mesh(data=2, expert=2, context=2)
+    made = v4jax.load("tiny", seed=4, mesh=mesh, regime="train")
+    down = model_variables(made)["stack.period.0.moe.experts.down"].get_value()
+    shape = down.addressable_shards[0].data.shape
+    assert np.prod(shape) * 8 == down.size
+    assert np.std(np.asarray(down)) == pytest.approx(made.config.initializer_range, rel=0.02)
+
+
+def test_mesh_does_not_divide():
+    with pytest.raises(ConfigError) as error:
+        v4jax.load("tiny", mesh=make_mesh(data=2, tensor=4))
+    assert str(error.value) == (
+        "mesh.tensor = 4 does not divide model.o_groups = 2; sizes that would do: [1, 2]"
+    )
