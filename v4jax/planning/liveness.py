@@ -150,10 +150,18 @@ def _carried(step: _Step) -> list[tuple[int, int | None]]:
     """Returns (result, operand) of a loop's carries."""
     p = step.parameters
     if step.name == "scan":
-        first, count = p["num_consts"], p["num_carry"]
+        first, count = _scan_sizes(p)
     else:
         first, count = p["cond_nconsts"] + p["body_nconsts"], len(step.outputs)
     return list(zip(step.outputs[:count], step.operands[first : first + count], strict=True))
+
+
+def _scan_sizes(parameters: dict) -> tuple[int, int]:
+    """Returns the numbers of constants and carries of a scan."""
+    if "num_consts" in parameters:  # jax 0.10
+        return parameters["num_consts"], parameters["num_carry"]
+    constants, carries, _ = parameters["ft_in"].unpack()  # jax 0.12
+    return len(constants), len(carries)
 
 
 def _inside(step: _Step, new: int) -> int:
@@ -161,7 +169,7 @@ def _inside(step: _Step, new: int) -> int:
     p = step.parameters
     if step.name == "scan":
         body = _open(p["jaxpr"])
-        slices = body.invars[p["num_consts"] + p["num_carry"] :]
+        slices = body.invars[sum(_scan_sizes(p)) :]
         sliced = sum(_bytes(var.aval) for var in slices)
         return new + sliced + peak_bytes(body)
     if step.name == "while":
