@@ -20,6 +20,7 @@ _EXPORTS = {
     "load": "v4jax.checkpoint",
     "save": "v4jax.checkpoint",
     "load_tokenizer": "v4jax.tokenizer",
+    "make_mesh": "v4jax.parallel",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -130,10 +130,18 @@ def join(made, *parts):
     return jax.tree.unflatten(jax.tree.structure(made), [leaves[path] for path in paths])
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+# A backward pass is the longest compilation: one mesh runs with the suite.
+GRADIENT_MESHES = [
+    COMBINED["expert, context, tensor"],
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in (COMBINED["data, expert, context"], ALONE["expert alone"])
+    ),
+]
+
+
+@pytest.mark.parametrize("sizes", GRADIENT_MESHES, ids=str)
 def test_sequence_and_gradients(sizes):
-    if sizes.get("data", 1) > 2:
-        pytest.skip("two sequences")
     want_loss, want_logits, want = differentiate((), "train")
     loss, logits, got = differentiate(tuple(sizes.items()), "train")
     np.testing.assert_allclose(logits, want_logits, atol=TOLERANCE)
