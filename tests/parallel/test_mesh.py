@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
-from v4jax.parallel import check_mesh, make_mesh
+from v4jax.parallel import Layout, activate, check_mesh, make_mesh, shard
 from v4jax.parallel.axes import MESH_AXES, RULES
 from v4jax.parallel.mesh import arrange_devices
 
@@ -125,5 +126,17 @@ def test_prefill_and_decode_share_weights_and_cache():
         assert prefill.arrays[axis] == decode.arrays[axis]
 
 
-def test_eight_devices():
-    assert jax.device_count() == 8
+def test_pins():
+    """Outside of per-device code arrays are pinned by name; axes that do not divide stay whole."""
+    layout = Layout(make_mesh(data=2, expert=2, context=2))
+    pinned = jax.jit(lambda x: shard(x, "batch", "tokens", "embed"))
+    assert pinned(np.ones((2, 8, 3))).sharding.is_fully_replicated  # without a mesh
+
+    @jax.jit
+    def run(x):
+        with activate(layout, "prefill"):
+            return shard(x, "batch", "tokens", "embed")
+
+    spec = P("data", ("expert", "context"))
+    assert run(np.ones((2, 8, 3))).sharding.is_equivalent_to(NamedSharding(layout.mesh, spec), 3)
+    assert run(np.ones((3, 8, 3))).sharding.shard_shape((3, 8, 3)) == (3, 2, 3)
