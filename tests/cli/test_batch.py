@@ -88,3 +88,42 @@ def test_empty_input_is_said(command, tmp_path, capsys):
     (tmp_path / "docs.jsonl").write_text("\n")
     assert main.run(command) == 0
     assert "docs.jsonl holds no documents" in capsys.readouterr().err
+
+
+def test_shards_name_their_own_files(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert main.run([*command, "--shard=auto/2"]) == 0
+    assert "documents  1, of them failed 0\nquestions  2 answered\n" in capsys.readouterr().out
+    assert main.run([*command, "--shard=1/2"]) == 1  # its only line is broken
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "answers-00000-of-00002.jsonl",
+        "answers-00001-of-00002.jsonl",
+        "docs.jsonl",
+        "summary-00000-of-00002.json",
+        "summary-00001-of-00002.json",
+    ]
+
+
+SEVERAL = {
+    "processes": (
+        {"V4JAX_COORDINATOR": "h:1", "V4JAX_PROCESS_INDEX": "1", "V4JAX_PROCESS_COUNT": "2"},
+        "process 1 of 2 (explicit), coordinator h:1: they would all answer the same documents; "
+        "--shard=auto/2 gives each its part",
+    ),
+    "hosts of a slice": (
+        {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},
+        "process 0 of 2 (GKE TPU), coordinator a:8482: batch runs on one host",
+    ),
+}
+
+
+@pytest.mark.parametrize("variables, message", SEVERAL.values(), ids=SEVERAL.keys())
+def test_processes_do_not_all_do_the_same(
+    command, tmp_path, monkeypatch, capsys, variables, message
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main.run(command) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]

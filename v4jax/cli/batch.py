@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from v4jax.cli import model_flags
@@ -27,6 +28,13 @@ A line of the output, for an answer and for a document that failed:
    "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40}, …}
   {"line": 3, "id": null, "error": {"kind": "RequestError", "message": "…"}, …}
 
+Several machines divide the input among themselves: with --shard=3/16 a process answers every 16th
+line, beginning with the fourth, and writes answers-00003-of-00016.jsonl (a --summary is named
+likewise). The files together are the whole output:
+
+  v4jax batch --model=… --input=docs.jsonl --output=answers.jsonl --shard=auto/16
+  cat answers-*-of-00016.jsonl > answers.jsonl
+
 Exit status: 0 when the job is finished, 1 when it is finished and every document failed.
 """
 
@@ -51,6 +59,13 @@ def define(flags: Any, values: Any) -> None:
         "Questions of one document answered side by side, each with a copy of its cache.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "shard",
+        None,
+        "Which part of the input to answer: INDEX/COUNT, indices from 0. auto/COUNT takes the "
+        "index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.",
+        flag_values=values,
+    )
 
 
 def run(values: Any, positional: list[str]) -> int:
@@ -60,8 +75,13 @@ def run(values: Any, positional: list[str]) -> int:
     model_flags.require(values, "model", "input", "output")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
-    _check_summary(values)
-    from v4jax.inference import BatchJob, Engine, EngineOptions, run_batch
+    from v4jax.inference import BatchJob, Engine, EngineOptions, Shard, parse_shard, run_batch
+
+    shard = parse_shard(values.shard) if values.shard else Shard()
+    output = shard.name_file(values.output)
+    summary_file = shard.name_file(values.summary) if values.summary else None
+    _check_summary(summary_file, {"input": values.input, "output": output})
+    _check_alone(values)
 
     options = EngineOptions(
         frame=model_flags.build_frame(values),
@@ -71,7 +91,7 @@ def run(values: Any, positional: list[str]) -> int:
     )
     job = BatchJob(
         input=values.input,
-        output=values.output,
+        output=output,
         settings={
             "model": model_flags.identify_model(values),
             "numerics": values.numerics,
@@ -83,28 +103,50 @@ def run(values: Any, positional: list[str]) -> int:
         },
         sampling=model_flags.build_sampling(values),
         overwrite=values.overwrite,
+        shard=shard,
     )
     summary = run_batch(job, lambda: Engine(model_flags.load_model(values), options))
     print("\n".join(summary.lines()), flush=True)
-    if values.summary:
-        _write_summary(values.summary, summary.to_json())
+    if summary_file:
+        _write_summary(summary_file, summary.to_json())
     return 1 if summary.documents and summary.failed == summary.documents else 0
 
 
-def _check_summary(values: Any) -> None:
+def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
     """Raises now, and not after hours of work, if the summary could not be written."""
     from v4jax.errors import RequestError
 
-    if not values.summary:
+    if not summary:
         return
-    for name in ("input", "output"):
-        if os.path.realpath(values.summary) == os.path.realpath(getattr(values, name)):
-            raise RequestError(f"--summary and --{name} are the same file, {values.summary}")
-    folder = os.path.dirname(os.path.abspath(values.summary))
-    if os.path.isdir(values.summary) or not os.access(folder, os.W_OK):
+    for name, path in others.items():
+        if os.path.realpath(summary) == os.path.realpath(path):
+            raise RequestError(f"--summary and --{name} are the same file, {summary}")
+    folder = os.path.dirname(os.path.abspath(summary))
+    if os.path.isdir(summary) or not os.access(folder, os.W_OK):
         raise RequestError(
-            f"cannot write --summary={values.summary}; name a file in a folder that exists and can "
-            "be written"
+            f"cannot write --summary={summary}; name a file in a folder that exists and can be "
+            "written"
+        )
+
+
+def _check_alone(values: Any) -> None:
+    """Raises if this is one of several processes and they would all do the same work.
+
+    Hosts of one TPU slice cannot work apart; other processes can, each on its shard.
+    """
+    from v4jax.errors import RequestError, UnsupportedError
+    from v4jax.parallel.hosts import find_hosts
+
+    hosts = find_hosts()
+    if hosts.count > 1 and hosts.environment.endswith("TPU"):
+        raise UnsupportedError(
+            f"{hosts}: batch runs on one host; take slices of one host, such as v6e-8, and give "
+            "each its part of the input with --shard"
+        )
+    if hosts.count > 1 and not values.shard:
+        raise RequestError(
+            f"{hosts}: they would all answer the same documents; --shard=auto/{hosts.count} gives "
+            "each its part"
         )
 
 

@@ -10,6 +10,7 @@ Read `engine.py` first.
     answer.py      from ids to an answer, streaming
     documents.py   the input of a job, line by line
     answer_log.py  its output: appended safely, continued after a crash
+    shards.py      the part of the input that one of several processes answers
     meter.py       tokens and seconds: rates, forecast, summary
     batch.py       the job
 """
@@ -26,7 +27,9 @@ _HOMES = {
     "Frame": "prompt",
     "Question": "request",
     "SamplingOptions": "request",
+    "Shard": "shards",
     "Summary": "meter",
+    "parse_shard": "shards",
     "run_batch": "batch",
 }
 __all__ = sorted(_HOMES)

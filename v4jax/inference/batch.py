@@ -24,13 +24,13 @@ from v4jax.inference.documents import (
     find_id,
     open_path,
     parse_line,
-    read_lines,
     read_questions,
     resolve_path,
 )
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.meter import Meter, Summary, summarize
 from v4jax.inference.request import Document, SamplingOptions
+from v4jax.inference.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class BatchJob:
         options, …), as JSON values; an output can only be continued with the same.
       sampling: for lines that do not say.
       overwrite: forget what the output holds.
+      shard: the part of the input that this process answers; the output is its own.
     """
 
     input: str
@@ -50,6 +51,7 @@ class BatchJob:
     settings: Mapping[str, Any]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     overwrite: bool = False
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def folder(self) -> str:
@@ -81,7 +83,8 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
         work = _plan(job, answers)
         before = _count_answers(answers)
         if not (work.documents or answers.records):
-            log.warning(f"batch: {job.input} holds no documents")
+            part = f" for shard {job.shard}" if job.shard.count > 1 else ""
+            log.warning(f"batch: {job.input} holds no documents{part}")
         if answers.records:
             left = f"{work.documents:,} documents are left"
             log.info(f"batch: {job.output} holds {before:,} answers, {left}")
@@ -124,7 +127,7 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
     """
     work = _Work()
     digests = {record["line"]: record["input"] for record in answers.records.values()}
-    for line in read_lines(job.input):
+    for line in job.shard.read_lines(job.input):
         known = digests.pop(line.number, line.digest)
         if known != line.digest:
             raise RequestError(
@@ -138,9 +141,10 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
             work.questions += left
             work.document_bytes += size_bytes
     if digests:
+        part = f" in shard {job.shard}" if job.shard.count > 1 else ""
         raise RequestError(
-            f"{job.output} answers line {min(digests)}, which {job.input} does not have: the input "
-            "changed; overwrite the output or choose another"
+            f"{job.output} answers line {min(digests)}, which {job.input} does not have{part}: the "
+            "input changed; overwrite the output or choose another"
         )
     return work
 
@@ -173,7 +177,7 @@ class _Run:
     def run(self) -> None:
         """Works through the input."""
         with self.progress:
-            for line in read_lines(self.job.input):
+            for line in self.job.shard.read_lines(self.job.input):
                 if not self.answers.has_failed(line.number):
                     self._serve(line)
 
