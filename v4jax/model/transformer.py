@@ -282,8 +282,8 @@ def read_drafts(model: Transformer, streams, tokens) -> Float[Array, "b u v"]:
 
 
 def _read_drafts(weights, streams, following, end):
-    embedding, mtp, head = whole(weights)
-    layer = mtp.layer
+    embedding, mtp, head = weights
+    mtp, head, layer = whole(mtp), whole(head), mtp.layer
     start = own_start(jnp.zeros_like(end), following.shape[1])
     context = make_context(following, start, end, {layer.rope})
     memory = full_sequence(mtp.config, mtp.numerics, layer, context)
