@@ -62,3 +62,26 @@ make_environment() {
   fi
   export PATH="$V4JAX_VENV/bin:$PATH"
 }
+
+# What the compilers are told where several devices work together. Called by launch/run.sh, and not
+# by the tests and the demo: what those compile should not depend on it. Flags that stand in the
+# variables already come last and so win.
+set_accelerator_flags() {
+  # libtpu. Its scheduler overlaps collectives with computation by itself, where they have a start
+  # and an end; for all_to_all that is off by default (openxla.org/xla/flags_guidance).
+  local tpu=(
+    # The exchange of tokens between experts. Compiled for v5e and v6e (libtpu 0.0.42.1), an
+    # all_to_all has a start and an end with this flag and is one blocking operation without.
+    --xla_tpu_enable_async_all_to_all=true
+  )
+  # XLA on GPUs.
+  local gpu=(
+    # Moves collectives so that they overlap with kernels (docs.jax.dev, GPU performance tips).
+    --xla_gpu_enable_latency_hiding_scheduler=true
+  )
+  export LIBTPU_INIT_ARGS="${tpu[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+  export XLA_FLAGS="${gpu[*]}${XLA_FLAGS:+ $XLA_FLAGS}"
+  # JAX takes 75 % of a GPU's memory by default, and the model is nearly all that needs any; NCCL and
+  # cuBLAS need the rest (docs.nvidia.com/jax-toolbox, performance tips).
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"
+}
