@@ -133,6 +133,19 @@ def require(values: Any, *names: str) -> None:
             raise RequestError(f"--{name} is required; --help shows examples")
 
 
+def refuse_remote(values: Any, *names: str) -> None:
+    """Raises UnsupportedError for the first flag that names a file in remote storage."""
+    from v4jax.errors import UnsupportedError
+
+    for name in names:
+        value = getattr(values, name)
+        if value and value.startswith(("gs://", "s3://")):
+            raise UnsupportedError(
+                f"--{name}={value}: {value[:5]} is not supported yet; mount the bucket (gcsfuse, "
+                "mountpoint-s3) or copy the files, and name the local path"
+            )
+
+
 def identify_model(values: Any) -> str:
     """Returns a name for the model that does not depend on the working directory."""
     return os.path.realpath(values.model) if os.path.isdir(values.model) else values.model

@@ -1,0 +1,24 @@
+"""Paths in remote storage are refused by name, before anything is read or made."""
+
+import pytest
+
+from v4jax.cli import main
+
+BATCH = {"model": "nano", "input": "docs.jsonl", "output": "answers.jsonl", "summary": "s.json"}
+CONVERT = {"input": "nano", "output": "folder"}
+COMMANDS = [
+    *(("batch", BATCH, name) for name in BATCH),
+    *(("convert", CONVERT, name) for name in CONVERT),
+    ("generate", {"model": "nano", "prompt": "x"}, "model"),
+]
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/a", "s3://bucket/a"])
+@pytest.mark.parametrize("verb, flags, name", COMMANDS)
+def test_remote_path_is_refused(tmp_path, monkeypatch, capsys, verb, flags, name, path):
+    monkeypatch.chdir(tmp_path)
+    given = [f"--{flag}={value}" for flag, value in (flags | {name: path}).items()]
+    assert main.run([verb, *given]) == 2
+    expected = f"--{name}={path}: {path[:5]} is not supported yet; mount the bucket (gcsfuse, "
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
