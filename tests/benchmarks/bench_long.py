@@ -4,23 +4,31 @@
     python -m tests.benchmarks.bench_long --tokens 8192 65536
 
 Each document is real text (of the installed Python), one byte a token, read by a child process as a
-user would run it, with one question. Printed for each: prefill and decode speed, the largest memory
-of the process, and the bytes of its cache beside the formula of section C.3 for nano's sizes. The
-shortest is read again with a cache configured for the whole context: that must change nothing. Last
+user would run it, with one question. (Shorter ones leave room for the tokens around them, so that
+no chunk is read for these alone.) Printed for each: prefill speed, the largest memory of the
+process, and the bytes of its cache beside the formula of section C.3 for nano's sizes. The shortest
+is read again with a cache configured for the whole context: that must change nothing.
+
+Then decoding, in caches filled with noise; the shortest also in a cache for the whole context. Last
 the rate of index scoring and of the whole selection at the longest document's entries, against
 matrix products of the same minute.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+import v4jax
 from launch.demo_text import sample_text
 from tests.benchmarks import bench_indexer
 from v4jax.cache import init_cache
@@ -29,19 +37,24 @@ from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import FLOAT32
 
 MODEL = "nano"
-ANSWER_TOKENS = 128
+ANSWER_TOKENS = 8
+DECODED = 256  # room for tokens to be decoded, of which the last ones are timed
+TIMED = 64
+# Tokens around a document, left free for it where the length is one of the engine's chunks.
+FRAME_TOKENS = 64
+MILLION = 1_048_576
 FLOAT_BYTES = 4
 QUESTION = "What is this text about?"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65_536, 1_048_576])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65_536, MILLION])
     options = parser.parse_args()
     config = load_model_config(MODEL)
     limit = config.max_position_embeddings
     print(
-        f"{'tokens':>9} {'capacity':>9} {'prefill':>9} {'tokens/s':>9} {'decode':>9} {'memory':>9} "
+        f"{'tokens':>9} {'capacity':>9} {'prefill':>9} {'tokens/s':>9} {'memory':>9} "
         f"{'cache bytes':>13} {'formula':>13}"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -51,13 +64,18 @@ def main():
         first = min(options.tokens)
         show(config, first, limit, *read_document(folder, first, limit))
     jax.config.update("jax_platforms", "cpu")
+    model = v4jax.load(MODEL)
+    for tokens, capacity in [*((n, n + DECODED) for n in options.tokens), (first, limit)]:
+        milliseconds = 1e3 * decode_seconds(model, tokens, capacity)
+        print(f"{tokens:9,} {capacity:9,}  decode {milliseconds:.2f} ms per token", flush=True)
     bench_indexer.print_table([max(options.tokens) // 4])
 
 
 def read_document(folder: pathlib.Path, tokens: int, capacity: int | None):
     """Returns the summary of the job and the largest resident memory of its process in bytes."""
     text, lines = folder / "document.txt", folder / "documents.jsonl"
-    text.write_text(sample_text(tokens), encoding="utf-8", newline="")
+    size = tokens if tokens == MILLION else tokens - FRAME_TOKENS
+    text.write_text(sample_text(size), encoding="utf-8", newline="")
     lines.write_text(json.dumps({"path": text.name, "question": QUESTION}) + "\n")
     command = [sys.executable, "-m", "v4jax.cli.main", "batch", f"--model={MODEL}", "--overwrite"]
     command += [f"--input={lines}", f"--output={folder / 'answers.jsonl'}"]
@@ -73,12 +91,11 @@ def read_document(folder: pathlib.Path, tokens: int, capacity: int | None):
 
 def show(config, tokens, capacity, summary, memory_bytes):
     """Prints a line of the table."""
-    decode = summary["write_seconds"] / summary["tokens_written"]
     capacity = capacity or cache_capacity(config, summary["cache_bytes"])
     formula = formula_bytes(config, capacity)
     print(
         f"{tokens:9,} {capacity:9,} {summary['read_seconds']:7.1f} s "
-        f"{summary['read_tokens_per_second']:9,.0f} {1e3 * decode:6.2f} ms "
+        f"{summary['read_tokens_per_second']:9,.0f} "
         f"{memory_bytes / 2**30:5.2f} GiB {summary['cache_bytes']:13,} {formula:13,}",
         flush=True,
     )
@@ -86,10 +103,27 @@ def show(config, tokens, capacity, summary, memory_bytes):
 
 def cache_capacity(config, cache_bytes: int) -> int:
     """Returns the capacity, of those the engine chooses, that has a cache of this size."""
-    capacity = 1
-    while formula_bytes(config, capacity) < cache_bytes:
-        capacity *= 2
-    return min(capacity, config.max_position_embeddings)
+    limit = config.max_position_embeddings
+    doublings = (1 << power for power in range(limit.bit_length()))
+    fitting = (n for n in doublings if n < limit and formula_bytes(config, n) >= cache_bytes)
+    return next(fitting, limit)
+
+
+def decode_seconds(model, tokens: int, capacity: int) -> float:
+    """Returns the time of a token after `tokens` others, in a cache filled with noise."""
+    cache, key = model.init_cache(1, capacity), jax.random.key(0)
+    cache = dataclasses.replace(
+        cache,
+        lengths=jnp.array([tokens], jnp.int32),
+        stored=jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), cache.stored),
+    )
+    token = np.zeros((1, 1), np.int32)
+    for step in range(2 * TIMED):
+        if step == TIMED:
+            begin = time.perf_counter()
+        logits, cache = model.extend(token, cache, logits="last", donate=True)
+        token = np.asarray(logits).argmax(-1)[:, None]
+    return (time.perf_counter() - begin) / TIMED
 
 
 def formula_bytes(config, tokens: int) -> int:

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax.model import transformer
+from v4jax.config.loading import load_model_config
+from v4jax.config.numerics import BFLOAT16, RELEASED
+from v4jax.kernels import dispatch
+from v4jax.model import abstract_transformer, transformer
 
-LENGTHS = (4096, 8192)
+# So long that what is bounded has reached its bound.
+LENGTHS = (524_288, 1_048_576)
 # Rounding to tiles and blocks may add a little to the doubling.
 LARGEST_GROWTH = 2.1
 
@@ -53,24 +57,49 @@ def train(model, length):
     return jax.make_jaxpr(jax.grad(loss))(leaves, tokens)
 
 
-def prefill(model, length):
-    """A chunk that grows along with the context it reads."""
-    cache = jax.eval_shape(lambda: model.init_cache(1, 2 * length))
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+def extend(model, length, tokens):
+    cache = jax.eval_shape(lambda: model.init_cache(1, length))
+    tokens = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.make_jaxpr(transformer._extend, static_argnums=4)(
         model, tokens, cache, lengths, "last"
     )
 
 
-@pytest.mark.parametrize("program", [forward, prefill, train])
-def test_nothing_grows_with_queries_times_keys(model, program):
+def prefill(model, length):
+    """A chunk that grows along with the context it reads."""
+    return extend(model, length, length // 2)
+
+
+def decode(model, length):
+    """Four draft tokens are verified; only the context grows."""
+    return extend(model, length, 4)
+
+
+def largest_growth(program, model) -> float:
     small, large = (array_sizes(program(model, length).jaxpr) for length in LENGTHS)
     assert len(small) == len(large) > 1000
-    growth = [b / max(a, 1) for a, b in zip(small, large, strict=True)]
-    assert max(growth) <= LARGEST_GROWTH, f"an array grows {max(growth):.1f} times"
-    # And the test can see growth at all: logits and streams double.
-    assert max(growth) >= 1.9
+    return max(b / max(a, 1) for a, b in zip(small, large, strict=True))
+
+
+@pytest.mark.parametrize("program", [forward, prefill, decode, train])
+def test_nothing_grows_with_queries_times_keys(model, program):
+    growth = largest_growth(program, model)
+    assert growth <= LARGEST_GROWTH, f"an array grows {growth:.1f} times"
+    # And the test can see growth at all: logits, streams or cache double.
+    assert growth >= 1.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [prefill, decode, train])
+def test_neither_do_the_kernels_for_tpu(program):
+    """Flash as a TPU runs it: the walk enters the bodies of the Pallas kernels."""
+    numerics, storage = (BFLOAT16, "bfloat16") if program is train else (RELEASED, "released")
+    config = load_model_config("v4_flash")
+    model = abstract_transformer(config, numerics, storage=storage)
+    with dispatch.compiling_for("tpu"):
+        growth = largest_growth(program, model)
+    assert 1.9 <= growth <= LARGEST_GROWTH, f"an array grows {growth:.1f} times"
 
 
 def test_a_dense_mask_would_be_seen():

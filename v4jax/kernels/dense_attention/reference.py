@@ -13,7 +13,8 @@ from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div, round_up
 
 QUERY_TILE = 128
-ENTRY_BLOCK = 512
+ENTRY_BLOCK = 512  # entries of one step for a full tile; few queries take as many more …
+LARGEST_BLOCK = 1024  # … up to these
 
 
 def attend(queries, recent, sink, start, end, *, window, entries: EntryTable | None, ratio):
@@ -117,13 +118,19 @@ def attend_window(queries_bqhc, recent_bsc, first, positions_bq, window) -> Part
 def blocks_needed(entries: EntryTable, positions_bq, end, ratio):
     """Returns how many blocks hold what the real queries of a tile may see: the actual length."""
     last_b = jnp.minimum(positions_bq[:, -1], end - 1)
-    block = min(ENTRY_BLOCK, entries.capacity)
+    block = choose_block(entries, positions_bq)
     return ceil_div(jnp.max(visible_entries(last_b, ratio)), block)
+
+
+def choose_block(entries: EntryTable, positions_bq) -> int:
+    """Returns the entries of one step."""
+    block = ENTRY_BLOCK * max(QUERY_TILE // positions_bq.size, 1)
+    return min(block, LARGEST_BLOCK, entries.capacity)
 
 
 def entry_keys(entries: EntryTable, index, positions_bq, ratio):
     """Returns (first entry, entries [b, w, c], which each query sees [b, q, w]) of a block."""
-    block = min(ENTRY_BLOCK, entries.capacity)
+    block = choose_block(entries, positions_bq)
     # The last block of a capacity that block does not divide starts early; its known part is
     # masked.
     first = jnp.minimum(index * block, entries.capacity - block)
