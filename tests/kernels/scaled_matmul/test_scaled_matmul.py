@@ -92,3 +92,15 @@ def test_plain_weights_see_plain_activations():
     weight, _ = make(SHAPES["odd"], "float32")
     x = jnp.asarray(draw(136), jnp.float32)
     np.testing.assert_array_equal(matmul(x, weight, quantize_activations=True), matmul(x, weight))
+
+
+def test_rounding_activations_has_the_gradient_of_the_identity():
+    """Autodiff of the cast itself would round the gradient to e4m3: 1e-4 would be 0."""
+    weight, exact = make(SHAPES["odd"], "fp8")
+    x, slope = jnp.asarray(draw(136), jnp.float32), 1e-4
+
+    def loss(x):
+        return slope * matmul(x, weight, quantize_activations=True).sum()
+
+    expected = np.broadcast_to(slope * exact.sum(axis=0), x.shape)
+    np.testing.assert_allclose(jax.grad(loss)(x), expected, 0, naive.FLOAT32 * slope)
