@@ -45,14 +45,13 @@ def test_answers_are_what_the_whole_model_says(engine):
         assert "".join(written[index]) == answer.text
     assert answers == engine.answer(encoded, state, group), "the state serves again, unchanged"
 
-    # In chunks, against the model reading everything at once.
-    logits_bv, cache = prefill(
-        engine.model, encoded.question_tokens[:1], state.take(jnp.array([0])), chunk_tokens=32
-    )
+    # In chunks (of a shape that is compiled), against the model reading everything at once.
+    forks = state.take(jnp.array([0, 0]))
+    logits_bv, cache = prefill(engine.model, encoded.question_tokens, forks, chunk_tokens=32)
     prompt = [*encoded.tokens, *encoded.question_tokens[0]]
     whole = engine.model(jnp.array([prompt]))[0, -1]
     np.testing.assert_allclose(logits_bv[0], whole, atol=CHUNK_TOLERANCE)
-    assert cache.lengths.tolist() == [len(prompt)]
+    assert cache.lengths[0] == len(prompt)
 
 
 def test_an_interrupted_job_ends_the_same(engine, tmp_path):

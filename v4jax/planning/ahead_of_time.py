@@ -35,6 +35,8 @@ def describe(topology: str):
     if reason is not None:
         raise UnsupportedError(f"compiling for {topology} needs the TPU compiler: {reason}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    # Nothing runs, so processes that compile side by side do not fight for a chip.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:
