@@ -1,14 +1,17 @@
 """One of several processes: joins, and sums over the devices of all.
 
-python hosts_worker.py [TIMEOUT_SECONDS]
+python hosts_worker.py TIMEOUT_SECONDS                    which process it is say the variables
+python hosts_worker.py --coordinator=… --process_index=…  or the flags of the command line
 """
 
 import sys
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+from v4jax.cli import host_flags
 from v4jax.errors import V4JaxError
 from v4jax.parallel import make_mesh
 from v4jax.parallel.hosts import find_hosts, start_hosts
@@ -16,10 +19,15 @@ from v4jax.parallel.hosts import find_hosts, start_hosts
 
 def main() -> None:
     """Joins twice (the second time does nothing) and prints what the devices sum to."""
-    timeout_seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     try:
         for _ in range(2):
-            start_hosts(find_hosts(), timeout_seconds=timeout_seconds)
+            if sys.argv[1].startswith("--"):
+                values = flags.FlagValues()
+                host_flags.define_host_flags(flags, values)
+                values(sys.argv)
+                host_flags.start_hosts(values)
+            else:
+                start_hosts(find_hosts(), timeout_seconds=float(sys.argv[1]))
     except V4JaxError as error:
         sys.exit(f"v4jax: error: {error}")
     mesh = make_mesh(data=len(jax.devices()))

@@ -138,7 +138,7 @@ BAD = {
     "only a coordinator": (
         {"V4JAX_COORDINATOR": "h:1"},
         {},
-        "process_index, process_count are missing: several processes need --coordinator=HOST:PORT",
+        r"process_index, process_count are missing: several processes need coordinator ",
     ),
     "no port": (EXPLICIT, {"coordinator": "h"}, "must be HOST:PORT of process 0, .* got 'h'"),
     "index too large": (EXPLICIT, {"process_index": 2}, "process_index must be from 0 to 1"),
@@ -229,25 +229,36 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _start(index: int, count: int, port: int, *arguments: str) -> subprocess.Popen:
+def _start(*arguments: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, str(WORKER), *arguments]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "V4JAX_COORDINATOR": f"localhost:{port}",
-        "V4JAX_PROCESS_INDEX": str(index),
-        "V4JAX_PROCESS_COUNT": str(count),
     }
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def _name(index: int, port: int) -> dict[str, str]:
+    """Returns the variables of one of two processes."""
+    return {
+        "V4JAX_COORDINATOR": f"localhost:{port}",
+        "V4JAX_PROCESS_INDEX": str(index),
+        "V4JAX_PROCESS_COUNT": "2",
+    }
 
 
 @pytest.mark.slow
 def test_two_processes_sum_over_eight_devices():
     port = _free_port()
-    workers = [_start(index, 2, port) for index in range(2)]
+    flags = [f"--coordinator=localhost:{port}", "--process_index=1", "--process_count=2"]
+    workers = [_start("60", **_name(0, port)), _start(*flags)]  # both ways of saying it
     outputs = [worker.communicate(timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     # Every device holds its number from 1; the sum of eight is 36, on each process the same.
@@ -259,7 +270,7 @@ def test_two_processes_sum_over_eight_devices():
 
 @pytest.mark.slow
 def test_a_process_that_does_not_come():
-    worker = _start(0, 2, _free_port(), "2")
+    worker = _start("2", **_name(0, _free_port()))
     _, err = worker.communicate(timeout=120)
     assert worker.returncode != 0
     assert "warning: process 0 of 2 (explicit), " in err

@@ -168,8 +168,8 @@ def _find_explicit(
     missing = [name for name, value in given.items() if value in (None, "")]
     if missing:
         raise ConfigError(
-            f"{_both(missing)} missing: several processes need --coordinator=HOST:PORT, "
-            "--process_index=I and --process_count=N, or the variables V4JAX_COORDINATOR, "
+            f"{_both(missing)} missing: several processes need coordinator (HOST:PORT), "
+            "process_index and process_count, as flags or as the variables V4JAX_COORDINATOR, "
             "V4JAX_PROCESS_INDEX and V4JAX_PROCESS_COUNT"
         )
     return _check(Hosts("explicit", index, count, coordinator), "process_index", "process_count")
