@@ -24,6 +24,7 @@ from v4jax.cache.entries import CompressorRows
 from v4jax.cache.formats import entry_format, index_format
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.errors import CacheError
+from v4jax.kernels import table
 from v4jax.kernels.table import EntryTable
 from v4jax.parallel.context_parallel import rows_before
 from v4jax.parallel.shard import first_here, gather, shares
@@ -31,7 +32,6 @@ from v4jax.quant import EntryFormat
 from v4jax.shapes import ceil_div, round_up
 
 WINDOW, CSA, HCA, INDEX = "window", "csa", "hca", "index"
-NOWHERE = jnp.iinfo(jnp.int32).max  # the place of what is no entry
 
 
 @jax.tree_util.register_dataclass
@@ -277,25 +277,22 @@ class LayerView:
         return result, dataclasses.replace(self, cache=cache)
 
     def append_entries(self, which, vectors, rows):
-        """See `LayerMemory.append_entries`; an out-of-bounds index drops unfinished windows.
+        """See `LayerMemory.append_entries`; unfinished windows are left out.
 
         Every device gets the entries of all shares of the tokens, and keeps those whose place lies
-        in its share of the cache.
+        in its share of the cache. Shares are whole windows, so all of them follow each other.
         """
         name = self._name(which)
         stored_as = self.cache.index_format if which == "index" else self.cache.entry_format
-        batch, windows = vectors.shape[:2]
-        offset_w = jnp.arange(windows)
-        place_bw = rows.first_window[:, None] + offset_w
         capacity = next(iter(self.cache.stored[name].values())).shape[2]  # on this device
-        place_bw = jnp.where(offset_w < rows.completed[:, None], place_bw, NOWHERE)
-        place_bw = gather(place_bw, "tokens", 1) - first_here("entries", capacity)
-        place_bw = jnp.where((place_bw >= 0) & (place_bw < capacity), place_bw, capacity)
-        slots = jnp.arange(batch)[:, None]
-        stored = jax.tree.map(
-            lambda array, new: array.at[self.kind_index, slots, place_bw].set(new, mode="drop"),
+        first = gather(rows.first_window[:, None], "tokens", 1)[:, 0]
+        completed = gather(jnp.maximum(rows.completed, 0)[:, None], "tokens", 1).sum(1)
+        stored = table.write(
             self.cache.stored[name],
+            self.kind_index,
             jax.tree.map(lambda new: gather(new, "tokens", 1), stored_as.encode(vectors)),
+            first - first_here("entries", capacity),
+            completed,
         )
         return self._table(stored, stored_as), self._store(name, stored)
 

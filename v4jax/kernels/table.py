@@ -48,6 +48,36 @@ class EntryTable:
         return self.format.decode(rows)
 
 
+def write(
+    stored: dict[str, jax.Array],
+    layer: Int[Array, ""],
+    rows: dict[str, jax.Array],
+    first: Int[Array, "b"],
+    count: Int[Array, "b"],
+) -> dict[str, jax.Array]:
+    """Returns stored arrays [l, b, w, …] with rows [b, n, …] written in one layer, in place.
+
+    Args:
+      rows: encoded entries, whose places follow each other.
+      first: place of row 0; rows whose place is outside 0 … w−1 are dropped.
+      count: how many rows are real, 0 … n.
+    """
+    from v4jax.kernels import table_tpu
+
+    if table_tpu.why_not(stored) is None:
+        return table_tpu.write(stored, layer, rows, first, count)
+    capacity = next(iter(stored.values())).shape[2]
+    batch, given = next(iter(rows.values())).shape[:2]
+    row = jnp.arange(given)
+    place_bn = first[:, None] + row
+    real = (row < count[:, None]) & (place_bn >= 0) & (place_bn < capacity)
+    place_bn = jnp.where(real, place_bn, capacity)  # out of bounds: dropped
+    slots = jnp.arange(batch)[:, None]
+    return jax.tree.map(
+        lambda array, new: array.at[layer, slots, place_bn].set(new, mode="drop"), stored, rows
+    )
+
+
 def visible_entries(positions: Int[Array, "..."], ratio: int) -> Int[Array, "..."]:
     """Returns how many compressed entries a query at these positions may see.
 
