@@ -2,7 +2,7 @@
 
 python -m tests.launch.test_scripts      # writes the golden files anew
 
-Nothing here reaches a cloud: gcloud, kubectl and sbatch are not called.
+Nothing here reaches a cloud: kubectl and sbatch are not called, and gcloud is a stand-in.
 """
 
 import hashlib
@@ -188,6 +188,35 @@ def check_pods(pods: dict, topology: str, chips: int) -> None:
     assert {"name", "image", "command", "env", "resources"} <= set(container)
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert all(isinstance(variable["value"], str) for variable in container["env"])
+
+
+@pytest.fixture
+def gcloud(tmp_path) -> Path:
+    """A stand-in on the PATH that notes its calls; slices are what $STATE says, jobs fail."""
+    calls = tmp_path / "calls"
+    file = tmp_path / "gcloud"
+    answer = 'case "$*" in *describe*) echo "$STATE" ;; *ssh*) exit 7 ;; esac'
+    file.write_text(f'#!/bin/sh\necho "$*" >>{calls}\n{answer}\n')
+    file.chmod(0o755)
+    return calls
+
+
+ENDS = {
+    "the job fails": ("ACTIVE", 7, ["create", "describe", "scp", "ssh", "delete"]),
+    "the slice fails": ("FAILED", 1, ["create", "describe", "delete"]),
+}
+
+
+@pytest.mark.parametrize("state, status, steps", ENDS.values(), ids=ENDS.keys())
+def test_all_deletes_the_slice_however_it_ends(gcloud, tmp_path, state, status, steps):
+    options = ["--name=a", ZONE, "--accelerator=v6e-8", "--", "batch"]
+    path = f"{gcloud.parent}:{os.environ['PATH']}"
+    done = start("tpu_vm", "all", *options, PATH=path, STATE=state, TMPDIR=str(tmp_path))
+    assert done.returncode == status
+    assert f"launch: a is {state}" in done.stderr
+    words = "create", "describe", "scp", "ssh", "delete"
+    called = [w for line in gcloud.read_text().splitlines() for w in line.split() if w in words]
+    assert called == steps
 
 
 @pytest.fixture
