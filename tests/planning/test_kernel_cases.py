@@ -56,7 +56,7 @@ def test_bytes_of_experts():
 
 def test_bounds():
     """64 rows of heads fill a quarter of a unit 256 wide; 128 channels half of its depth."""
-    _, sparse = kernel_cases.find("sparse_attention/v4_flash/prefill").kernels
+    _, sparse, _ = kernel_cases.find("sparse_attention/v4_flash/prefill").kernels
     assert (sparse.bound_for(256), sparse.bound_for(128)) == (0.25, 0.5)
     assert sparse.goal_for(256) == pytest.approx(0.15)
     (index,) = kernel_cases.find("indexer/v4_flash/prefill").kernels

@@ -28,7 +28,7 @@ def sort_columns(values, largest: int):
       largest: at least as large as all of them; stands where there is no value.
     """
     length, columns = values.shape
-    rows = max(1 << (length - 1).bit_length(), SUBLANES * UNROLLED * 2)
+    rows = padded_rows(length)
     padding = [(0, rows - length), (0, round_up(columns, LANES) - columns)]
     values = jnp.pad(values, padding, constant_values=largest)
     spec = pl.BlockSpec((rows, LANES), lambda i: (0, i))
@@ -45,6 +45,11 @@ def sort_columns(values, largest: int):
         name="sparse_attention_sort",
     )(values)
     return values[:length, :columns]
+
+
+def padded_rows(length: int) -> int:
+    """Returns the rows that are sorted: a power of two, and enough for the unrolled loops."""
+    return max(1 << (length - 1).bit_length(), SUBLANES * UNROLLED * 2)
 
 
 def _body(stages, values_ref, sorted_ref):

@@ -129,10 +129,13 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
             spec((batch, tokens, count), jnp.int32),
         )
         queries = batch * tokens
+        fetched = count * 2 * channels
+        if tokens == 1:  # with its neighbours: see `decode_tpu`
+            fetched = count * rows_tpu.LANES * stored_as.bytes_per_entry
         kernel = Kernel(
             "sparse_attention",
             flops=queries * heads * 4 * channels * (window + count),
-            moved_bytes=queries * 2 * channels * (2 * heads + count),
+            moved_bytes=queries * (2 * channels * 2 * heads + fetched),
             rows=heads,
             goal_of_bound=0.60 if shape == "prefill" else None,
             **(_random_selection(arguments[0], window, count) if tokens > 1 else {}),
@@ -143,8 +146,27 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
             moved_bytes=batch * capacity * (stored_as.bytes_per_entry + 2 * channels),
             grid=(capacity // rows_tpu.BLOCK,),
         )
-        cases.append(Case("sparse_attention", model, shape, run, arguments, (rows, kernel)))
+        kernels = (rows, kernel)
+        if tokens > 1:
+            kernels += (_union_sort(arguments[0], window, count),)
+        cases.append(Case("sparse_attention", model, shape, run, arguments, kernels))
     return cases
+
+
+def _union_sort(queries, window: int, count: int) -> Kernel:
+    """Sorts what each group of neighbours selected: twice a call, a column for each group."""
+    from v4jax.kernels.sparse_attention import prefill_tpu, sort_tpu
+
+    plan = prefill_tpu.make_plan(queries, window, count)
+    rows = sort_tpu.padded_rows(plan.members * count)
+    # Stage s = 4, …, log2(rows) has s − 3 steps between registers.
+    steps = range(1, rows.bit_length() - 1 - 3 + 1)
+    return Kernel(
+        "sparse_attention_sort",
+        flops=0,
+        moved_bytes=2 * 4 * rows * round_up(plan.tiles * plan.groups, sort_tpu.LANES),
+        rounds=(sum(steps) / len(steps),),
+    )
 
 
 def _random_selection(queries, window: int, count: int) -> dict:
