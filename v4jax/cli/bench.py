@@ -66,6 +66,7 @@ def define(flags: Any, values: Any) -> None:
 def run(values: Any, positional: list[str]) -> int:
     """Prints the table; 1 if a case did not compile."""
     from v4jax.errors import RequestError, UnsupportedError
+    from v4jax.kernels import dispatch
     from v4jax.planning import ahead_of_time, kernel_cases, schedule
 
     if positional != ["kernels"]:
@@ -74,11 +75,12 @@ def run(values: Any, positional: list[str]) -> int:
     unknown = [model for model in values.model if model not in kernel_cases.MODELS]
     if unknown:
         raise RequestError(f"--model must be among {kernel_cases.MODELS}, got {unknown[0]!r}")
-    cases = kernel_cases.select(tuple(values.model), tuple(values.only))
+    core = schedule.core_of(values.topology)
+    with dispatch.compiling_for("tpu", core.device):  # tiles and loops may depend on it
+        cases = kernel_cases.select(tuple(values.model), tuple(values.only))
     if values.list:
         print("\n".join(case.key for case in cases))
         return 0
-    core = schedule.core_of(values.topology)
     reason = ahead_of_time.why_unavailable()
     if reason is not None:
         raise UnsupportedError(f"bench kernels needs the TPU compiler: {reason}")

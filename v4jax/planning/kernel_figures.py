@@ -17,24 +17,25 @@ from v4jax.planning.kernel_cases import Case, Kernel
 class Core:
     """One core of a generation, and how many of them share a device's grid."""
 
+    device: str  # its kind, as JAX calls it
     unit: int  # rows and columns of a matrix unit
     flops_per_cycle: int  # bfloat16
     cores: int  # of one device
     bytes_per_cycle: float  # of HBM, per core, at the published bandwidth and peak
 
 
-def _core(name: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:
+def _core(name: str, device: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:
     chip = hardware.CHIPS[name]
     # Both rates are per chip: the clock that the peak implies and the number of cores cancel.
     bytes_per_flop = chip.hbm_bytes_per_second / chip.bf16_flops_per_second
-    return Core(unit, flops_per_cycle, cores, bytes_per_flop * flops_per_cycle)
+    return Core(device, unit, flops_per_cycle, cores, bytes_per_flop * flops_per_cycle)
 
 
 CORES = {
-    "v5e": _core("v5e", 128, 131_072),
-    "v5p": _core("v5p", 128, 131_072, cores=2),
-    "v6e": _core("v6e", 256, 524_288),
-    "tpu7x": _core("tpu7x", 256, 524_288),
+    "v5e": _core("v5e", "TPU v5 lite", 128, 131_072),
+    "v5p": _core("v5p", "TPU v5", 128, 131_072, cores=2),
+    "v6e": _core("v6e", "TPU v6 lite", 256, 524_288),
+    "tpu7x": _core("tpu7x", "TPU7x", 256, 524_288),
 }
 
 

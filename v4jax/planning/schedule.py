@@ -78,7 +78,7 @@ def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
 
 def read_folder(folder: pathlib.Path, core: Core, case: Case) -> list[KernelFigures]:
     """Returns the figures of the Pallas kernels whose bundles lie in `folder`."""
-    calls = trace(case)
+    calls = trace(case, core.device)
     figures = []
     for path in sorted(folder.glob("*final_bundles.txt")):
         match = re.fullmatch(r"(\d+)-(.+)-(\d+)-schedule-analysis_final_bundles\.txt", path.name)
@@ -108,9 +108,9 @@ def _called(calls: list[Traced], name: str, result: tuple[int, ...]) -> Traced |
     return next((call for call in found if call.result == result), found[0] if found else None)
 
 
-def trace(case: Case) -> list[Traced]:
-    """Returns the Pallas calls of a case, in order, as traced for TPU."""
-    with dispatch.compiling_for("tpu"):
+def trace(case: Case, device: str = "") -> list[Traced]:
+    """Returns the Pallas calls of a case, in order, as traced for this kind of TPU."""
+    with dispatch.compiling_for("tpu", device):
         return list(_pallas_calls(jax.make_jaxpr(case.function)(*case.arguments).jaxpr))
 
 

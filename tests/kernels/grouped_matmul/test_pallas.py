@@ -138,6 +138,23 @@ def test_blocks_of_several_passes():
     np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "fp4"])
+def test_rows_in_use(kind, monkeypatch):
+    """Wide matrix units compute 128 to 512 rows of a tile; the others count nowhere."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "TPU v6 lite")
+    loads = {0: 640, 2: 200, 3: 257}  # tiles of 512 and 128, 200, 257 rows; expert 1 has none
+    ids = np.repeat([*loads], [*loads.values()])[:, None].astype(np.int32)
+    assert pallas_tpu.choose_tile(len(ids), 4) == 512 and pallas_tpu.linear.varies(512)
+    random = np.random.RandomState(4)
+    ids = random.permutation(ids)
+    x = jnp.asarray(random.standard_normal((len(ids), INPUT)), jnp.bfloat16)
+    weights = jnp.asarray(random.uniform(0.1, 1, ids.shape), jnp.float32)
+    arguments = x, ids, weights, *make_weights(kind, 4)
+    options = {"limit": LIMIT, "quantize_activations": False}
+    found = jax.jit(lambda *x: pallas_tpu.apply_experts(*x, **options))(*arguments)
+    np.testing.assert_allclose(found, wanted(*arguments, limit=LIMIT), 0, ROUNDINGS)
+
+
 @pytest.mark.parametrize("name", ["mixed", "experts without tokens"])
 def test_gradients(name):
     """Of inputs, routing weights and both weights; an expert without tokens gets exactly zero."""
@@ -214,20 +231,23 @@ def test_refused(case):
         assert choose(x, *weights) is reference
 
 
-# name: assignments, experts, rows of a tile
+# name: assignments, experts, rows of a tile where matrix units are 128 wide, and 256
 TILES = {
-    "decode": (16 * 6, 256, 16),
-    "a chunk over all experts of Flash": (2048 * 6, 256, 64),
-    "a chunk over an eighth": (2048 * 6, 32, 256),
-    "a long chunk": (65536 * 6, 256, 512),
+    "decode": (16 * 6, 256, 16, 16),
+    "a chunk over all experts of Flash": (2048 * 6, 256, 64, 64),
+    "as many rows as experts have in the middle": (160 * 32, 32, 128, 256),
+    "a chunk over an eighth": (2048 * 6, 32, 128, 512),
+    "a long chunk": (65536 * 6, 256, 128, 512),
 }
 
 
 @pytest.mark.parametrize("case", TILES.values(), ids=TILES.keys())
-def test_tile(case):
-    """An expert's mean load fits into one tile, up to 256 rows."""
-    assignments, experts, tile = case
-    assert pallas_tpu.choose_tile(assignments, experts) == tile
+def test_tile(case, monkeypatch):
+    """An expert's mean load fits into one tile, up to 512 rows, of wide units."""
+    assignments, experts, narrow, wide = case
+    for device, tile in (("TPU v5", narrow), ("TPU v6 lite", wide)):
+        monkeypatch.setattr(dispatch, "device_kind", lambda device=device: device)
+        assert pallas_tpu.choose_tile(assignments, experts) == tile
 
 
 def test_cpu_keeps_the_reference():
@@ -259,11 +279,10 @@ def test_compiles(case, topology):
     (width, inner, experts), kind, tile = case
     tiles = 8
 
-    def both(rows, weights, gate_up, down, places, used):
-        hidden = pallas_tpu.multiply_gated(
-            rows, weights, gate_up, down, places, used, limit=10.0, quantized=kind != "bfloat16"
-        )
-        return pallas_tpu.linear.multiply_tiles(hidden, down, places, used, tile=tile)
+    def both(rows, weights, gate_up, down, places, used, loads):
+        options = {"limit": 10.0, "quantized": kind != "bfloat16", "loads": loads}
+        hidden = pallas_tpu.multiply_gated(rows, weights, gate_up, down, places, used, **options)
+        return pallas_tpu.linear.multiply_tiles(hidden, down, places, used, tile=tile, loads=loads)
 
     compiled = ahead_of_time.compile_for(
         topology,
@@ -274,6 +293,7 @@ def test_compiles(case, topology):
         abstract((experts, width, inner), kind),
         jax.ShapeDtypeStruct((tiles,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((tiles,), jnp.int32),
     )
     assert compiled.as_text().count("tpu_custom_call") >= 2
 

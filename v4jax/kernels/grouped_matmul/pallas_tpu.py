@@ -24,8 +24,9 @@ from v4jax.quant import ScaledArray
 from v4jax.quant.formats import FP8_AMAX_FLOOR, FP8_MAX
 from v4jax.shapes import ceil_div
 
-# Rows of a tile, and of an expert from which on tiles of `linear.LARGEST_TILE` gain.
-USUAL_TILE, LONG_LOAD = 256, 1024
+# Most rows of a tile: in the backward pass, and where matrix units are 128 wide. Where they are 256
+# wide, loads around more than the usual tile get `linear.LARGEST_TILE`.
+USUAL_TILE, NARROW_TILE = pallas_tpu_backward.LARGEST_TILE, 128
 
 
 def supported(x, gate_up, down) -> str | None:
@@ -54,10 +55,11 @@ def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
     rows_ad = ordered(x, gate_up)[plan.assignments.reshape(-1) // chosen]
     used = plan.valid[:, 0].sum().astype(jnp.int32)
     places = plan.experts.astype(jnp.int32)
-    hidden_af = multiply_gated(
-        rows_ad, weights_nq, gate_up, down, places, used, limit=limit, quantized=quantized
-    )
-    output_ad = linear.multiply_tiles(hidden_af, down, places, used, tile=tile)
+    # The tiles of a single expert are full but for one.
+    loads = plan.valid.sum(axis=1, dtype=jnp.int32) if experts > 1 else None
+    options = {"limit": limit, "quantized": quantized, "loads": loads}
+    hidden_af = multiply_gated(rows_ad, weights_nq, gate_up, down, places, used, **options)
+    output_ad = linear.multiply_tiles(hidden_af, down, places, used, tile=tile, loads=loads)
     chosen_tkd = output_ad[plan.places].reshape(tokens, chosen, -1)
     return chosen_tkd.astype(jnp.float32).sum(axis=1)
 
@@ -75,7 +77,7 @@ def _apply_backward(limit, quantize_activations, arguments, gradient):
     experts = gate_up.shape[0]
     if quantize_activations and isinstance(gate_up, ScaledArray):
         x = round_activations(x)
-    tile = min(choose_tile(expert_ids.size, experts), pallas_tpu_backward.LARGEST_TILE)
+    tile = choose_backward_tile(expert_ids.size, experts)
     plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
     d_x, d_weights, *d_stored = pallas_tpu_backward.backward(
         plan, tile, x, weights, _expand(gate_up), _expand(down), gradient, limit=limit
@@ -117,14 +119,23 @@ def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
 
 
 def choose_tile(assignments: int, experts: int) -> int:
-    """Returns rows per tile: the power of two that holds a load some way above the mean.
+    """Returns rows per tile: what costs least for a load some way around the mean.
 
-    A short tile costs as much as one of 128 rows, since the weights go into the MXU for each; so an
-    expert gets one tile, if 256 rows suffice, which cost what they compute. Long ones gain little,
-    and padding is half a tile per expert.
+    Units 256 wide take as long to load weights as for 256 rows, so an expert gets one tile, if 512
+    rows suffice, of which the kernels compute 128 or more as it uses. Units 128 wide are busy with
+    128 rows, whose padding is the least.
     """
-    if assignments >= LONG_LOAD * experts:
-        return linear.LARGEST_TILE
+    tile = choose_backward_tile(assignments, experts)
+    if not linear.has_wide_units():
+        return min(tile, NARROW_TILE)
+    return linear.LARGEST_TILE if 5 * assignments > 4 * USUAL_TILE * experts else tile
+
+
+def choose_backward_tile(assignments: int, experts: int) -> int:
+    """Returns rows per tile of a kernel that computes all: the power of two above the mean load.
+
+    A short tile costs as much as one of 128 rows. Padding is half a tile per expert.
+    """
     wanted = ceil_div(5 * assignments, 4 * experts)
     return min(max(1 << (wanted - 1).bit_length(), linear.SMALLEST_TILE), USUAL_TILE)
 
@@ -134,12 +145,15 @@ def ordered(x, weight):
     return unpack_tpu.split(x) if unpack_tpu.kind_of(weight) == "fp4" else x
 
 
-def multiply_gated(rows_ad, weights_nq, gate_up, down, experts, used, *, limit, quantized):
+def multiply_gated(
+    rows_ad, weights_nq, gate_up, down, experts, used, *, limit, quantized, loads=None
+):
     """Returns the rounded inner activations [tiles·tile, f] in the column order that `down` wants.
 
     Args:
       rows_ad: bfloat16, tiles of one expert each, in the column order that `gate_up` wants.
       weights_nq: routing weights, 0 in empty rows.
+      loads: [tiles], rows of a tile that count, the first ones; None: all of them.
     """
     tile = weights_nq.shape[1]
     gate_up, layer = linear.layer_of(gate_up)
@@ -147,19 +161,18 @@ def multiply_gated(rows_ad, weights_nq, gate_up, down, experts, used, *, limit, 
     width_f, width_d = gate_up.shape[-2:]
     block = linear.choose_rows(width_f, width_d, kind, 2, tile)
     splits = unpack_tpu.kind_of(down) == "fp4"
+    partial, loads = linear.plan_loads(experts, tile, loads)
     call = pl.pallas_call(
-        functools.partial(_gated_body, kind, block, splits, quantized, limit),
+        functools.partial(_gated_body, kind, block, partial, splits, quantized, limit),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(width_f // block, used),
             in_specs=[
-                pl.BlockSpec((tile, width_d), lambda block, tile, layer, experts: (tile, 0)),
-                pl.BlockSpec((tile, 1), lambda block, tile, layer, experts: (tile, 0)),
+                pl.BlockSpec((tile, width_d), lambda block, tile, *prefetched: (tile, 0)),
+                pl.BlockSpec((tile, 1), lambda block, tile, *prefetched: (tile, 0)),
                 *linear.weight_specs(gate_up, block),
             ],
-            out_specs=pl.BlockSpec(
-                (tile, block), lambda block, tile, layer, experts: (tile, block)
-            ),
+            out_specs=pl.BlockSpec((tile, block), lambda block, tile, *prefetched: (tile, block)),
             scratch_shapes=linear.expansion(kind, 2, block, width_d),
         ),
         out_shape=jax.ShapeDtypeStruct((rows_ad.shape[0], width_f), jnp.bfloat16),
@@ -170,17 +183,19 @@ def multiply_gated(rows_ad, weights_nq, gate_up, down, experts, used, *, limit, 
         name=f"grouped_matmul_gated_{kind}",
     )
     weights_a1 = weights_nq.astype(jnp.float32).reshape(-1, 1)
-    return call(layer, experts, rows_ad, weights_a1, *linear.weight_operands(gate_up, layer))
+    return call(layer, experts, loads, rows_ad, weights_a1, *linear.weight_operands(gate_up, layer))
 
 
 def _gated_body(
     kind,
     block,
+    partial,
     splits,
     quantized,
     limit,
     layer_ref,
     experts_ref,
+    loads_ref,
     rows_ref,
     weights_ref,
     values_ref,
@@ -188,9 +203,9 @@ def _gated_body(
 ):
     """One block of inner activations of one tile.
 
-    prefetch: layer [1], experts [tiles]. input: rows [tile, d], weights [tile, 1], values
-    [2, block, d] as stored, scales unless bfloat16. output: hidden [tile, block]. scratch: the
-    expanded block, unless bfloat16.
+    prefetch: layer [1], experts [tiles], loads [tiles]. input: rows [tile, d], weights [tile, 1],
+    values [2, block, d] as stored, scales unless bfloat16. output: hidden [tile, block]. scratch:
+    the expanded block, unless bfloat16.
     """
     del layer_ref
     if kind == "bfloat16":
@@ -213,27 +228,32 @@ def _gated_body(
 
     step = min(linear.PASS // 2, block)  # of gate and of up
 
-    def product(which, i):
+    def product(which, i, rows):
         if kind == "bfloat16":
             weight = values_ref[which, pl.ds(pl.multiple_of(i * step, step), step), :]
         else:
             weight = unpack_tpu.read(scratch_ref.at[which], i, step)
-        return linear.multiply(rows_ref[...], weight).astype(jnp.bfloat16)
+        return linear.multiply(rows_ref[:rows, :], weight).astype(jnp.bfloat16)
 
-    @pl.loop(0, block // step)
-    def _(i):
-        hidden = reference.swiglu(product(0, i), product(1, i), limit) * weights_ref[...]
-        hidden = hidden.astype(jnp.bfloat16)
-        if quantized:
-            hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and kind == "fp4")
+    def run(rows):
+        @pl.loop(0, block // step)
+        def _(i):
+            gate, up = product(0, i, rows), product(1, i, rows)
+            hidden = reference.swiglu(gate, up, limit) * weights_ref[:rows, :]
             hidden = hidden.astype(jnp.bfloat16)
-        if splits and kind != "fp4":
-            # A product with a permutation is exact.
-            matrix = unpack_tpu.split_matrix(jnp.bfloat16)
-            hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
-        elif not splits:
-            hidden = unpack_tpu.restore(kind, hidden.astype(jnp.float32))
-        out_ref[:, pl.ds(pl.multiple_of(i * step, step), step)] = hidden.astype(jnp.bfloat16)
+            if quantized:
+                hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and kind == "fp4")
+                hidden = hidden.astype(jnp.bfloat16)
+            if splits and kind != "fp4":
+                # A product with a permutation is exact.
+                matrix = unpack_tpu.split_matrix(jnp.bfloat16)
+                hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
+            elif not splits:
+                hidden = unpack_tpu.restore(kind, hidden.astype(jnp.float32))
+            columns = pl.ds(pl.multiple_of(i * step, step), step)
+            out_ref[:rows, columns] = hidden.astype(jnp.bfloat16)
+
+    linear.for_load(loads_ref, rows_ref.shape[0], partial, run)
 
 
 def round_fp8(x, *, splits=False):

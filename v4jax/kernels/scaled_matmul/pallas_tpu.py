@@ -22,6 +22,8 @@ from v4jax.shapes import ceil_div, round_up
 
 # Rows of one step: 512 hide the loading of weights into the MXU, 16 are one bfloat16 register.
 LARGEST_TILE, SMALLEST_TILE = 512, 16
+# Wide matrix units compute as many rows of a tile as it uses, in steps of so many.
+ROW_STEP = 128
 # Columns produced by one pass of the inner loop: two widths of the newer chips' MXU.
 PASS = 512
 # What a kernel may use of the smallest VMEM (64 MiB); the rest is the compiler's.
@@ -107,17 +109,18 @@ def weight_operands(weight, layer):
 def weight_specs(weight, rows: int):
     """Returns block specs of `weight_operands`: `rows` of every matrix of the tile's expert.
 
-    The grid is (block, tile); layer and experts are prefetched.
+    The grid is (block, tile); layer, experts and loads are prefetched.
     """
     kind = unpack_tpu.kind_of(weight)
     pairs = weight.shape[2:-2]  # () or (2,): gate and up
     width = weight.shape[-1]
 
-    def place(block, tile, layer, experts):
+    def place(block, tile, layer, experts, loads):
+        del loads
         return (layer[0], experts[tile], *(0,) * len(pairs), block, 0)
 
-    def scales_place(block, tile, layer, experts):
-        del block, layer
+    def scales_place(block, tile, layer, experts, loads):
+        del block, layer, loads
         return (0, experts[tile], *(0,) * (len(pairs) + 2))
 
     if kind == "bfloat16":
@@ -135,6 +138,21 @@ def expansion(kind, *sizes: int):
         return ()
     *pairs, rows, columns = sizes
     return (pltpu.VMEM((*pairs, *unpack_tpu.scratch_shape(rows, columns)), jnp.int32),)
+
+
+def has_wide_units() -> bool:
+    """Returns whether matrix units are 256 wide: weights take as long to enter as 256 rows."""
+    return dispatch.device_kind().startswith(("TPU v6", "TPU7"))
+
+
+def for_load(loads_ref, tile: int, partial: bool, run) -> None:
+    """Calls `run` with the number of rows to compute: those of the tile, or as many as it uses."""
+    if not partial:
+        run(tile)
+        return
+    steps = jax.lax.div(loads_ref[pl.program_id(1)] + (ROW_STEP - 1), ROW_STEP)
+    for number in range(1, tile // ROW_STEP + 1):
+        pl.when(steps == number)(functools.partial(run, number * ROW_STEP))
 
 
 def is_new(experts_ref):
@@ -155,7 +173,7 @@ def choose_rows(out: int, width: int, kind, pairs: int, tile: int) -> int:
     return min(out, 128)
 
 
-def multiply_tiles(rows_ai, weight, experts, used, *, tile: int):
+def multiply_tiles(rows_ai, weight, experts, used, *, tile: int, loads=None):
     """Returns rows · weight[expert of their tile]ᵀ, rounded to bfloat16; unused tiles hold garbage.
 
     Args:
@@ -163,22 +181,22 @@ def multiply_tiles(rows_ai, weight, experts, used, *, tile: int):
       weight: [e, out, in], possibly `Stacked`.
       experts: [tiles], equal ones in a row.
       used: how many of the tiles count; the others cost nothing.
+      loads: [tiles], rows of a tile that count, the first ones; None: all of them.
     """
     weight, layer = layer_of(weight)
     kind, (out, width) = unpack_tpu.kind_of(weight), weight.shape[-2:]
     block = choose_rows(out, width, kind, 1, tile)
+    partial, loads = plan_loads(experts, tile, loads)
     call = pl.pallas_call(
-        functools.partial(_multiply_body, kind, block),
+        functools.partial(_multiply_body, kind, block, partial),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(out // block, used),
             in_specs=[
-                pl.BlockSpec((tile, width), lambda block, tile, layer, experts: (tile, 0)),
+                pl.BlockSpec((tile, width), lambda block, tile, *prefetched: (tile, 0)),
                 *weight_specs(weight, block),
             ],
-            out_specs=pl.BlockSpec(
-                (tile, block), lambda block, tile, layer, experts: (tile, block)
-            ),
+            out_specs=pl.BlockSpec((tile, block), lambda block, tile, *prefetched: (tile, block)),
             scratch_shapes=expansion(kind, block, width),
         ),
         out_shape=jax.ShapeDtypeStruct((rows_ai.shape[0], out), jnp.bfloat16),
@@ -188,14 +206,29 @@ def multiply_tiles(rows_ai, weight, experts, used, *, tile: int):
         interpret=dispatch.platform() != "tpu",
         name=f"scaled_matmul_{kind}",
     )
-    return call(layer, experts, rows_ai, *weight_operands(weight, layer))
+    return call(layer, experts, loads, rows_ai, *weight_operands(weight, layer))
 
 
-def _multiply_body(kind, block, layer_ref, experts_ref, rows_ref, values_ref, *rest):
+def plan_loads(experts, tile: int, loads):
+    """Returns (whether tiles compute only the rows they use, loads [tiles] for the kernel)."""
+    if loads is None:
+        return False, jnp.full_like(experts, tile)
+    return varies(tile), loads
+
+
+def varies(tile: int) -> bool:
+    """Returns whether only the rows that a tile uses are computed, given its load."""
+    return tile > 2 * ROW_STEP and tile % ROW_STEP == 0 and has_wide_units()
+
+
+def _multiply_body(
+    kind, block, partial, layer_ref, experts_ref, loads_ref, rows_ref, values_ref, *rest
+):
     """One block of outputs of one tile.
 
-    prefetch: layer [1], experts [tiles]. input: rows [tile, in], values [block, in] as stored,
-    scales unless bfloat16. output: [tile, block]. scratch: the expanded block, unless bfloat16.
+    prefetch: layer [1], experts [tiles], loads [tiles]. input: rows [tile, in], values [block, in]
+    as stored, scales unless bfloat16. output: [tile, block]. scratch: the expanded block, unless
+    bfloat16.
     """
     del layer_ref
     if kind == "bfloat16":
@@ -210,15 +243,18 @@ def _multiply_body(kind, block, layer_ref, experts_ref, rows_ref, values_ref, *r
 
     step = min(PASS, block)
 
-    @pl.loop(0, block // step)
-    def _(i):
-        columns = pl.ds(pl.multiple_of(i * step, step), step)
-        if kind == "bfloat16":
-            weight = values_ref[columns, :]
-        else:
-            weight = unpack_tpu.read(scratch_ref, i, step)
-        outputs = unpack_tpu.restore(kind, multiply(rows_ref[...], weight))
-        out_ref[:, columns] = outputs.astype(jnp.bfloat16)
+    def run(rows):
+        @pl.loop(0, block // step)
+        def _(i):
+            columns = pl.ds(pl.multiple_of(i * step, step), step)
+            if kind == "bfloat16":
+                weight = values_ref[columns, :]
+            else:
+                weight = unpack_tpu.read(scratch_ref, i, step)
+            outputs = unpack_tpu.restore(kind, multiply(rows_ref[:rows, :], weight))
+            out_ref[:rows, columns] = outputs.astype(jnp.bfloat16)
+
+    for_load(loads_ref, rows_ref.shape[0], partial, run)
 
 
 def multiply(rows, weight):

@@ -7,17 +7,20 @@ import jax.numpy as jnp
 
 from v4jax.config.model import ModelConfig
 from v4jax.planning.kernel_cases.case import CHUNK, Case, Kernel, count_bytes, spec, stored_weight
-from v4jax.shapes import ceil_div
+from v4jax.shapes import ceil_div, round_up
 
 
 def grouped_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
     """Routed experts: one kernel for gate and up, one for down; in training their gradients."""
     experts = config.n_routed_experts
-    share = experts // 8
+    share, pod = experts // 8, experts // 16
     return [
         _experts(model, config, "prefill fp4", CHUNK, share, "fp4", goal=0.65),
         _experts(model, config, "prefill bfloat16", CHUNK, share, "bfloat16", goal=0.65),
         _experts(model, config, "prefill fp8", CHUNK, share, "fp8"),
+        # 4,096 tokens on each of 16 chips, which hold a sixteenth of the experts each.
+        _experts(model, config, "prefill on 16 chips fp4", 2 * CHUNK, pod, "fp4", goal=0.65),
+        _experts(model, config, "prefill on 16 chips bf16", 2 * CHUNK, pod, "bfloat16", goal=0.65),
         _experts(model, config, "prefill all experts", CHUNK, experts, "fp4"),
         _experts(model, config, "decode 16", 16, experts, "fp4"),
         _experts_backward(model, config, "training bfloat16", CHUNK, share),
@@ -33,15 +36,15 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
 
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, kind)
-    assignments, used, tiles, assumes = _even_load(
-        config,
-        tokens,
-        experts,
-        pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts),
-    )
-    # Weights are expanded by the loops before the last one, once per expert and block of outputs.
-    once = used / tiles
-    expands = [{"0.0": once, "0.1": once}, {"0.0": once}] if kind != "bfloat16" else [{}, {}]
+    tile = pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts)
+    assignments, used, tiles, assumes = _even_load(config, tokens, experts, tile)
+    # Weights are expanded by the loops before the last ones, once per expert and block of outputs.
+    expansions = (0, 0) if kind == "bfloat16" else (2, 1)
+    entered = [
+        {f"0.{i}": used / tiles for i in range(loops)}
+        | _visits(loops, assignments // used, tile, pallas_tpu.linear)
+        for loops in expansions
+    ]
     options = {"grid": (tiles,), "goal": goal, "assumes": assumes}
     gate_up, down = (used / experts * count_bytes(weight) for weight in arguments[3:])
     rows = 2 * assignments * (width + inner)
@@ -50,19 +53,32 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
             f"grouped_matmul_gated_{kind}",
             flops=assignments * 4 * width * inner,
             moved_bytes=gate_up + rows,
-            entered=expands[0],
+            entered=entered[0],
             **options,
         ),
         Kernel(
             f"scaled_matmul_{kind}",
             flops=assignments * 2 * width * inner,
             moved_bytes=down + rows,
-            entered=expands[1],
+            entered=entered[1],
             **options,
         ),
     )
     run = functools.partial(_run_experts, limit=config.swiglu_limit)
     return Case("grouped_matmul", model, shape, run, arguments, kernels)
+
+
+def _visits(first: int, load: int, tile: int, linear) -> dict[str, float]:
+    """Returns loop → share of an expert's tiles that it multiplies.
+
+    Where matrix units are wide, the kernels have a loop for every number of rows a tile may use.
+    """
+    if not linear.varies(tile):
+        return {}
+    tiles, numbers = ceil_div(load, tile), range(linear.ROW_STEP, tile + 1, linear.ROW_STEP)
+    last = round_up(load - (tiles - 1) * tile, linear.ROW_STEP)
+    loads = [tile] * (tiles - 1) + [last]
+    return {f"0.{first + i}": loads.count(rows) / tiles for i, rows in enumerate(numbers)}
 
 
 def _run_experts(x, ids, routing, gate_up, down, *, limit):
@@ -76,14 +92,15 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
 
     gate, up and the gradient of the inner activations 3, of the inputs 2, of the weights 2 and 1.
     """
-    from v4jax.kernels.grouped_matmul import pallas_tpu, pallas_tpu_backward
+    from v4jax.kernels.grouped_matmul import pallas_tpu
 
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, "bfloat16")
     tile = pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts)
-    forward_tiles = _even_load(config, tokens, experts, tile)[2]
-    tile = min(tile, pallas_tpu_backward.LARGEST_TILE)
-    assignments, _, tiles, assumes = _even_load(config, tokens, experts, tile)
+    assignments, used, forward_tiles, _ = _even_load(config, tokens, experts, tile)
+    entered = _visits(0, assignments // used, tile, pallas_tpu.linear)
+    tile = pallas_tpu.choose_backward_tile(assignments, experts)
+    tiles, assumes = _even_load(config, tokens, experts, tile)[2:]
     unit = assignments * 2 * width * inner
     gate_up, down = map(count_bytes, arguments[3:])
     rows, inner_rows = 2 * assignments * width, 2 * assignments * inner
@@ -102,13 +119,13 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
             "grouped_matmul_gated_bfloat16",
             flops=2 * unit,
             moved_bytes=gate_up + rows + inner_rows,
-            **options | {"grid": (forward_tiles,)},
+            **options | {"grid": (forward_tiles,), "entered": entered},
         ),
         Kernel(
             "scaled_matmul_bfloat16",
             flops=unit,
             moved_bytes=down + rows + inner_rows,
-            **options | {"grid": (forward_tiles,)},
+            **options | {"grid": (forward_tiles,), "entered": entered},
         ),
         Kernel(
             "grouped_matmul_inner_gradient",
