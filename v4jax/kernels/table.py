@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from v4jax.kernels import dispatch
 from v4jax.quant import EntryFormat
 
 
@@ -62,10 +63,11 @@ def write(
       first: place of row 0; rows whose place is outside 0 … w−1 are dropped.
       count: how many rows are real, 0 … n.
     """
-    from v4jax.kernels import table_tpu
+    if dispatch.platform() == "tpu":
+        from v4jax.kernels import table_tpu
 
-    if table_tpu.why_not(stored) is None:
-        return table_tpu.write(stored, layer, rows, first, count)
+        if table_tpu.why_not(stored) is None:
+            return table_tpu.write(stored, layer, rows, first, count)
     capacity = next(iter(stored.values())).shape[2]
     batch, given = next(iter(rows.values())).shape[:2]
     row = jnp.arange(given)
