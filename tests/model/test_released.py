@@ -48,7 +48,9 @@ PIECES = {
     "hca_attention": Agreement(0.80, 2e-3),  # 0.988, 0.890
     "hash_moe": Agreement(0.99, 1e-3),  # 1, 1
     "moe": Agreement(0.99, 1e-3),  # 1, 0.9998
-    "first_layer": Agreement(0.55, 8e-3),  # 0.954, 0.693
+    # The transcription itself moves by rms 0.010 and 0.004 between float32 and float64 arithmetic:
+    # a moved rounding in front of FP8 activations moves what follows.
+    "first_layer": Agreement(0.55, 1.5e-2),  # 0.954, 0.693
     # Float32 after one bfloat16 norm: equal up to the order of sums.
     "logits": Agreement(0.0, 1e-4),
     "drafts": Agreement(0.0, 3e-2),  # rms 0.003, 0.004
