@@ -55,3 +55,12 @@ def test_write(name, pallas):
             if row < count[slot] and 0 <= first[slot] + row < ROOM:
                 expected[1, slot, first[slot] + row] = new[slot, row]
         np.testing.assert_array_equal(np.asarray(found[array]), expected)
+
+
+def test_rows_that_are_no_words():
+    """One scale byte an entry (index keys of 32 channels) is left to the scatter."""
+    stored = {
+        "packed": jnp.zeros((1, 1, 128, 16), jnp.uint8),
+        "scales": jnp.zeros((1, 1, 128, 1), jnp.uint8),
+    }
+    assert "scales: a row must be whole words of 4 bytes, it has 1" in table_tpu.why_not(stored)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 LANES = 128
+WORD_BYTES = 4  # what the kernel selects by
 Stored = dict[str, jax.Array]
 
 
@@ -26,6 +27,10 @@ def why_not(stored: Stored) -> str | None:
     capacity = next(iter(stored.values())).shape[2]
     if capacity % LANES:
         return f"entries must divide by {LANES}, there is room for {capacity}"
+    for name, array in stored.items():
+        row_bytes = array.shape[3] * array.dtype.itemsize
+        if row_bytes % WORD_BYTES:
+            return f"{name}: a row must be whole words of {WORD_BYTES} bytes, it has {row_bytes}"
     return None
 
 
