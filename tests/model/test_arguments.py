@@ -144,3 +144,13 @@ def test_save(model, tmp_path):
         with pytest.raises(CheckpointError, match=r"exists and is not empty|Not a directory"):
             v4jax.save(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_extend_inside_a_transformation():
+    """The checks of values are left to the caller; the result is that of the plain call."""
+    model = v4jax.load("tiny")
+    tokens = np.arange(5, dtype=np.int32)[None]
+    cache = model.init_cache(1, 8)
+    expected, _ = model.extend(tokens, cache, logits="last")
+    inside = jax.jit(lambda tokens, cache: model.extend(tokens, cache, logits="last")[0])
+    np.testing.assert_allclose(inside(tokens, cache), expected, 0, 1e-5)

@@ -112,7 +112,8 @@ class HybridCache:
             `donate=True` has used its buffers.
         """
         leaves, structure = jax.tree.flatten(self)
-        if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+        held = (x for x in leaves if not isinstance(x, jax.core.Tracer))
+        if any(isinstance(x, jax.Array) and x.is_deleted() for x in held):
             raise CacheError(
                 "the cache was donated to an earlier call, which reused its buffers; go on with "
                 "the cache that the call returned, or leave donate=True away"
