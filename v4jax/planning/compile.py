@@ -6,7 +6,6 @@ Nothing is executed, so these are the compiler's statements, not measurements.
 
 import collections
 import dataclasses
-import os
 import re
 import time
 from typing import Any
@@ -81,8 +80,6 @@ def compile_step(work: Workload) -> Compiled:
         )
     if work.topology.slices > 1:
         raise UnsupportedError("--compile takes one slice; leave --slices away")
-    # Nothing runs, so another process' use of libtpu does not matter.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = ahead_of_time.describe(work.topology.name).devices
     layout = Layout(make_mesh(**work.sizes, devices=devices), work.regime)
     start = time.perf_counter()

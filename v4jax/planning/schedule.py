@@ -26,11 +26,6 @@ from v4jax.planning.kernel_figures import Core, KernelFigures, Traced, core_of, 
 _DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true " + (
     "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
 )
-_CHILD = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs: several compilers do not disturb each other
-}
 _PALLAS = 'custom_call_target="tpu_custom_call"'
 
 
@@ -62,7 +57,7 @@ def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        **_CHILD,
+        "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(paths),
         "LIBTPU_INIT_ARGS": _DUMP.format(folder=folder),
     }
