@@ -1,0 +1,1 @@
+"""Training: data, losses, optimizer, step and trainer. Read `batch.py`, then `step.py`."""
