@@ -33,6 +33,10 @@ class ConversationError(RequestError):
     """A list of messages cannot be rendered; the message names the position in the list."""
 
 
+class DataError(V4JaxError, ValueError):
+    """A training example cannot be used; the message names file and line where it has them."""
+
+
 class CompletionError(V4JaxError, ValueError):
     """A model's output does not follow the wire format; the message quotes the place."""
 

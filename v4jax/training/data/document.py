@@ -1,0 +1,59 @@
+"""`Document`: one training example, what every source gives and packing takes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from v4jax.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens that see only each other, and how much each counts as a target.
+
+    Attributes:
+      tokens: int32 [n], n ≥ 1; any sequence of ids becomes that.
+      weights: float32 [n], finite and ≥ 0; the first is 0, because nothing predicts it.
+
+    Raises:
+      DataError: a shape, an id or a weight breaks these rules.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    def __post_init__(self):
+        tokens, weights = np.asarray(self.tokens), np.asarray(self.weights, np.float32)
+        if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(
+                "document.tokens must be a row of at least one token id, got shape "
+                f"{list(tokens.shape)} of {tokens.dtype}; leave out empty documents"
+            )
+        if weights.shape != tokens.shape:
+            raise DataError(
+                f"document.weights must have one weight for each of the {tokens.size} tokens, got "
+                f"shape {list(weights.shape)}; prompts and the first token have weight 0"
+            )
+        if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+            bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise DataError(f"document.tokens must be ids from 0 to 2³¹ − 1, got {bad}")
+        if not np.isfinite(weights).all() or weights.min() < 0:
+            bad = weights[~(np.isfinite(weights) & (weights >= 0))][0]
+            raise DataError(f"document.weights must be finite and not negative, got {bad}")
+        if weights[0]:
+            raise DataError(
+                "document.weights[0] must be 0, because no token predicts the first, got "
+                f"{weights[0]}"
+            )
+        object.__setattr__(self, "tokens", tokens.astype(np.int32, copy=False))
+        object.__setattr__(self, "weights", weights)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def weigh_all(tokens: int) -> np.ndarray:
+    """Returns the weights of a document of `tokens` tokens of which all but the first count."""
+    weights = np.ones(tokens, np.float32)
+    weights[:1] = 0
+    return weights
