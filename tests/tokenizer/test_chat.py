@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from v4jax.tokenizer import encode_messages
+from v4jax.tokenizer import encode_messages, render_messages
 
 
 def system(content=None, **fields):
@@ -244,6 +244,49 @@ GOLDEN = {
 @pytest.mark.parametrize("case", GOLDEN.values(), ids=GOLDEN.keys())
 def test_prompt(case):
     assert encode_messages(case.messages, **case.options) == case.expected
+
+
+# {what: (messages, options, what the assistant wrote)}
+WRITTEN = {
+    "every answer with its EOS": (
+        [system("S"), user("a"), assistant("b"), user("c"), assistant("d")],
+        {},
+        ["b<｜end▁of▁sentence｜>", "d<｜end▁of▁sentence｜>"],
+    ),
+    "reasoning and its end": (
+        [*REASONED, assistant("d", reasoning_content="r2")],
+        THINKING,
+        ["b<｜end▁of▁sentence｜>", "r2</think>d<｜end▁of▁sentence｜>"],
+    ),
+    "calls, not their results": (
+        [user("q"), assistant("x", tool_calls=TWO_CALLS[1:]), tool("B", "id2"), assistant("y")],
+        {},
+        [
+            'x\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="g">\n\n</｜DSML｜invoke>\n'
+            "</｜DSML｜tool_calls><｜end▁of▁sentence｜>",
+            "y<｜end▁of▁sentence｜>",
+        ],
+    ),
+    "no EOS where none is": ([user("a"), assistant("b", wo_eos=True)], {}, ["b"]),
+    "not a masked turn": (
+        [user("a"), assistant("b", mask=True), user("c"), assistant("d", mask=False)],
+        {},
+        ["d<｜end▁of▁sentence｜>"],
+    ),
+    "not the task's token": (
+        [user("a", task="title"), assistant("T")],
+        {},
+        ["T<｜end▁of▁sentence｜>"],
+    ),
+    "nothing": ([user("a")], {}, []),
+}
+
+
+@pytest.mark.parametrize(("messages", "options", "written"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_what_the_assistant_wrote(messages, options, written):
+    pieces = render_messages(messages, **options)
+    assert [piece.text for piece in pieces if piece.written] == written
+    assert "".join(piece.text for piece in pieces) == encode_messages(messages, **options)
 
 
 @pytest.mark.parametrize("cut", range(1, 6))

@@ -14,7 +14,7 @@ Read `chat.py` first; it shows what a prompt is.
 """
 
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
-from v4jax.tokenizer.chat import PROFILES, PromptProfile, encode_messages
+from v4jax.tokenizer.chat import PROFILES, Piece, PromptProfile, encode_messages, render_messages
 from v4jax.tokenizer.events import (
     ContentText,
     Done,
@@ -37,6 +37,7 @@ __all__ = [
     "ContentText",
     "Done",
     "Event",
+    "Piece",
     "PromptProfile",
     "ReasoningText",
     "StreamDecoder",
@@ -51,6 +52,7 @@ __all__ = [
     "encode_messages",
     "load_tokenizer",
     "parse_completion",
+    "render_messages",
     "render_tool_calls",
     "render_tools",
 ]

@@ -82,7 +82,25 @@ PROFILES = {
 }
 
 
-def encode_messages(
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt.
+
+    Attributes:
+      text: the stretch.
+      written: the assistant wrote it (reasoning, content, calls, EOS): what training teaches.
+    """
+
+    text: str
+    written: bool = False
+
+
+def encode_messages(messages: Sequence[Mapping], **options) -> str:
+    """Returns the prompt for `messages`; `options` are those of `render_messages`."""
+    return "".join(piece.text for piece in render_messages(messages, **options))
+
+
+def render_messages(
     messages: Sequence[Mapping],
     *,
     mode: str = "chat",
@@ -91,8 +109,10 @@ def encode_messages(
     add_bos: bool = True,
     context: Sequence[Mapping] | None = None,
     profile: str | PromptProfile = "preview",
-) -> str:
-    """Returns the prompt for `messages`.
+) -> list[Piece]:
+    """Returns the prompt for `messages` in pieces that say which of it the assistant wrote.
+
+    A turn whose message has a true `mask` counts as not written.
 
     Args:
       messages: dicts with `role` and the fields that `conversation.FIELDS` lists for it.
@@ -122,14 +142,15 @@ def encode_messages(
     first_open = len(turns)
     if thinking:
         first_open = 0 if keep_reasoning else find_last_user(turns)
-    parts = [BOS] if add_bos and not context else []
+    pieces = [Piece(BOS)] if add_bos and not context else []
     if thinking and not turns[0].encoded:
-        parts.append(prefix)
+        pieces.append(Piece(prefix))
     for i, turn in enumerate(turns):
         if not turn.encoded:
-            parts.append(_render_turn(turns, i, opened=i >= first_open))
-            parts.append(_render_transition(turns, i, thinking, opened=i >= first_open))
-    return "".join(parts)
+            opened, written = i >= first_open, turn.role == "assistant" and not turn.masked
+            pieces.append(Piece(_render_turn(turns, i, opened=opened), written))
+            pieces.append(Piece(_render_transition(turns, i, thinking, opened=opened)))
+    return [piece for piece in pieces if piece.text]
 
 
 def _effort_prefix(effort: str | None, profile: str | PromptProfile) -> str:

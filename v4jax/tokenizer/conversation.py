@@ -23,7 +23,7 @@ FIELDS = {
     "tool": ("content", "tool_call_id"),
     "latest_reminder": ("content",),
 }
-_NOT_RENDERED = ("role", "name", "mask")  # `mask` belongs to the training loss
+_NOT_RENDERED = ("role", "name", "mask")  # `mask` keeps an assistant's turn out of training's loss
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Turn:
       place: where it came from, for error messages.
       encoded: the prompt holds it already.
       blocks: what a user turn holds instead of content.
+      masked: training does not learn to write this turn.
     """
 
     place: str
@@ -56,6 +57,7 @@ class Turn:
     tool_calls: tuple[ToolCall, ...] = ()
     task: str | None = None
     wo_eos: bool = False
+    masked: bool = False
 
 
 def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list[Turn]:
@@ -162,7 +164,7 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
         for field, reader in _READERS.items()
         if message.get(field) and field in FIELDS[role]
     }
-    turn = Turn(place, encoded, role, **read)
+    turn = Turn(place, encoded, role, masked=bool(message.get("mask")), **read)
     if role in ("user", "tool"):
         return dataclasses.replace(turn, blocks=_read_blocks(message, role, place))
     content = _read_text(message.get("content"), f"{place}.content")
