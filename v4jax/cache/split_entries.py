@@ -51,10 +51,10 @@ def attend_selected(
     window: int,
     entries: EntryTable,
     selected: Int[Array, "b t k"],
-) -> Float[Array, "b t h c"]:
-    """See `v4jax.kernels.sparse_attention.attend`."""
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
+    """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     if shares("read_entries") == 1:
-        return sparse_attention.attend(
+        return sparse_attention.attend_with_mass(
             queries, recent, sink, start, window=window, entries=entries, selected=selected
         )
     own = selected - first_here("read_entries", entries.capacity)
@@ -81,12 +81,12 @@ def attend_all(
     window: int,
     entries: EntryTable | None,
     ratio: int,
-) -> Float[Array, "b t h c"]:
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """See `v4jax.kernels.dense_attention.attend`."""
     if shares("read_entries") == 1 or entries is None:
         return dense_attention.attend(
             queries, recent, sink, start, end, window=window, entries=entries, ratio=ratio
-        )[0]
+        )
     before = first_here("read_entries", entries.capacity) * ratio
     partial = dense_attention.attend(
         queries,
@@ -102,7 +102,7 @@ def attend_all(
 
 
 def _join_window(queries, recent, sink, start, end, window, partial):
-    """Returns attention over window and sink, joined with that over all devices' entries."""
+    """Joins attention over window and sink with that over all devices' entries; both results."""
     entries_bthc, entry_mass = merge_partials(*partial)
     window_bthc, window_mass = dense_attention.attend(
         queries, recent, sink, start, end, window=window
@@ -110,4 +110,4 @@ def _join_window(queries, recent, sink, start, end, window, partial):
     mass = jnp.logaddexp(entry_mass, window_mass)
     joined = entries_bthc * jnp.exp(entry_mass - mass)[..., None]
     joined += window_bthc.astype(jnp.float32) * jnp.exp(window_mass - mass)[..., None]
-    return round_to(joined, queries.dtype)
+    return round_to(joined, queries.dtype), mass

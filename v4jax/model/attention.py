@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from v4jax.cache import LayerMemory, split_entries
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.kernels.scaled_matmul import matmul
+from v4jax.model import observe
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
@@ -70,39 +71,26 @@ class Attention(nnx.Module):
         key_values_btc = rotate(key_values_btc, cosine[:, :, 0], sine[:, :, 0])
         recent_bsc, memory = memory.append_window(key_values_btc)
 
-        window, sink = self.config.sliding_window, self.sink[...]
+        selected = entries = None
         if self.layer.kind is LayerKind.CSA:
             with jax.named_scope("indexer"):
                 selected, memory = self.indexer(x, latent_btr, context, memory)
+        if self.layer.kind is not LayerKind.WINDOW:
             with jax.named_scope("compressor"):
                 entries, memory = self.compressor(x, memory)
+        arguments = queries_bthc, recent_bsc, self.sink[...], context.start, context.end
+        options = {"window": self.config.sliding_window, "entries": entries}
+        if self.layer.kind is LayerKind.CSA and not context.dense:
             with jax.named_scope("sparse_attention"):
-                attended_bthc = split_entries.attend_selected(
-                    queries_bthc,
-                    recent_bsc,
-                    sink,
-                    context.start,
-                    context.end,
-                    window=window,
-                    entries=entries,
-                    selected=selected,
+                attended_bthc, log_mass_bth = split_entries.attend_selected(
+                    *arguments, selected=selected, **options
                 )
         else:
-            entries = None
-            if self.layer.kind is LayerKind.HCA:
-                with jax.named_scope("compressor"):
-                    entries, memory = self.compressor(x, memory)
             with jax.named_scope("dense_attention"):
-                attended_bthc = split_entries.attend_all(
-                    queries_bthc,
-                    recent_bsc,
-                    sink,
-                    context.start,
-                    context.end,
-                    window=window,
-                    entries=entries,
-                    ratio=self.layer.ratio,
+                attended_bthc, log_mass_bth = split_entries.attend_all(
+                    *arguments, ratio=self.layer.ratio, **options
                 )
+        observe.record(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
         return self._project_output(rotate(attended_bthc, cosine, sine, inverse=True)), memory
 
     def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:

@@ -2,6 +2,7 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from v4jax.cache import LayerMemory
@@ -14,8 +15,15 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
 
 
+# The residual streams before a layer, and the outputs of its two sublayers.
+BLOCK_TAGS = ("streams", "attention_output", "moe_output")
+
+
 class Block(nnx.Module):
-    """mHC → norm → attention → mHC, then mHC → norm → experts → mHC (spec A.1)."""
+    """mHC → norm → attention → mHC, then mHC → norm → experts → mHC (spec A.1).
+
+    What training may keep instead of computing it again has a name (`BLOCK_TAGS`).
+    """
 
     def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -29,11 +37,14 @@ class Block(nnx.Module):
     def __call__(
         self, streams: Float[Array, "b t n d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t n d"], LayerMemory]:
+        streams = checkpoint_name(streams, "streams")
         x, mix = self.attention_hyper(streams)
         with jax.named_scope("attention"):
             output, memory = self.attention(self.attention_norm(x), context, memory)
+            output = checkpoint_name(output, "attention_output")
         streams = self.attention_hyper.expand(output, streams, mix)
         x, mix = self.moe_hyper(streams)
         with jax.named_scope("moe"):
             output = self.moe(self.moe_norm(x), context.tokens, context.real)
+            output = checkpoint_name(output, "moe_output")
         return self.moe_hyper.expand(output, streams, mix), memory

@@ -17,21 +17,38 @@ class Context:
     tokens [b, t] (hash routing needs the ids); start [b] position of the first token (where a
     sequence lies on several devices, of this device's first); end [b] position after the last real
     one of the call; rotations: rope → (cosine, sine) [b, t, pairs], computed once
-    for all layers.
+    for all layers; begin [b, t]: where rows hold several documents, the row index of the first
+    token of each token's document, negative for padding; start and end then count from the row's
+    first token, rotations from the document's; dense: CSA layers attend to every visible entry, as in training before selection
+    is introduced.
     """
 
     tokens: Int[Array, "b t"]
     start: Int[Array, "b"]
     end: Int[Array, "b"]
     rotations: dict[Rope, tuple[jax.Array, jax.Array]]
+    begin: Int[Array, "b t"] | None = None
+    dense: bool = False
 
     @property
     def real(self) -> Bool[Array, "b t"]:
         """Which tokens are no padding."""
-        return self.start[:, None] + jnp.arange(self.tokens.shape[1]) < self.end[:, None]
+        inside = self.start[:, None] + jnp.arange(self.tokens.shape[1]) < self.end[:, None]
+        return inside if self.begin is None else inside & (self.begin >= 0)
 
 
-def make_context(tokens: Array, start: Array, end: Array, ropes: set[Rope]) -> Context:
+def make_context(
+    tokens: Array,
+    start: Array,
+    end: Array,
+    ropes: set[Rope],
+    *,
+    begin: Array | None = None,
+    dense: bool = False,
+) -> Context:
     """Returns the context of a call on tokens at positions start, start+1, …"""
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    return Context(tokens, start, end, {rope: rotation(rope, positions) for rope in ropes})
+    if begin is not None:
+        positions = positions - jnp.maximum(begin, 0)
+    rotations = {rope: rotation(rope, positions) for rope in ropes}
+    return Context(tokens, start, end, rotations, begin, dense)

@@ -44,11 +44,23 @@ class Stack(nnx.Module):
     def __call__(self, streams: Float[Array, "b t n d"], context: Context) -> Array:
         """Returns the streams after all layers of sequences that start at position 0."""
 
-        def run(block, streams, layer, _):
+        def run(block, streams, layer):
             memory = full_sequence(self.config, self.numerics, layer, context)
-            return whole(block)(streams, context, memory)[0]
+            return whole(block)(streams, context, memory)[0], None
 
-        return self._run(run, streams, slice_experts=True)
+        return self.run(streams, run)[0]
+
+    def run(self, streams: Float[Array, "b t n d"], run_layer: Callable) -> tuple[Array, dict]:
+        """Returns the streams after all layers, and what the layers reported.
+
+        Args:
+          run_layer: (block, streams, layer) → streams and a report, any pytree.
+
+        Returns:
+          Reports by the path of their block, such as "stack.period.0", where those of all repeats
+          are stacked.
+        """
+        return self._run(lambda *arguments: run_layer(*arguments[:3]), streams, slice_experts=True)
 
     def extend(
         self, streams: Float[Array, "b t n d"], context: Context, cache: HybridCache
@@ -60,38 +72,42 @@ class Stack(nnx.Module):
             kind_index = kind_position(self.config.layers, layer.kind, layer_index)
             view = LayerView(cache, layer, layer_index, kind_index, context.start, context.end)
             streams, view = whole(block)(streams, context, view)
-            return streams, view.cache
+            return (streams, view.cache), None
 
-        return self._run(run, (streams, cache), slice_experts=splits_storage())
+        return self._run(run, (streams, cache), slice_experts=splits_storage())[0]
 
     def _run(self, run: Callable, carry, *, slice_experts: bool):
-        """Folds `run(block, carry, layer, layer_index)` over all layers.
+        """Folds `run(block, carry, layer, layer_index)`, which also reports, over all layers.
 
         With `slice_experts` the scan slices every parameter of its step, which is what gradients
         and gathered weights want; without, routed experts stay in their stack and are indexed where
         they are used.
         """
-        plan, layers = self.config.stack_plan, self.config.layers
+        plan, layers, reports = self.config.stack_plan, self.config.layers, {}
         for i, block in enumerate(self.prefix):
-            carry = run(block, carry, layers[i], jnp.int32(i))
+            carry, reports[f"stack.prefix.{i}"] = run(block, carry, layers[i], jnp.int32(i))
         if plan.repeats:
 
             def repeat(carry, scanned):
                 number, blocks = scanned
                 if not slice_experts:
                     blocks = take_repeat(self.period, number)
+                found = {}
                 for place, block in enumerate(blocks):
                     index = plan.prefix + number * plan.period + place
-                    carry = run(block, carry, layers[plan.prefix + place], index)
-                return carry, None
+                    layer = layers[plan.prefix + place]
+                    carry, found[f"stack.period.{place}"] = run(block, carry, layer, index)
+                return carry, found
 
             numbers = jnp.arange(plan.repeats, dtype=jnp.int32)
             sliced = self.period if slice_experts else None
-            carry, _ = jax.lax.scan(repeat, carry, (numbers, sliced))
+            carry, found = jax.lax.scan(repeat, carry, (numbers, sliced))
+            reports |= found
         first = len(layers) - plan.suffix
-        for i, block in enumerate(self.suffix, start=first):
-            carry = run(block, carry, layers[i], jnp.int32(i))
-        return carry
+        for i, block in enumerate(self.suffix):
+            layer, index = layers[first + i], jnp.int32(first + i)
+            carry, reports[f"stack.suffix.{i}"] = run(block, carry, layer, index)
+        return carry, reports
 
 
 def take_repeat(period: nnx.List, number: Array) -> nnx.List:

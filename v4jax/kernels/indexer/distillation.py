@@ -1,0 +1,137 @@
+"""How far the indexer's scores are from attention: its training loss and its recall.
+
+For the query t let lse[t, h] be the log-sum-exp of head h over window, entries and sink. The
+teacher of entry w is its share of the attention that goes to entries,
+
+    p[t, w] = Σ_h exp(q[t, h]·k[w] / √c − lse[t, h]) / the same summed over w,
+
+so that a head which looks at its window or sink weighs little; the student is the softmax of the
+index scores over the same entries, and the loss of a query is KL(p ‖ student). Queries are taken in
+tiles, which the backward pass computes again: nothing of size queries × entries is kept.
+
+Source: spec G.4; the published code has no training part, this form is what independent ports
+converged on.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from v4jax.kernels.indexer.reference import score, score_taken
+from v4jax.kernels.softmax import MASKED
+from v4jax.kernels.table import EntryTable, visible_entries
+from v4jax.kernels.tiles import map_query_tiles
+from v4jax.parallel.shard import sum_over
+
+# Products of one tile: heads × entries, or gathered channels; 8 MiB in float32.
+TILE_ELEMENTS = 1 << 21
+TINY = 1e-30
+
+
+class Comparison(NamedTuple):
+    """Index scores beside attention, per query; all 0 where a query sees no entry.
+
+    divergence: KL(teacher ‖ student) over the entries compared, in nats. recall: share of the
+    teacher's mass on the entries that the student would select; 1 where it selects all.
+    """
+
+    divergence: Float[Array, "b t"]
+    recall: Float[Array, "b t"]
+
+
+def compare_selected(
+    queries: Float[Array, "b t h c"],
+    log_mass: Float[Array, "b t h"],
+    entries: EntryTable,
+    index_queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: EntryTable,
+    selected: Int[Array, "b t k"],
+) -> Comparison:
+    """Compares on the selected entries: the loss once attention is sparse. Its recall is 1.
+
+    The attention side gets no gradient.
+    """
+
+    def compare_tile(_, queries, log_mass, index_queries, head_weights, selected):
+        seen = selected >= 0
+        scores = _attention_scores("bqhc,bqkc->bqhk", queries, entries.take(selected))
+        teacher = _teacher(scores, log_mass, seen)
+        student = jnp.where(seen, score_taken(index_queries, head_weights, keys, selected), MASKED)
+        divergence = _divergence(teacher, student, seen)
+        return jnp.stack([divergence, seen.any(axis=-1).astype(jnp.float32)], axis=-1)
+
+    queries, log_mass, entries = jax.lax.stop_gradient((queries, log_mass, entries))
+    elements = selected.shape[-1] * max(queries.shape[-1], queries.shape[2])
+    tile = _choose_tile(queries, elements)
+    arrays = queries, log_mass, index_queries, head_weights, selected
+    return Comparison(*jnp.moveaxis(map_query_tiles(compare_tile, tile, *arrays), -1, 0))
+
+
+def compare_visible(
+    queries: Float[Array, "b t h c"],
+    log_mass: Float[Array, "b t h"],
+    entries: EntryTable,
+    index_queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: EntryTable,
+    positions: Int[Array, "b t"],
+    first: Int[Array, "b t"],
+    *,
+    ratio: int,
+    count: int,
+) -> Comparison:
+    """Compares on all visible entries: the loss while attention is dense, and the true recall.
+
+    Args:
+      positions: of the queries, in the numbering of the entries.
+      first: id of the first entry that a query may see; 0 unless a row holds several documents.
+      count: entries that the indexer selects.
+    """
+    ids_w = jnp.arange(entries.capacity)
+    chosen = min(count, entries.capacity)
+
+    def compare_tile(_, queries, log_mass, index_queries, head_weights, positions, first):
+        visible_bq = visible_entries(positions, ratio)
+        seen = (ids_w >= first[..., None]) & (ids_w < visible_bq[..., None])
+        rows = entries.block(jnp.int32(0), entries.capacity)
+        scores = _attention_scores("bqhc,bkc->bqhk", queries, rows)
+        teacher = _teacher(scores, log_mass, seen)
+        student = score(index_queries, head_weights, keys.block(jnp.int32(0), keys.capacity))
+        student = jnp.where(seen, student, MASKED)
+        best = jax.lax.top_k(jax.lax.stop_gradient(student), chosen)[1]
+        recall = jnp.take_along_axis(teacher, best, axis=-1).sum(axis=-1)
+        return jnp.stack([_divergence(teacher, student, seen), recall], axis=-1)
+
+    queries, log_mass, entries = jax.lax.stop_gradient((queries, log_mass, entries))
+    tile = _choose_tile(queries, entries.capacity * queries.shape[2])
+    arrays = queries, log_mass, index_queries, head_weights, positions, first
+    return Comparison(*jnp.moveaxis(map_query_tiles(compare_tile, tile, *arrays), -1, 0))
+
+
+def _attention_scores(products: str, queries, keys):
+    scale = jnp.float32(queries.shape[-1] ** -0.5)
+    precise = {"preferred_element_type": jnp.float32, "precision": "highest"}
+    return jnp.einsum(products, queries, keys, **precise) * scale
+
+
+def _teacher(scores_bqhk, log_mass_bqh, seen_bqk):
+    """Returns p[t, w], 0 everywhere where a query sees no entry."""
+    logits = jnp.where(seen_bqk[:, :, None], scores_bqhk - log_mass_bqh[..., None], MASKED)
+    mass_bqk = sum_over(jnp.exp(logits).sum(axis=2), "heads")
+    mass_bqk = jnp.where(seen_bqk, mass_bqk, 0.0)
+    return mass_bqk / jnp.maximum(mass_bqk.sum(axis=-1, keepdims=True), TINY)
+
+
+def _divergence(teacher, student, seen):
+    log_student = student - jax.nn.logsumexp(student, axis=-1, keepdims=True)
+    log_teacher = jnp.log(jnp.maximum(teacher, TINY))
+    terms = teacher * (log_teacher - jnp.where(seen, log_student, 0.0))
+    return jnp.where(teacher > 0, terms, 0.0).sum(axis=-1)
+
+
+def _choose_tile(queries, elements: int) -> int:
+    batch, tokens = queries.shape[:2]
+    return min(max(TILE_ELEMENTS // (batch * elements), 1), tokens)

@@ -1,0 +1,265 @@
+"""The model as training runs it: streams and normed vectors of whole rows, and what layers report.
+
+The modules are those of inference. Here the layers are computed again in the backward pass as
+`Mode.remat` says, and routers and indexers are measured while they run.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_policies
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.errors import ConfigError
+from v4jax.kernels.indexer import distillation
+from v4jax.model import observe
+from v4jax.model.block import BLOCK_TAGS
+from v4jax.model.context import make_context
+from v4jax.model.stack import full_sequence
+from v4jax.model.transformer import Transformer, embed
+from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
+from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
+from v4jax.parallel.weights import whole
+
+# Documents of a packed row start at multiples of this many tokens (`Batch`).
+DOCUMENT_UNIT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a training pass runs the layers.
+
+    remat: "layers" computes every layer again in the backward pass and keeps its input; "none"
+      keeps everything.
+    keep, offload: names of `BLOCK_TAGS` to keep on the device, or in the host's memory, instead of
+      computing them again.
+    dense: CSA layers attend to every visible entry, as before sparsity is introduced.
+    distill: compares index scores with attention: on all visible entries when `dense`, else on the
+      selected ones.
+    """
+
+    remat: Literal["layers", "none"] = "layers"
+    keep: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    dense: bool = False
+    distill: bool = False
+
+    def __post_init__(self):
+        for field in ("keep", "offload"):
+            unknown = sorted(set(getattr(self, field)) - set(BLOCK_TAGS))
+            if unknown:
+                raise ConfigError(
+                    f"train.mode.{field} must hold names of {list(BLOCK_TAGS)}, got {unknown[0]!r}"
+                )
+        if self.remat == "none" and (self.keep or self.offload):
+            raise ConfigError(
+                "train.mode.keep and offload say what is not computed again; with remat = 'none' "
+                "nothing is: use remat = 'layers', or leave them empty"
+            )
+
+
+def run_rows(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    begin: Int[Array, "b t"] | None = None,
+    mode: Mode = Mode(),
+) -> tuple[Float[Array, "b t n d"], dict]:
+    """Returns the streams after the last layer, and the report of every block by its path.
+
+    A report has, summed over the batch: `load` [e], assignments per expert; `balance`, the
+    sequence-wise balance term of every document times its tokens; with `distill` on CSA layers
+    `divergence` and `recall`, summed over the `queries` that see an entry.
+
+    Args:
+      begin: see `training.Batch`; None: each row is one document.
+    """
+    batch, count = tokens.shape
+    call = plan_call(model.layout, model.config, batch, count, decodes=False)
+    inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
+    run = functools.partial(_run_rows, mode)
+    run = on_shards(run, model.layout, call.regime, inputs, (P("batch", "tokens"), P()))
+    end = jnp.full(batch, count, jnp.int32)
+    weights = model.embed, model.stack
+    streams, reports = run(weights, call.pad(tokens), _pad_begin(call, begin), end)
+    return call.cut(streams), reports
+
+
+def _run_rows(mode, weights, tokens, begin, end):
+    embedding, stack = weights
+    context = _make_context(tokens, begin, end, {layer.rope for layer in stack.config.layers}, mode)
+    x = embed(embedding, tokens, stack.numerics)
+    streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+
+    def run_layer(block, streams, layer):
+        def run(block, streams):
+            memory = full_sequence(stack.config, stack.numerics, layer, context)
+            with observe.collecting() as seen:
+                streams, _ = whole(block)(streams, context, memory)
+            return streams, measure(seen, stack.config, layer, context, mode)
+
+        return rematerialize(run, mode)(block, streams)
+
+    return stack.run(streams, run_layer)
+
+
+def read_normed(model: Transformer, streams: Float[Array, "b t n d"]) -> Float[Array, "b t d"]:
+    """Returns what the head takes: the collapsed and normalized streams (spec B.15)."""
+    regime = divide_tokens(model.layout, streams.shape[1])
+    inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens")
+
+    def read(weights, streams):
+        collapse, norm = whole(weights)
+        return norm(collapse(streams))
+
+    return on_shards(read, model.layout, regime, inputs, outputs)(
+        (model.collapse, model.norm), streams
+    )
+
+
+def run_drafts(
+    model: Transformer,
+    streams: Float[Array, "b t n d"],
+    tokens: Int[Array, "b t"],
+    begin: Int[Array, "b t"] | None = None,
+    mode: Mode = Mode(),
+) -> tuple[Float[Array, "b t d"], dict]:
+    """Returns the first MTP block's vectors for the head, of which row i predicts token i+2.
+
+    Row i pairs the streams of token i with token i+1; the last row of a document has no pair, and
+    what stands there means nothing.
+    """
+    batch, count = tokens.shape
+    following = jnp.roll(tokens, -1, axis=1)
+    call = plan_call(model.layout, model.config, batch, count, decodes=False)
+    rows = P("batch", "tokens")
+    run = on_shards(
+        functools.partial(_run_drafts, mode),
+        model.layout,
+        call.regime,
+        (WEIGHTS, rows, rows, rows, P("batch")),
+        (rows, P()),
+    )
+    end = jnp.full(batch, count, jnp.int32)
+    weights = model.embed, model.mtp[0]
+    arrays = call.pad(streams), call.pad(following), _pad_begin(call, begin)
+    normed, report = run(weights, *arrays, end)
+    return call.cut(normed), {"mtp.0.block": report}
+
+
+def _run_drafts(mode, weights, streams, following, begin, end):
+    embedding, mtp = weights
+    layer = mtp.layer
+    context = _make_context(following, begin, end, {layer.rope}, mode)
+    embedded = embed(embedding, following, mtp.numerics)
+
+    def run(mtp, streams, embedded):
+        memory = full_sequence(mtp.config, mtp.numerics, layer, context)
+        with observe.collecting() as seen:
+            normed, _, _ = whole(mtp)(streams, embedded, context, memory)
+        return normed, measure(seen, mtp.config, layer, context, mode)
+
+    return rematerialize(run, mode)(mtp, streams, embedded)
+
+
+def _make_context(tokens, begin, end, ropes, mode):
+    start = own_start(jnp.zeros_like(end), tokens.shape[1])
+    return make_context(tokens, start, end, ropes, begin=begin, dense=mode.dense)
+
+
+def _pad_begin(call, begin):
+    """Pads as `Call.pad`; added tokens belong to no document."""
+    return None if begin is None else call.pad(begin + 1) - 1
+
+
+def rematerialize(function, mode: Mode):
+    """Returns the function, computed again in the backward pass as the mode says."""
+    if mode.remat == "none":
+        return function
+    policy = checkpoint_policies.save_only_these_names(*mode.keep)
+    if mode.offload:
+        policy = checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(mode.keep),
+            names_which_can_be_offloaded=list(mode.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    # Inside a scan nothing can be merged across iterations, so nothing need be prevented.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def measure(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict:
+    """Returns the report of one layer, equal on all devices."""
+    report = measure_router(
+        seen["router_ids"], seen["router_scores"], config.n_routed_experts, context
+    )
+    if mode.distill and layer.kind is LayerKind.CSA:
+        report |= measure_indexer(seen, config, layer, context, mode)
+    return report
+
+
+def measure_router(ids_tk, scores_te, experts: int, context) -> dict:
+    """Returns `load` and `balance` of a router (spec G.3).
+
+    For a document of T tokens, with counts c_e of assignments and normalized scores s, the balance
+    term is Σ_e E/(K·T)·c_e · mean_t s_e; times T it is summed over documents.
+    """
+    batch, tokens = context.tokens.shape
+    real_bt = context.real
+    ids_btk = ids_tk.reshape(batch, tokens, -1)
+    chosen_bte = jax.nn.one_hot(ids_btk, experts, dtype=jnp.float32).sum(axis=2)
+    chosen_bte = jnp.where(real_bt[..., None], chosen_bte, 0.0)
+    shares_bte = scores_te.reshape(batch, tokens, -1)
+    shares_bte = shares_bte / shares_bte.sum(axis=-1, keepdims=True)
+    shares_bte = jnp.where(real_bt[..., None], shares_bte, 0.0)
+    # A document is known by its first unit of the row; a row that is one document by unit 0.
+    units = 1
+    document_bt = jnp.zeros((batch, tokens), jnp.int32)
+    if context.begin is not None:
+        units = -(-tokens * shares("tokens") // DOCUMENT_UNIT)
+        document_bt = jnp.maximum(context.begin, 0) // DOCUMENT_UNIT
+
+    def per_document(values_bte):
+        add = functools.partial(jax.ops.segment_sum, num_segments=units)
+        return sum_over(jax.vmap(add)(values_bte, document_bt), "tokens")
+
+    count_bse = per_document(jax.lax.stop_gradient(chosen_bte))
+    share_bse = per_document(shares_bte)
+    tokens_bs = jnp.maximum(count_bse.sum(axis=-1) / ids_btk.shape[-1], 1.0)
+    balance = (count_bse * share_bse).sum(axis=-1) / tokens_bs * (experts / ids_btk.shape[-1])
+    return {
+        "load": sum_over(count_bse.sum(axis=(0, 1)), "batch"),
+        "balance": sum_over(balance.sum(), "batch"),
+    }
+
+
+def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict:
+    """Returns `divergence`, `recall` and `queries` of a CSA layer's indexer."""
+    arrays = [seen[name] for name in ("queries", "log_mass", "entries")]
+    arrays += [seen[name] for name in ("index_queries", "index_weights", "index_keys")]
+    rows_bt = context.start[:, None] + jnp.arange(context.tokens.shape[1])
+    begin_bt = jnp.zeros_like(rows_bt) if context.begin is None else context.begin
+    if mode.dense:
+        found = distillation.compare_visible(
+            *arrays,
+            rows_bt,
+            begin_bt // layer.ratio,
+            ratio=layer.ratio,
+            count=config.index_topk,
+        )
+    else:
+        found = distillation.compare_selected(*arrays, seen["selected"])
+    sees_bt = context.real & (rows_bt + 1 - begin_bt >= layer.ratio)
+
+    def add(values_bt):
+        return sum_over(sum_over(jnp.where(sees_bt, values_bt, 0.0).sum(), "tokens"), "batch")
+
+    return {
+        "divergence": add(found.divergence),
+        "recall": add(found.recall),
+        "queries": add(jnp.ones_like(found.recall)),
+    }
