@@ -1,0 +1,310 @@
+"""`Store`: the checkpoints of a training run, written while the run goes on (orbax-checkpoint).
+
+    folder/
+      1200/           one checkpoint, named by its step: complete, or not there
+        state/        the arrays of a pytree, by the path of each leaf, split as they lay on devices
+        extra/        one JSON object: what the caller adds, and the configuration of the model
+      1300.orbax-…    being written, or left by a process that was killed; opening clears it away
+
+A checkpoint is a folder that gets its name last, so a kill at any moment leaves the older ones as
+they were and nothing that looks like one. (Not a power loss: nothing is forced to disk.)
+
+    store = Store("run/checkpoints", keep=3, every=100, model=config)
+    state, extra = store.restore(None, state) if store.latest() else (state, {})
+    for step in …:
+        store.save(step, state, {"examples": examples})   # returns once the arrays are copied
+    store.close()
+
+A store belongs to one job, all of whose processes make every call. Others open it `read_only`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from v4jax import log
+from v4jax.checkpoint.leaves import as_wanted, check_leaves, name_leaves, sharding_of
+from v4jax.config import ModelConfig
+from v4jax.errors import CheckpointError, ConfigError
+
+# Orbax logs the traceback of every thread that fails; the error raised here says the same once.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+)
+
+
+class Store:
+    """The checkpoints in one folder, each a pytree of arrays and a JSON object."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        every: int = 1,
+        model: ModelConfig | None = None,
+        read_only: bool = False,
+    ):
+        """Opens a folder, makes it if need be, and clears away what a killed process left.
+
+        Args:
+          keep: how many checkpoints to keep, at least 1; older ones go after a newer one is there.
+          every: `save` acts on steps that are multiples of this.
+          model: whose checkpoints these are; a folder that belongs to another model is refused.
+          read_only: looks on while another job writes; `save` is an error.
+
+        Raises:
+          CheckpointError: the folder cannot be made, read or written, or its checkpoints are those
+            of another model; the message names the field that differs.
+          ConfigError: `keep` or `every` is no positive integer.
+        """
+        for name, value in (("keep", keep), ("every", every)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        text = os.fspath(folder)
+        self.folder = epath.Path(text if "://" in text else pathlib.Path(text).absolute())
+        self.every, self.keep, self.read_only = every, keep, read_only
+        self._model = None if model is None else _as_json(dataclasses.asdict(model))
+        self._pending: int | None = None
+        if not read_only:
+            _check_writable(self.folder)
+        elif not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is no folder; give that of a training run")
+        with self._reading("opened"):
+            self._manager = self._open()
+        if self.steps():
+            self.read_extra()  # compares the model
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def save(
+        self, step: int, state: Any, extra: dict | None = None, *, force: bool = False
+    ) -> bool:
+        """Begins to write a checkpoint; returns whether it does.
+
+        Returns once every array is copied to host memory: the caller may change or donate them. A
+        save that still runs is waited for first. What fails later is raised by the next call.
+
+        Args:
+          state: any pytree of jax arrays.
+          extra: what JSON can express: position in the data, counters, seeds.
+          force: also where `every` does not divide the step. A step that is there is never written
+            again.
+
+        Raises:
+          CheckpointError: this or the previous checkpoint was not written (disk full, folder gone);
+            those before are untouched, and saving may be tried again.
+        """
+        if self.read_only:
+            raise CheckpointError(f"the store {self.folder} was opened read_only: it cannot save")
+        if not force and step % self.every:
+            return False
+        if step in self.steps():
+            return False
+        arrays = {name: leaf for name, leaf in name_leaves(state).items() if leaf.size}
+        extra = _as_json({"model": self._model, "extra": extra or {}})
+        self._pending = step
+        with self._writing(step):
+            items = {"state": ocp.args.PyTreeSave(arrays), "extra": ocp.args.JsonSave(extra)}
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        size = sum(leaf.nbytes for leaf in arrays.values())
+        log.info(f"checkpoint: step {step}, {log.format_bytes(size)}, goes to {self.folder}")
+        return True
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          CheckpointError: it failed, as `save`.
+        """
+        if self._pending is not None:
+            step, self._pending = self._pending, None
+            with self._writing(step):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the store.
+
+        Raises:
+          CheckpointError: the save failed, as `save`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, ascending; waits for the last save."""
+        self.wait()
+        return sorted(self._manager.all_steps(read=self.read_only))
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest complete checkpoint, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(self, step: int | None, like: Any) -> tuple[Any, dict]:
+        """Returns the state and the extra of a checkpoint, bit for bit what was saved.
+
+        Args:
+          step: of the checkpoint; None: the newest.
+          like: a pytree of the state's structure, of arrays or `jax.ShapeDtypeStruct`s, whose
+            shardings say where the arrays go: on any mesh, whatever they were saved from. Every
+            process reads the shares of its own devices.
+
+        Raises:
+          CheckpointError: the step is not there, the model is another, a leaf is absent from either
+            side or has another shape or dtype, or a file is damaged.
+        """
+        step = self._find(step)
+        extra = self.read_extra(step)
+        wanted = name_leaves(like)
+        stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
+        with self._reading(f"read at step {step}"):
+            check_leaves(stored, self._manager.item_metadata(step)["state"].tree)
+            places = {name: sharding_of(leaf) for name, leaf in stored.items()}
+            targets = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+                for name, leaf in stored.items()
+            }
+            arguments = ocp.args.PyTreeRestore(
+                targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+            )
+            found = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        leaves = [as_wanted(leaf, found.get(name)) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
+
+    def read_extra(self, step: int | None = None) -> dict:
+        """Returns the extra of a checkpoint alone; None: of the newest.
+
+        Raises:
+          CheckpointError: as `restore`.
+        """
+        step = self._find(step)
+        with self._reading(f"read at step {step}"):
+            arguments = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            content = self._manager.restore(step, args=arguments)["extra"]
+            self._check_model(content["model"])
+        return content["extra"]
+
+    def _open(self) -> ocp.CheckpointManager:
+        registry = ocp.handlers.create_default_handler_registry(
+            state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler()
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if self.read_only else self.keep,
+            cleanup_tmp_directories=not self.read_only,
+            read_only=self.read_only,
+            create=False,
+        )
+        return ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+
+    def _find(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no checkpoint")
+        if step is not None and step not in steps:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint of step {step}, only of {_steps(steps)}"
+            )
+        return steps[-1] if step is None else step
+
+    def _check_model(self, stored: dict | None) -> None:
+        if self._model is None or stored is None:
+            return
+        # Fields of one side only come from another version of this code, not from another model.
+        for field in self._model.keys() & stored.keys():
+            if self._model[field] != stored[field]:
+                raise CheckpointError(
+                    f"{self.folder} belongs to another model: model.{field} is {stored[field]!r} "
+                    f"there and {self._model[field]!r} here; choose another folder"
+                )
+
+    @contextlib.contextmanager
+    def _reading(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder} cannot be {done}: {_reason(error)}") from error
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._pending = None
+            self._recover()
+            steps = sorted(self._manager.all_steps())
+            kept = f"kept: {_steps(steps)}" if steps else "there is no other"
+            raise CheckpointError(
+                f"the checkpoint of step {step} was not written to {self.folder}: "
+                f"{_reason(error)}; {kept}. Make room, or save to another folder"
+            ) from error
+
+    def _recover(self) -> None:
+        """Opens the folder anew after a failed save, which removes what it left behind.
+
+        Among several processes the others may not have failed and would not come along.
+        """
+        if jax.process_count() > 1:
+            return
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._manager.close()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._manager = self._open()
+
+
+def _check_writable(folder: epath.Path) -> None:
+    probe = folder / f".writable-{uuid.uuid4().hex}"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; checkpoints need a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {_reason(error)}; choose another folder"
+        ) from error
+
+
+def _as_json(content: Any) -> Any:
+    """Returns a copy of `content` as JSON would give it back."""
+    try:
+        return json.loads(json.dumps(content, default=_enum_name))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"extra must hold what JSON can express: {error}") from error
+
+
+def _enum_name(value: Any) -> str:
+    if hasattr(value, "name"):
+        return value.name
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the operating system said, which tensorstore wraps in several lines."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
