@@ -30,8 +30,7 @@ class FullSequence:
 
     def append_window(self, key_values):
         """See `LayerMemory.append_window`; rows before position 0 are masked."""
-        stored = self.entry_format.decode(self.entry_format.encode(key_values))
-        return prepend(stored, self.window), self
+        return prepend(self.entry_format.round(key_values), self.window), self
 
     def append_rows(self, which, values, gates):
         """See `LayerMemory.append_rows`; tokens after the last whole window have no entry."""
@@ -48,8 +47,8 @@ class FullSequence:
         return CompressorRows(cut(values), cut(gates), first, self.end // ratio), self
 
     def append_entries(self, which, vectors, rows):
-        """See `LayerMemory.append_entries`."""
+        """See `LayerMemory.append_entries`; rounded, but not packed: gradients pass."""
         del rows
         stored_as = self.index_format if which == "index" else self.entry_format
-        stored = jax.tree.map(lambda x: gather(x, "tokens", 1)[None], stored_as.encode(vectors))
-        return EntryTable(stored, jnp.int32(0), stored_as), self
+        stored = stored_as.unpacked.encode(gather(stored_as.round(vectors), "tokens", 1)[None])
+        return EntryTable(stored, jnp.int32(0), stored_as.unpacked), self

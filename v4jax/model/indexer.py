@@ -52,8 +52,8 @@ class Indexer(nnx.Module):
         queries_btix = queries.reshape(*queries.shape[:2], heads, width)
         cosine, sine = context.rotations[self.layer.rope]
         queries_btix = rotate(queries_btix, cosine[:, :, None], sine[:, :, None])
-        stored_as = index_format(self.config, self.numerics)
-        queries_btix = stored_as.decode(stored_as.encode(queries_btix))  # rounds like the keys
+        # They round like the keys.
+        queries_btix = index_format(self.config, self.numerics).round(queries_btix)
         weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)
         weights_bti = round_to(weights_bti * (width**-0.5 * heads**-0.5), x.dtype)
         keys, memory = self.compressor(x, memory)

@@ -5,6 +5,7 @@ quantization of activations and storage in the cache are the same thing.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -68,6 +69,21 @@ class EntryFormat:
             )
         return stored["values"].astype(self.dtype)
 
+    def round(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        """Returns `decode(encode(x))`, whose gradient passes the rounding as if it were none.
+
+        For what is computed with and not kept: training (straight-through estimator), queries. A
+        rotation is no rounding: its gradient rotates back.
+
+        Source: spec G.6.
+        """
+        return _round(self, x)
+
+    @property
+    def unpacked(self) -> "EntryFormat":
+        """The format that keeps what `round` returns as it is."""
+        return dataclasses.replace(self, kind=self.dtype)
+
     def zeros(self, *lead: int) -> dict[str, jax.Array]:
         """Returns stored arrays of shape [*lead, …], all zero."""
         shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, self.channels), jnp.float32))
@@ -78,3 +94,18 @@ class EntryFormat:
         """Bytes of one stored vector with padding (published: entry 584, index key 68)."""
         shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, self.channels), jnp.float32))
         return sum(x.shape[-1] * x.dtype.itemsize for x in shapes.values())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _round(stored_as: EntryFormat, x):
+    return stored_as.decode(stored_as.encode(x))
+
+
+@_round.defjvp
+def _round_tangent(stored_as, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    # Autodiff of the casts would round the gradient to e4m3 without a scale; FP4 codes have none.
+    tangent = tangent.astype(stored_as.dtype)
+    if stored_as.kind == "fp4":
+        tangent = formats.hadamard(tangent)
+    return _round(stored_as, x), tangent
