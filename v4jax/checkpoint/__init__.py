@@ -9,7 +9,7 @@ Read `names.py` first (the one table: tensor name ↔ place in a module), then `
     hf_writer.py         Transformer → folder
     safetensors_file.py  the container format
     census.py            parameter counts and bytes, from shapes alone
-    orbax_store.py       checkpoints of a training run (import `Store` from there: Orbax loads slowly)
+    orbax_store.py       checkpoints of a training run; imported by itself, as Orbax loads slowly
     leaves.py            the leaves of a pytree by name
 
 Host memory while reading: the largest parameter on an accelerator, the model alone on the CPU.
