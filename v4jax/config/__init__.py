@@ -1,20 +1,24 @@
 """Configuration: what the model computes, how it rounds, and how files become typed values.
 
 Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
-`from_hf.py` (a checkpoint's `config.json`) and `loading.py` (files under `configs/`).
+`from_hf.py` (a checkpoint's `config.json`), `data.py` (what training reads) and `loading.py` (files
+under `configs/`).
 """
 
+from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.model import Layer, LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
 from v4jax.config.numerics import NUMERICS, Numerics, get_numerics
 
 __all__ = [
     "NUMERICS",
+    "DataConfig",
     "Layer",
     "LayerKind",
     "ModelConfig",
     "Numerics",
     "Rope",
     "RouterKind",
+    "SourceConfig",
     "YarnScaling",
     "get_numerics",
 ]

@@ -1,0 +1,108 @@
+"""Training data as configured: which files, in which shares, in rows of which length."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from v4jax.errors import ConfigError
+
+ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One kind of examples.
+
+    Attributes:
+      kind: `chat` (JSONL with `messages`), `text` (.txt and .md files, JSONL with `text`), or
+        `needles` (made by `training.data.needles`).
+      paths: files, or folders that are searched for files of the kind; none for needles.
+      weight: share of the records drawn, relative to the other sources; any positive number.
+      too_long: what happens to a document longer than a row: `split` cuts it at whole rows, each
+        part a document of its own; `error` makes it a bad record. None: text is split, others not.
+      mode: how conversations are rendered; `auto` takes thinking where a message has
+        `reasoning_content`. A record's own `mode` wins.
+      effort: key of the profile's efforts, in thinking mode. A record's own `effort` wins.
+      profile: the generation of checkpoints whose effort prefixes are rendered.
+      drop_thinking: leave out the reasoning before the last question, as prompts do.
+      settings: fields of `needles.Settings`, for needles.
+    """
+
+    kind: Literal["chat", "text", "needles"]
+    paths: tuple[str, ...] = ()
+    weight: float = 1.0
+    too_long: Literal["split", "error"] | None = None
+    mode: Literal["auto", "chat", "thinking"] = "auto"
+    effort: str | None = None
+    profile: Literal["preview", "0731"] = "preview"
+    drop_thinking: bool = True
+    settings: Any = None
+
+    def __post_init__(self):
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(
+                f"data.sources.weight must be positive, got {self.weight}; leave out a source that "
+                "is not wanted"
+            )
+        if self.kind == "needles" and self.paths:
+            raise ConfigError(f"data.sources.paths must be empty for needles, got {self.paths}")
+        if self.kind != "needles" and not self.paths:
+            raise ConfigError(f"data.sources.paths must name a file or folder of {self.kind}")
+        if self.kind != "needles" and self.settings is not None:
+            raise ConfigError(f"data.sources.settings is for needles only, not for {self.kind}")
+
+    @property
+    def splits(self) -> bool:
+        """Whether a document longer than a row is cut."""
+        return (self.too_long or ("split" if self.kind == "text" else "error")) == "split"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows of documents, the same for every number of hosts.
+
+    Attributes:
+      sources: where documents come from.
+      length: tokens of a row; a multiple of 128.
+      batch: rows of a batch, of all hosts together.
+      packing: several documents in a row, each seeing only itself; False: one document a row.
+      lookahead: documents that wait for a row they fit into, for each row of the batch.
+      shuffle: in a new order every epoch; False: in the order of the files.
+      seed: of shuffling, 0 to 2³² − 1.
+      epochs: how often every record is read, whatever the weights; None: without end, by weights.
+      on_bad_record: `error` stops at a record that cannot be used; `skip` warns and counts it.
+      prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    length: int
+    batch: int
+    packing: bool = True
+    lookahead: int = 64
+    shuffle: bool = True
+    seed: int = 0
+    epochs: int | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    prefetch: int = 2
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ConfigError("data.sources must name at least one source, got none")
+        if self.length < ALIGN or self.length % ALIGN:
+            below = max(self.length // ALIGN, 1) * ALIGN
+            raise ConfigError(
+                f"data.length must be a positive multiple of {ALIGN}, got {self.length}; "
+                f"try {below} or {below + ALIGN}"
+            )
+        for field, least in (("batch", 1), ("lookahead", 1), ("prefetch", 0), ("epochs", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ConfigError(f"data.{field} must be at least {least}, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"data.seed must be between 0 and 2³² − 1, got {self.seed}")
+        if self.epochs is not None and len({source.weight for source in self.sources}) > 1:
+            raise ConfigError(
+                "data.sources.weight must be the same for all where data.epochs is given, because "
+                "every record is then read that often; leave out one or the other"
+            )
+        if self.epochs is not None and any(s.kind == "needles" for s in self.sources):
+            raise ConfigError("data.epochs must be None with needles, which never end")

@@ -1,0 +1,127 @@
+"""Conversations as training examples: rendered as prompts are, loss on what the assistant wrote.
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+    messages      as `tokenizer.conversation.FIELDS` lists them; a true `mask` on an assistant's
+                  message leaves its turn out of the loss
+    tools         declared to the whole conversation (optional; or `tools` on the system message)
+    mode, effort  instead of the source's (optional)
+
+Other fields of a line are not used, and one line of the log says which.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v4jax import log
+from v4jax.config.data import SourceConfig
+from v4jax.errors import DataError
+from v4jax.tokenizer import Vocabulary, render_messages
+from v4jax.training.data.document import Document
+from v4jax.training.data.files import Lines, parse_object
+
+SUFFIXES = (".jsonl",)
+_FIELDS = ("messages", "tools", "mode", "effort")
+
+
+class ChatRecords:
+    """The conversations of JSONL files."""
+
+    def __init__(self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary):
+        self._lines, self._config, self._tokenizer = Lines(files), config, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def place(self, index: int) -> str:
+        """Returns where record `index` stands."""
+        return self._lines.place(index)
+
+    def read(self, index: int) -> Document:
+        """Returns record `index`.
+
+        Raises:
+          DataError, ConversationError: the record cannot be used.
+        """
+        fields = parse_object(self._lines[index])
+        unused = sorted(set(fields) - {*_FIELDS})
+        if unused:
+            log.once(f"data: chat records have fields that are not used: {', '.join(unused)}")
+        if "messages" not in fields:
+            raise DataError(f"needs the field messages, got {', '.join(fields) or 'no field'}")
+        return encode_conversation(
+            add_tools(fields["messages"], fields.get("tools")),
+            self._tokenizer,
+            mode=fields.get("mode") or self._config.mode,
+            effort=fields.get("effort") or self._config.effort,
+            drop_thinking=self._config.drop_thinking,
+            profile=self._config.profile,
+        )
+
+
+def encode_conversation(
+    messages: Sequence[dict], tokenizer: Vocabulary, *, mode: str = "auto", **options
+) -> Document:
+    """Returns a conversation as a Document; only what the assistant wrote has weight.
+
+    Prompts and answers are encoded apart, as they are when the model answers: so a token never
+    spans both.
+
+    Args:
+      mode: `chat`, `thinking`, or `auto`: thinking where a message has `reasoning_content`.
+      options: of `tokenizer.render_messages`.
+
+    Raises:
+      DataError: the assistant wrote nothing, or a message holds a control token's literal.
+      ConversationError: a message breaks a rule.
+    """
+    if mode == "auto":
+        reasons = any(isinstance(m, dict) and m.get("reasoning_content") for m in messages or ())
+        mode = "thinking" if reasons else "chat"
+    pieces = render_messages(messages, mode=mode, **options)
+    _check_literals(messages, "messages", tokenizer)
+    tokens, weights = [], []
+    for written, group in groupby(pieces, key=lambda piece: piece.written):
+        ids = tokenizer.encode("".join(piece.text for piece in group))
+        tokens += ids
+        weights += [float(written)] * len(ids)
+    if not any(weights):
+        raise DataError(
+            "has no assistant turn that counts; add the answer, or remove the conversation"
+        )
+    return Document(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def add_tools(messages: Any, tools: Any) -> Any:
+    """Returns `messages` with `tools` on the system message, which is added where there is none."""
+    if not tools or not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": "", "tools": tools}, *messages]
+    if first.get("tools"):
+        raise DataError("has tools twice, in the record and in messages[0]; remove one of them")
+    return [{**first, "tools": tools}, *messages[1:]]
+
+
+def _check_literals(value: Any, place: str, tokenizer: Vocabulary) -> None:
+    """Raises where text holds a control token's literal, which would become the token itself."""
+    if isinstance(value, str):
+        broken = tokenizer.neutralise(value)
+        if broken != value:
+            at = next(i for i, (a, b) in enumerate(zip(value, broken, strict=False)) if a != b) - 1
+            raise DataError(
+                f"{place} holds a control token's literal at character {at}, "
+                f"{value[at : at + 24]!r}; reasoning belongs into reasoning_content, calls into "
+                "tool_calls, and other text must not look like a token"
+            )
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_literals(inner, f"{place}.{key}", tokenizer)
+    if isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_literals(inner, f"{place}[{i}]", tokenizer)

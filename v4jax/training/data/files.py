@@ -1,0 +1,165 @@
+"""Files of training data, read where an example lies and never as a whole corpus.
+
+find_files(("corpus", "more.jsonl"), (".txt", ".jsonl"))   folders opened, in a fixed order
+Lines(files)[i]                                            line i of all of them, by its offset
+"""
+
+import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from v4jax import log
+from v4jax.config.json_keys import unique_keys
+from v4jax.errors import ConfigError, DataError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LINES_PER_UPDATE = 65_536  # of the progress display
+
+
+def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """Returns the files that `paths` name, folders searched through, each folder's sorted.
+
+    Args:
+      suffixes: what files of a folder must end in; others there are left alone.
+
+    Raises:
+      ConfigError: a path does not exist, is of another kind, or no file was found.
+    """
+    files: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        known = ", ".join(suffixes)
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix in suffixes and f.is_file())
+            if not found:
+                raise ConfigError(f"data.sources.paths: {path} holds no file ending in {known}")
+            files.extend(found)
+        elif not path.is_file():
+            raise ConfigError(
+                f"data.sources.paths: {path} is no file or folder; remote files must be copied to "
+                "a local disk first"
+            )
+        elif path.suffix not in suffixes:
+            raise ConfigError(
+                f"data.sources.paths: {path} must end in one of {known}; unpack it or convert it"
+            )
+        else:
+            files.append(path)
+    return files
+
+
+class Lines:
+    """The lines of JSONL files that are not blank, each read when it is asked for.
+
+    Building it reads the files once, for 16 bytes of index a line.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self._files = list(files)
+        self._begins, self._numbers = array("q"), array("q")
+        self._first = [0]  # index of each file's first line, and the end
+        if not self._files:
+            return
+        sizes = [file.stat().st_size for file in self._files]
+        with (
+            log.phase("data index") as phase,
+            log.Progress("data index", sum(sizes), "bytes") as progress,
+        ):
+            for i, file in enumerate(self._files):
+                self._index(file, sum(sizes[:i]), progress)
+                self._first.append(len(self._begins))
+            phase.note(f"{len(self):,} lines", log.format_bytes(sum(sizes)))
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> bytes:
+        with open_file(self._file(index)) as file:
+            file.seek(self._begins[index])
+            return file.readline()
+
+    def place(self, index: int) -> str:
+        """Returns where a line stands, for messages: `file, line 7`."""
+        return f"{self._file(index)}, line {self._numbers[index]}"
+
+    def _file(self, index: int) -> Path:
+        return self._files[bisect_right(self._first, index) - 1]
+
+    def _index(self, path: Path, before: int, progress: log.Progress) -> None:
+        begin = 0
+        with open_file(path) as file:
+            for number, data in enumerate(file, start=1):
+                # A byte-order mark is no content; the offset steps over it.
+                mark = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
+                if not data[mark:].isspace():
+                    self._begins.append(begin + mark)
+                    self._numbers.append(number)
+                begin += len(data)
+                if number % _LINES_PER_UPDATE == 0:
+                    progress.update(before + begin, note=path.name)
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Returns the JSON object of a line.
+
+    Raises:
+      DataError: it is none; the message leaves the place to whoever reports it.
+    """
+    text = decode(data)
+    try:
+        fields = json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError as error:
+        raise DataError("is no JSON: nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"must hold a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def open_file(path: Path):
+    """Opens a file for reading bytes.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_range(path: Path, begin: int, end: int) -> bytes:
+    """Returns bytes `begin` to `end` of a file, moved forward to where characters begin.
+
+    Neighbouring ranges together give the whole file, and none cuts a UTF-8 character.
+    """
+    with open_file(path) as file:
+        file.seek(begin)
+        data = file.read(end - begin)
+        tail = file.read(3)  # a character has at most three bytes after its first
+    head = _continuation_bytes(data[:3]) if begin else 0
+    return data[head:] + tail[: _continuation_bytes(tail)]
+
+
+def decode(data: bytes) -> str:
+    """Returns the text of UTF-8 bytes, without a byte-order mark.
+
+    Raises:
+      DataError: they are no UTF-8.
+    """
+    try:
+        return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}; "
+            "convert the file"
+        ) from error
+
+
+def _continuation_bytes(data: bytes) -> int:
+    """Returns how many bytes at the start belong to a character that began earlier."""
+    return next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))

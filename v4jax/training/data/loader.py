@@ -1,0 +1,158 @@
+"""From a configuration to Batches, and back to where one stood.
+
+    loader = Loader(config, tokenizer)
+    batch = next(loader)
+    state = loader.state()          # small, JSON-able: places, no documents
+    Loader(config, tokenizer).restore(state)
+
+Every batch is the same for every number of hosts: host i of n gets rows i · batch / n and up, reads
+only what lies in them, and never waits for another.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+
+from v4jax.config.data import DataConfig
+from v4jax.errors import ConfigError, DataError
+from v4jax.tokenizer import Vocabulary
+from v4jax.training.batch import Batch
+from v4jax.training.data.packing import Counts
+from v4jax.training.data.sources import open_source
+
+
+class Loader:
+    """An iterator of Batches that can say where it stands and go on from there."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Vocabulary,
+        *,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ):
+        """Finds and indexes the files.
+
+        Args:
+          shard_index: which host this is, below `shard_count`; each gets equal batches.
+
+        Raises:
+          ConfigError: a file is missing, or the batch does not divide among the hosts.
+        """
+        _check_shards(config, shard_index, shard_count)
+        pipeline = _import_pipeline()
+        sources = [open_source(source, config, tokenizer) for source in config.sources]
+        self._data = _describe(config, [len(source) for source in sources])
+        rows = config.batch // shard_count
+        self._iterator = pipeline.build_iterator(
+            pipeline.build_stream(sources, config),
+            config,
+            range(shard_index * rows, (shard_index + 1) * rows),
+            tokenizer.pad_id,
+        )
+        # Ends the thread that makes batches ahead; called at exit too, because the iterator must be
+        # gone before the interpreter takes its modules away.
+        self.close = weakref.finalize(self, vars(self).pop, "_iterator", None)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch, of this host's rows.
+
+        Raises:
+          StopIteration: every record was read `epochs` times.
+          DataError: a bad record, where those are fatal; the message says where it stands.
+        """
+        return next(self._iterator)
+
+    def state(self) -> dict:
+        """Returns where the loader stands behind the last batch given: a JSON-able value.
+
+        It holds the lanes of this host; `merge_states` joins those of all hosts into one from which
+        any number of hosts can go on.
+        """
+        return {"data": self._data, "lanes": self._iterator.get_state()}
+
+    def restore(self, state: Mapping) -> None:
+        """Goes on behind the batch after which `state` was taken.
+
+        Raises:
+          DataError: the state is of other data, or lacks rows of this host.
+        """
+        changed = [
+            f"{name} was {state['data'].get(name)!r} and is {value!r}"
+            for name, value in self._data.items()
+            if state["data"].get(name) != value
+        ]
+        if changed:
+            raise DataError(
+                f"data: the position was saved for other data: {'; '.join(changed)}; restore the "
+                "configuration and the files, or start the data anew"
+            )
+        missing = self._iterator.get_state().keys() - state["lanes"].keys()
+        if missing:
+            raise DataError(
+                f"data: the position lacks rows {', '.join(sorted(missing))} of the batch; join "
+                "the states of all hosts with merge_states"
+            )
+        self._iterator.set_state(state["lanes"])
+
+    def counts(self) -> Counts:
+        """Returns what this host's batches held so far, since the very beginning."""
+        lanes = self._iterator.get_state().values()
+        return sum((Counts(**lane["counts"]) for lane in lanes), Counts())
+
+    def report(self) -> str:
+        """Returns a line for people: documents, tokens, how full the rows are, bad records."""
+        counts = self.counts()
+        return (
+            f"data: {counts.documents:,} documents, {counts.tokens:,} tokens, rows "
+            f"{100 * counts.fill:.1f} % full, {counts.skipped:,} bad records skipped"
+        )
+
+
+def merge_states(states: Sequence[Mapping]) -> dict:
+    """Returns the state of all hosts, given that of each after the same number of batches."""
+    lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
+    return {"data": states[0]["data"], "lanes": lanes}
+
+
+def _check_shards(config: DataConfig, shard_index: int, shard_count: int) -> None:
+    if not 0 <= shard_index < shard_count:
+        raise ConfigError(
+            f"shard_index must be between 0 and shard_count - 1 = {shard_count - 1}, got "
+            f"{shard_index}"
+        )
+    if config.batch % shard_count:
+        raise ConfigError(
+            f"data.batch must be a multiple of the number of hosts, {shard_count}, got "
+            f"{config.batch}"
+        )
+    if config.epochs is not None and shard_count > 1:
+        raise ConfigError(
+            f"data.epochs must be None on {shard_count} hosts, which would end after different "
+            "numbers of batches; leave it out and stop by steps"
+        )
+
+
+def _describe(config: DataConfig, records: Sequence[int]) -> dict:
+    """Returns what a saved position depends on, JSON-able."""
+    names = ("length", "batch", "packing", "lookahead", "shuffle", "seed", "epochs")
+    sources = [
+        {"kind": source.kind, "weight": source.weight, "splits": source.splits, "records": count}
+        for source, count in zip(config.sources, records, strict=True)
+    ]
+    return {name: getattr(config, name) for name in names} | {"sources": sources}
+
+
+def _import_pipeline():
+    try:
+        from v4jax.training.data import pipeline
+    except ModuleNotFoundError as error:
+        if error.name != "grain":
+            raise
+        raise ConfigError(
+            'training data needs grain, which is not installed; pip install "v4jax[train]"'
+        ) from error
+    return pipeline

@@ -1,0 +1,196 @@
+"""Documents to rows: several in a row, none cut, each from a multiple of `align` tokens on.
+
+    row of 1024   │ document 300 tokens │ to 384 │ document 640 tokens │ document…
+
+A `Lane` fills one row of every batch: lane r of B takes the records r, r + B, r + 2 B, … of the
+stream. Lanes know nothing of each other, so a batch is the same whichever host fills which lane.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from v4jax.config.data import ALIGN
+from v4jax.errors import DataError
+from v4jax.shapes import round_up
+from v4jax.training.batch import PADDING, Batch
+from v4jax.training.data.document import Document
+
+_WAITING_ROWS = 4  # rows' worth of tokens that may wait: bounds the memory of long documents
+
+
+@dataclass
+class Counts:
+    """What a lane, or all lanes together, gave so far.
+
+    Attributes:
+      rows: rows made, of `row_tokens` tokens in all.
+      documents, tokens: what lies in them; a split document counts once for each part.
+      skipped: bad records left out.
+    """
+
+    rows: int = 0
+    row_tokens: int = 0
+    documents: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' tokens that are documents' (1 is full, 0 is all padding)."""
+        return self.tokens / max(self.row_tokens, 1)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        mine, others = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + others[name] for name in mine})
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A document in line: part `part` of the lane's record `record`."""
+
+    record: int
+    part: int
+    document: Document
+
+
+class Lane:
+    """Fills the rows of one place in the batch, best fit first, from a bounded line.
+
+    The document that waits longest begins a row; then the longest that fits follows, until none
+    fits. So no document waits for more than `lookahead` rows.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Sequence[Document] | None],
+        length: int,
+        *,
+        packing: bool = True,
+        lookahead: int = 64,
+        pad_id: int = 0,
+        align: int = ALIGN,
+    ):
+        """Begins at the lane's first record.
+
+        Args:
+          read: the documents of the lane's record k, none where it is bad; None behind the last.
+          length: tokens of a row; a multiple of `align`.
+          packing: False gives every document a row of its own.
+          lookahead: documents in line, at most.
+          pad_id: the token where no document is.
+        """
+        self._read, self._length, self._align = read, length, align
+        self._packing, self._lookahead, self._pad_id = packing, lookahead, pad_id
+        self._restart(0, 0, [], Counts())
+
+    def _restart(self, record: int, part: int, line: list[_Waiting], counts: Counts) -> None:
+        self._record, self._part = record, part  # the next to join the line
+        self._parts: Sequence[Document] = ()  # of that record, once it is read
+        self._line, self._counts, self._ended = line, counts, False
+
+    def next_row(self) -> Batch | None:
+        """Returns the next row, as a batch without its first dimension; None at the end."""
+        self._fill_line()
+        if not self._line:
+            return None
+        row = empty_row(self._length, self._pad_id)
+        begin, chosen = 0, 0
+        while chosen is not None:
+            document = self._line.pop(chosen).document
+            end = begin + len(document)
+            row.tokens[begin:end] = document.tokens
+            row.weights[begin:end] = document.weights
+            row.begin[begin:end] = begin
+            self._counts.documents += 1
+            self._counts.tokens += len(document)
+            begin = round_up(end, self._align)
+            chosen = self._choose(self._length - begin) if self._packing else None
+        self._counts.rows += 1
+        self._counts.row_tokens += self._length
+        return row
+
+    def state(self) -> dict:
+        """Returns where the lane stands, as JSON-able numbers: not the documents, their places."""
+        return {
+            "next": [self._record, self._part],
+            "line": [[waiting.record, waiting.part] for waiting in self._line],
+            "counts": asdict(self._counts),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a `state`, reading the documents in line again.
+
+        Raises:
+          DataError: one of them is no longer there.
+        """
+        line: list[_Waiting] = []
+        read: dict[int, Sequence[Document] | None] = {}
+        for record, part in state["line"]:
+            if record not in read:
+                read = {record: self._read(record)}  # parts of a record are neighbours in line
+            parts = read[record] or ()
+            if part >= len(parts):
+                raise DataError(
+                    f"data: document {part} of record {record} was there when the position was "
+                    "saved and is gone; restore the files, or start the data anew"
+                )
+            line.append(_Waiting(record, part, parts[part]))
+        self._restart(*state["next"], line, Counts(**state["counts"]))
+
+    def _choose(self, room: int) -> int | None:
+        """Returns which document in line is the longest of at most `room` tokens."""
+        self._fill_line()
+        fitting = [i for i, waiting in enumerate(self._line) if len(waiting.document) <= room]
+        return max(fitting, key=lambda i: len(self._line[i].document), default=None)
+
+    def _fill_line(self) -> None:
+        tokens = sum(len(waiting.document) for waiting in self._line)
+        while len(self._line) < self._lookahead and tokens < _WAITING_ROWS * self._length:
+            document = self._next_document()
+            if document is None:
+                break
+            tokens += len(document)
+
+    def _next_document(self) -> Document | None:
+        """Puts the next document in line and returns it; None at the end."""
+        while not self._ended:
+            if not self._parts:
+                parts = self._read(self._record)
+                if parts is None:
+                    self._ended = True
+                    break
+                self._parts = parts
+                self._counts.skipped += not parts
+            if self._part < len(self._parts):
+                document = self._parts[self._part]
+                self._line.append(_Waiting(self._record, self._part, document))
+                self._part += 1
+                return document
+            self._record, self._part, self._parts = self._record + 1, 0, ()
+        return None
+
+
+def split_document(document: Document, length: int) -> list[Document]:
+    """Returns a document cut at whole multiples of `length` tokens.
+
+    Each part begins anew: it sees nothing of those before, and its first token is no target. A part
+    without any target is left out, since nothing would be learned from it.
+    """
+    parts = []
+    for begin in range(0, len(document), length):
+        weights = document.weights[begin : begin + length].copy()
+        weights[0] = 0
+        if weights.any():
+            parts.append(Document(document.tokens[begin : begin + length], weights))
+    return parts
+
+
+def empty_row(length: int, pad_id: int) -> Batch:
+    """Returns a row of padding."""
+    return Batch(
+        tokens=np.full(length, pad_id, np.int32),
+        weights=np.zeros(length, np.float32),
+        begin=np.full(length, PADDING, np.int32),
+    )
