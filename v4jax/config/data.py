@@ -1,11 +1,15 @@
 """Training data as configured: which files, in which shares, in rows of which length."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from v4jax.errors import ConfigError
 
 ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
+
+# Fields that one kind of source heeds.
+_ONLY_FOR = dict.fromkeys(("mode", "effort", "profile", "drop_thinking"), "chat")
+_ONLY_FOR |= {"settings": "needles"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,13 @@ class SourceConfig:
             raise ConfigError(f"data.sources.paths must be empty for needles, got {self.paths}")
         if self.kind != "needles" and not self.paths:
             raise ConfigError(f"data.sources.paths must name a file or folder of {self.kind}")
-        if self.kind != "needles" and self.settings is not None:
-            raise ConfigError(f"data.sources.settings is for needles only, not for {self.kind}")
+        for field in fields(self):
+            only = _ONLY_FOR.get(field.name, self.kind)
+            if only != self.kind and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"data.sources.{field.name} is for kind {only!r}, got "
+                    f"{getattr(self, field.name)!r} with kind {self.kind!r}; remove it"
+                )
 
     @property
     def splits(self) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.config.data import SourceConfig
-from v4jax.errors import DataError
+from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Vocabulary, render_messages
 from v4jax.training.data.document import Document
 from v4jax.training.data.files import Lines, parse_object
@@ -32,6 +32,11 @@ class ChatRecords:
     """The conversations of JSONL files."""
 
     def __init__(self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary):
+        try:  # a bad effort is complained about now, not at every record
+            options = dict(mode="thinking", effort=config.effort, profile=config.profile)
+            render_messages([{"role": "user", "content": ""}], **options)
+        except ConversationError as error:
+            raise ConfigError(f"data.sources: {error}") from error
         self._lines, self._config, self._tokenizer = Lines(files), config, tokenizer
 
     def __len__(self) -> int:
@@ -80,8 +85,8 @@ def encode_conversation(
       ConversationError: a message breaks a rule.
     """
     if mode == "auto":
-        reasons = any(isinstance(m, dict) and m.get("reasoning_content") for m in messages or ())
-        mode = "thinking" if reasons else "chat"
+        dicts = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        mode = "thinking" if any(m.get("reasoning_content") for m in dicts) else "chat"
     pieces = render_messages(messages, mode=mode, **options)
     _check_literals(messages, "messages", tokenizer)
     tokens, weights = [], []

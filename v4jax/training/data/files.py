@@ -139,20 +139,20 @@ def read_range(path: Path, begin: int, end: int) -> bytes:
     """
     with open_file(path) as file:
         file.seek(begin)
-        data = file.read(end - begin)
-        tail = file.read(3)  # a character has at most three bytes after its first
-    head = _continuation_bytes(data[:3]) if begin else 0
-    return data[head:] + tail[: _continuation_bytes(tail)]
+        data = file.read(end - begin + 3)  # a character has at most three bytes after its first
+    first = _continuation_bytes(data[:3]) if begin else 0
+    last = end - begin + _continuation_bytes(data[end - begin :])
+    return data[first:last]
 
 
 def decode(data: bytes) -> str:
-    """Returns the text of UTF-8 bytes, without a byte-order mark.
+    """Returns the text of UTF-8 bytes.
 
     Raises:
       DataError: they are no UTF-8.
     """
     try:
-        return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}; "

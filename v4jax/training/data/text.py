@@ -70,6 +70,7 @@ class TextRecords:
         segment = self._segments[index]
         text = decode(read_range(segment.file, segment.begin, segment.end))
         first, last = segment.begin == 0, segment.end == segment.size
+        text = text.removeprefix("\ufeff") if first else text  # a byte-order mark is no content
         return encode_text(text, self._tokenizer, first=first, last=last)
 
 
@@ -92,9 +93,9 @@ def encode_text(
     return Document(tokens, weigh_all(len(tokens)))
 
 
-def cut_file(file: Path, *, whole: bool, segment_bytes: int = SEGMENT_BYTES) -> list[Segment]:
+def cut_file(file: Path, *, whole: bool) -> list[Segment]:
     """Returns the segments of a file; a `whole` file is one."""
     size = file.stat().st_size
-    step = size if whole else segment_bytes
+    step = size if whole else SEGMENT_BYTES
     begins = range(0, size, step) if size else (0,)
     return [Segment(file, begin, min(begin + step, size), size) for begin in begins]

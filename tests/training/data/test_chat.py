@@ -1,0 +1,161 @@
+"""Conversations as documents: the prompt's own tokens, weights on what the assistant wrote."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from v4jax.config import SourceConfig
+from v4jax.errors import ConfigError, ConversationError, DataError
+from v4jax.tokenizer import encode_messages, load_tokenizer
+from v4jax.training.data.chat import ChatRecords, add_tools, encode_conversation
+
+BYTE = load_tokenizer("byte")
+EOS = "<｜end▁of▁sentence｜>"
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "für"}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+LONG = [
+    {"role": "system", "content": "S", "tools": TOOLS},
+    user("Grüße?"),
+    assistant("", reasoning_content="hm", tool_calls=[CALL]),
+    {"role": "tool", "content": "17 °C", "tool_call_id": "1"},
+    assistant("It is 17 °C."),
+    user("Sure?"),
+    assistant("Yes."),
+]
+
+# {what: (messages, options, the texts that count)}
+CASES = {
+    "one answer": ([user("a"), assistant("b")], {}, ["b" + EOS]),
+    "all answers": (
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+        {},
+        ["b" + EOS, "d" + EOS],
+    ),
+    "reasoning makes it thinking": (
+        [user("a"), assistant("b", reasoning_content="r")],
+        {},
+        ["r</think>b" + EOS],
+    ),
+    "chat leaves reasoning out": (
+        [user("a"), assistant("b", reasoning_content="r")],
+        {"mode": "chat"},
+        ["b" + EOS],
+    ),
+    "a masked turn": (
+        [user("a"), assistant("b", mask=True), user("c"), assistant("d")],
+        {},
+        ["d" + EOS],
+    ),
+    "tools": (
+        LONG,
+        {},
+        [
+            'hm</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+            '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>\n'
+            f"</｜DSML｜invoke>\n</｜DSML｜tool_calls>{EOS}",
+            f"</think>It is 17 °C.{EOS}",
+            f"</think>Yes.{EOS}",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "options", "counted"), CASES.values(), ids=CASES.keys())
+def test_what_counts(messages, options, counted):
+    document = encode_conversation(messages, BYTE, **options)
+    mode = options.get("mode") or ("thinking" if "</think>" in counted[0] else "chat")
+    assert BYTE.decode(document.tokens) == encode_messages(messages, mode=mode)
+    assert set(document.weights.tolist()) == {0.0, 1.0}
+    edges = np.flatnonzero(np.diff(document.weights, prepend=0, append=0))
+    runs = [document.tokens[a:b] for a, b in edges.reshape(-1, 2)]
+    assert [BYTE.decode(run) for run in runs] == counted
+
+
+def test_the_same_ids_as_the_prompt_of_a_published_tokenizer():
+    v4 = load_tokenizer("v4")
+    document = encode_conversation(LONG, v4)
+    assert document.tokens.tolist() == v4.encode(encode_messages(LONG, mode="thinking"))
+    # What the model reads before its first answer is what inference would give it.
+    prompt = v4.encode(encode_messages(LONG[:2], mode="thinking"))
+    assert document.tokens[: len(prompt)].tolist() == prompt
+    assert not document.weights[: len(prompt)].any() and document.weights[len(prompt)] == 1
+
+
+def write(folder, *records):
+    file = folder / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    return [file]
+
+
+def test_records_of_a_file(tmp_path):
+    talk = [user("a"), assistant("b")]
+    files = write(
+        tmp_path,
+        {"messages": talk, "id": 7},
+        {"messages": talk, "mode": "thinking", "effort": "max"},
+        {"messages": talk, "tools": TOOLS},
+    )
+    records = ChatRecords(files, SourceConfig("chat", ("x",)), BYTE)
+    texts = [BYTE.decode(records.read(i).tokens) for i in range(len(records))]
+    assert texts == [
+        encode_messages(talk),
+        encode_messages(talk, mode="thinking", effort="max"),
+        encode_messages([{"role": "system", "content": "", "tools": TOOLS}, *talk]),
+    ]
+    assert records.place(1) == f"{files[0]}, line 2"
+
+
+def test_tools_join_the_system_message():
+    system = {"role": "system", "content": "S"}
+    assert add_tools([system, user("a")], TOOLS) == [{**system, "tools": TOOLS}, user("a")]
+    with pytest.raises(DataError, match=r"has tools twice, in the record and in messages\[0\]"):
+        add_tools([{**system, "tools": TOOLS}], TOOLS)
+
+
+# {what is wrong: (a record, the error, what the message must say)}
+BROKEN = {
+    "no messages": ({"text": "a"}, DataError, "needs the field messages, got text"),
+    "nothing to learn": (
+        {"messages": [user("a")]},
+        DataError,
+        "has no assistant turn that counts; add the answer",
+    ),
+    "no list": ({"messages": 5}, ConversationError, "messages must be a list"),
+    "bad role": ({"messages": [{"role": "bot"}]}, ConversationError, "messages[0].role must be"),
+    "bad mode": (
+        {"messages": [user("a"), assistant("b")], "mode": "think"},
+        ConversationError,
+        "mode must be one of chat, thinking, got 'think'",
+    ),
+    "a control token": (
+        {"messages": [user("a"), assistant("<think>b</think>c")]},
+        DataError,
+        "messages[1].content holds a control token's literal at character 0, '<think>b</think>c'; "
+        "reasoning belongs into reasoning_content",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "error", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_records(tmp_path, record, error, message):
+    records = ChatRecords(write(tmp_path, record), SourceConfig("chat", ("x",)), BYTE)
+    with pytest.raises(error, match=re.escape(message)):
+        records.read(0)
+
+
+def test_a_bad_effort_is_complained_about_at_once(tmp_path):
+    config = SourceConfig("chat", ("x",), effort="huge")
+    with pytest.raises(ConfigError, match=r"data\.sources: effort must be one of high, max"):
+        ChatRecords(write(tmp_path, {}), config, BYTE)
