@@ -1,13 +1,14 @@
 """Configuration: what the model computes, how it rounds, and how files become typed values.
 
 Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
-`from_hf.py` (a checkpoint's `config.json`), `data.py` (what training reads) and `loading.py` (files
-under `configs/`).
+`from_hf.py` (a checkpoint's `config.json`), `run.py` (a training run), `data.py` (what it reads) and
+`loading.py` (files under `configs/`).
 """
 
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.model import Layer, LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
 from v4jax.config.numerics import NUMERICS, Numerics, get_numerics
+from v4jax.config.run import TrainConfig
 
 __all__ = [
     "NUMERICS",
@@ -19,6 +20,7 @@ __all__ = [
     "Rope",
     "RouterKind",
     "SourceConfig",
+    "TrainConfig",
     "YarnScaling",
     "get_numerics",
 ]

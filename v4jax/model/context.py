@@ -14,13 +14,15 @@ from v4jax.model.rope import rotation
 class Context:
     """One call: its tokens, where they stand, and the rotations of these positions.
 
-    tokens [b, t] (hash routing needs the ids); start [b] position of the first token (where a
-    sequence lies on several devices, of this device's first); end [b] position after the last real
-    one of the call; rotations: rope → (cosine, sine) [b, t, pairs], computed once
-    for all layers; begin [b, t]: where rows hold several documents, the row index of the first
-    token of each token's document, negative for padding; start and end then count from the row's
-    first token, rotations from the document's; dense: CSA layers attend to every visible entry, as in training before selection
-    is introduced.
+    tokens [b, t]: hash routing needs the ids.
+    start [b]: position of the first token (where a sequence lies on several devices, of this
+      device's first).
+    end [b]: position after the last real one of the call.
+    rotations: rope → (cosine, sine) [b, t, pairs], computed once for all layers.
+    begin [b, t]: where rows hold several documents, the row index of the first token of each
+      token's document, negative for padding; start and end then count from the row's first token,
+      rotations from the document's.
+    dense: CSA layers attend to every visible entry, as in training before selection is introduced.
     """
 
     tokens: Int[Array, "b t"]

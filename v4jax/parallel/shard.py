@@ -141,6 +141,12 @@ def sum_over(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype) if axes else x
 
 
+def max_over(x: jax.Array, name: str) -> jax.Array:
+    """Returns the largest x of the devices that share the logical axis `name`; no gradient."""
+    axes = split_axes(name)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
 def gather(x: jax.Array, name: str, axis: int) -> jax.Array:
     """Returns all shares of the logical axis `name`, joined in order along `axis`."""
     axes = split_axes(name)

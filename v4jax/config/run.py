@@ -1,0 +1,197 @@
+"""A training run as data: what files under `configs/train/` and `configs/finetune/` fill.
+
+A file states what differs from these defaults; `config.loading.build(TrainConfig, …)` makes one.
+"""
+
+import dataclasses
+from typing import Literal
+
+from v4jax.config.data import DataConfig
+from v4jax.errors import ConfigError
+
+
+def require(holds: bool, field: str, rule: str, value: object) -> None:
+    """Raises ConfigError for a field of a run unless its rule holds."""
+    if not holds:
+        raise ConfigError(f"train.{field} {rule}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `parallel/axes.py` says what each splits.
+
+    `slices` names axes whose devices lie in several slices, as pairs: (("data", 2),).
+    """
+
+    data: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    slices: tuple[tuple[str, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses beside cross-entropy.
+
+    mtp_weight: of the MTP block's cross-entropy (report: 0.3, then 0.1 while the rate decays).
+    balance_weight: of the sequence-wise balance term. bias_speed: by how much a router's bias moves
+    a step toward an even load (auxiliary-loss-free); 0 leaves biases alone.
+    distill_weight: of the indexer's loss, where the indexer is trained.
+
+    Source: spec G.3, G.4.
+    """
+
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+    bias_speed: float = 1e-3
+    distill_weight: float = 1.0
+
+    def __post_init__(self):
+        for field in ("mtp_weight", "balance_weight", "bias_speed", "distill_weight"):
+            value = getattr(self, field)
+            require(value >= 0, f"loss.{field}", "must not be negative", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for matrices, AdamW for the rest (report), or AdamW for all; the rate's schedule.
+
+    The rate rises linearly to `rate` in `warmup_steps`, stays, and falls as a cosine to `last_rate`
+    over the last `decay_steps`. `adamw_rate` is that of the weights under AdamW relative to `rate`.
+    undecayed: parts of names without weight decay. Indexer and router are among them by default,
+    which the report decays: a router that fine-tuning hardly moves would only fade.
+    accumulate: batches whose gradients are summed for one update.
+    update_rms: of one Muon update at rate 1, so that AdamW's rates fit it.
+
+    Source: spec G.2.
+    """
+
+    kind: Literal["muon", "adamw"] = "muon"
+    rate: float = 2.7e-4
+    last_rate: float = 2.7e-5
+    adamw_rate: float = 1.0
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    weight_decay: float = 0.1
+    undecayed: tuple[str, ...] = ("indexer", "router")
+    momentum: float = 0.95
+    update_rms: float = 0.18
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-20
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for field in ("rate", "adamw_rate", "update_rms", "clip_norm", "accumulate", "epsilon"):
+            value = getattr(self, field)
+            require(value > 0, f"optimizer.{field}", "must be positive", value)
+        for field in ("warmup_steps", "decay_steps", "last_rate", "weight_decay"):
+            value = getattr(self, field)
+            require(value >= 0, f"optimizer.{field}", "must not be negative", value)
+        for field in ("momentum", "beta1", "beta2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"optimizer.{field}", "must be in [0, 1)", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) · up · down, on weights whose name has a `target`.
+
+    The base stays as it is stored (FP4 and FP8), untouched.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = (
+        "attention.query_down",
+        "attention.query_up",
+        "attention.key_value",
+        "attention.output_down",
+        "attention.output_up",
+        "moe.experts",
+        "moe.shared",
+    )
+
+    def __post_init__(self):
+        require(self.rank >= 1, "lora.rank", "must be at least 1", self.rank)
+        require(self.alpha > 0, "lora.alpha", "must be positive", self.alpha)
+        require(bool(self.targets), "lora.targets", "must name parts of weights", self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Where and how often the state of a run is kept.
+
+    every: steps between two checkpoints. keep: how many of the newest stay.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self):
+        for field in ("every", "keep"):
+            value = getattr(self, field)
+            require(value >= 1, f"checkpoint.{field}", "must be at least 1", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run of `v4jax train`.
+
+    model: a checkpoint folder, whose weights are the start, or a packaged configuration, which
+      starts from random ones.
+    output: folder for checkpoints, metrics and the finished model.
+    steps: optimizer updates.
+    numerics: how the computation rounds (`config.numerics`).
+    lora: trains adapters only; None trains all weights.
+    quantization_aware: routed experts and other quantized weights are rounded to their stored
+      format on the way, so that exporting loses nothing.
+    indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
+      loss alone).
+    dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
+    remat, keep, offload: what the backward pass computes again (`training_pass.Mode`).
+    max_skipped: steps in a row whose loss or gradient is not finite after which the run stops.
+    log_every: steps between two lines of metrics.
+    report_to: further receivers of metrics; `metrics.jsonl` is always written.
+    """
+
+    model: str
+    output: str
+    data: DataConfig
+    steps: int = 1000
+    seed: int = 0
+    numerics: Literal["float32", "bfloat16", "released"] = "bfloat16"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
+    quantization_aware: bool = False
+    indexer: Literal["frozen", "distill"] = "frozen"
+    dense_steps: int = 0
+    remat: Literal["layers", "none"] = "layers"
+    keep: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_skipped: int = 10
+    log_every: int = 10
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self):
+        for field in ("steps", "max_skipped", "log_every"):
+            value = getattr(self, field)
+            require(value >= 1, field, "must be at least 1", value)
+        require(self.dense_steps >= 0, "dense_steps", "must not be negative", self.dense_steps)
+        if self.lora and self.quantization_aware:
+            raise ConfigError(
+                "train.quantization_aware rounds weights that are trained; with train.lora the "
+                "base is quantized already: use one of the two"
+            )
+        last = self.optimizer.warmup_steps + self.optimizer.decay_steps
+        if last > self.steps:
+            raise ConfigError(
+                f"train.optimizer.warmup_steps + decay_steps must not exceed train.steps = "
+                f"{self.steps}, got {last}"
+            )

@@ -1,0 +1,52 @@
+"""A model's weights by name, and a model with other weights: what optimizers and adapters work on.
+
+The name of a weight is its path in the module, such as "stack.period.0.attention.query_up". A
+weight that a scan repeats is one array of all layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from v4jax.model.parameters import Buffer
+from v4jax.parallel.weights import is_variable
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def name_of(path) -> str:
+    """Returns the name of the variable at a path of the module's tree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Returns every variable by name."""
+    found = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_variable)
+    return {name_of(path): variable for path, variable in found}
+
+
+def read_weights(module: nnx.Module, *, buffers: bool = False) -> dict[str, Any]:
+    """Returns the values (arrays or `ScaledArray`s) of all parameters, or of all buffers."""
+    return {
+        name: variable.get_value()
+        for name, variable in variables(module).items()
+        if isinstance(variable, Buffer) == buffers
+    }
+
+
+def write_weights(module: Module, values: Mapping[str, Any]) -> Module:
+    """Returns the module with these values in place of its own; the others stay.
+
+    A value may be anything with the shape of the weight that `parallel.weights.whole` makes an
+    array of, or None for a weight that is given elsewhere.
+    """
+
+    def put(path, variable):
+        name = name_of(path)
+        return variable.copy(value=values[name]) if name in values else variable
+
+    unknown = values.keys() - variables(module).keys()
+    assert not unknown, sorted(unknown)
+    return jax.tree_util.tree_map_with_path(put, module, is_leaf=is_variable)

@@ -1,0 +1,143 @@
+"""The losses of a batch: next tokens, tokens after next, balance of experts, the indexer's scores.
+
+All are sums over a batch, divided by totals that the caller gives: so the losses and gradients of
+the parts of a batch add up to the whole's, whichever way it is cut or packed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from v4jax.config.run import LossConfig
+from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.kernels.tiles import map_query_tiles
+from v4jax.model import Transformer
+from v4jax.model.training_pass import Mode, read_normed, run_drafts, run_rows
+from v4jax.parallel.context_parallel import divide_tokens
+from v4jax.parallel.shard import WEIGHTS, max_over, on_shards, share_index, shares, sum_over
+from v4jax.parallel.weights import whole
+from v4jax.training.batch import Batch
+
+# Logits held at once: 64 MiB in float32.
+LOGIT_ELEMENTS = 1 << 24
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the sums over a batch are divided by.
+
+    targets, drafts: weight of all targets of the main head and of the MTP block. tokens: real ones.
+    """
+
+    targets: Float[Array, ""]
+    drafts: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+def count_totals(batch: Batch) -> Totals:
+    """Returns the totals of a batch [b, t], or of several stacked ones [n, b, t]."""
+    targets, drafts = target_weights(batch, 1), target_weights(batch, 2)
+    real = batch.tokens.size if batch.begin is None else (batch.begin >= 0).sum()
+    # A batch without a target has sums of 0, whatever they are divided by.
+    return Totals(
+        jnp.maximum(targets.sum(), 1e-9),
+        jnp.maximum(drafts.sum(), 1e-9),
+        jnp.maximum(jnp.asarray(real, jnp.float32), 1.0),
+    )
+
+
+def target_weights(batch: Batch, ahead: int) -> Float[Array, "... t"]:
+    """Returns how much row i counts that predicts token i + `ahead` of its own document."""
+    weights = _shift(batch.weights, ahead)
+    if batch.begin is None:
+        return weights
+    return jnp.where(_shift(batch.begin, ahead, -1) == batch.begin, weights, 0.0)
+
+
+def _shift(x, ahead: int, fill=0):
+    moved = jnp.roll(x, -ahead, axis=-1)
+    return jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] - ahead, moved, fill)
+
+
+def compute_losses(
+    model: Transformer, batch: Batch, totals: Totals, config: LossConfig, mode: Mode
+) -> tuple[Float[Array, ""], dict]:
+    """Returns the loss to minimize and its parts.
+
+    Returns:
+      A dictionary: `loss`, cross-entropy per weighted target in nats; `accuracy` of the greedy
+      choice, weighted alike; `mtp_loss`; `balance`; with `mode.distill`, `divergence` and `recall`,
+      means over queries; `reports`, one per block (see `training_pass.run_rows`).
+    """
+    streams, reports = run_rows(model, batch.tokens, batch.begin, mode)
+    normed = read_normed(model, streams)
+    nll, right = score_targets(model, normed, _shift(batch.tokens, 1))
+    weights = target_weights(batch, 1)
+    parts = {
+        "loss": (nll * weights).sum() / totals.targets,
+        "accuracy": (right * weights).sum() / totals.targets,
+    }
+    total = parts["loss"]
+    if config.mtp_weight and model.mtp:
+        drafts, draft_report = run_drafts(model, streams, batch.tokens, batch.begin, mode)
+        reports |= draft_report
+        nll, _ = score_targets(model, drafts, _shift(batch.tokens, 2))
+        parts["mtp_loss"] = (nll * target_weights(batch, 2)).sum() / totals.drafts
+        total += config.mtp_weight * parts["mtp_loss"]
+    balance = [report["balance"].reshape(-1) for report in reports.values()]
+    parts["balance"] = jnp.concatenate(balance).mean() / totals.tokens
+    total += config.balance_weight * parts["balance"]
+    if mode.distill:
+        parts |= _indexer_parts(reports)
+        # A share of the batch's tokens, so that parts of a batch add up.
+        share = batch.tokens.size if batch.begin is None else (batch.begin >= 0).sum()
+        total += config.distill_weight * parts["divergence"] * share / totals.tokens
+    return total, parts | {"reports": reports}
+
+
+def _indexer_parts(reports: dict) -> dict:
+    found = [report for report in reports.values() if "queries" in report]
+    queries = jnp.maximum(sum(report["queries"].sum() for report in found), 1.0)
+    return {
+        name: sum(report[name].sum() for report in found) / queries
+        for name in ("divergence", "recall")
+    }
+
+
+def score_targets(
+    model: Transformer, normed: Float[Array, "b t d"], targets: Int[Array, "b t"]
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Returns each target's negative log-likelihood, and 1 where it is the most probable token.
+
+    Logits are made for a tile of tokens at a time, and again in the backward pass; with a split
+    vocabulary each device makes its own share of them.
+    """
+    regime = divide_tokens(model.layout, normed.shape[1])
+    rows = P("batch", "tokens")
+    run = on_shards(_score_targets, model.layout, regime, (WEIGHTS, rows, rows), (rows, rows))
+    return run(model.head, normed, targets)
+
+
+def _score_targets(head, normed, targets):
+    weight_vd = whole(head)[...]
+    first = share_index("vocab") * weight_vd.shape[0] if shares("vocab") > 1 else 0
+
+    def score_tile(_, normed, targets):
+        logits = matmul_float32(normed, weight_vd)
+        largest = max_over(jax.lax.stop_gradient(logits.max(axis=-1)), "vocab")
+        mass = sum_over(jnp.exp(logits - largest[..., None]).sum(axis=-1), "vocab")
+        local = targets - first
+        here = (local >= 0) & (local < logits.shape[-1])
+        local = jnp.clip(local, 0, logits.shape[-1] - 1)
+        picked = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
+        picked = sum_over(jnp.where(here, picked, 0.0), "vocab")
+        right = (jax.lax.stop_gradient(picked) >= largest).astype(jnp.float32)
+        return jnp.stack([jnp.log(mass) + largest - picked, right], axis=-1)
+
+    tile = max(LOGIT_ELEMENTS // (normed.shape[0] * weight_vd.shape[0]), 1)
+    found = map_query_tiles(score_tile, min(tile, normed.shape[1]), normed, targets)
+    return found[..., 0], found[..., 1]
