@@ -1,8 +1,8 @@
 """Configuration: what the model computes, how it rounds, and how files become typed values.
 
 Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
-`from_hf.py` (a checkpoint's `config.json`), `run.py` (a training run), `data.py` (what it reads) and
-`loading.py` (files under `configs/`).
+`from_hf.py` (a checkpoint's `config.json`), `run.py` (a training run), `data.py` (what it reads),
+and `loading.py` (files under `configs/`).
 """
 
 from v4jax.config.data import DataConfig, SourceConfig

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.errors import ConfigError
-from v4jax.kernels.indexer import distillation
-from v4jax.model import observe
+from v4jax.model import distillation, observe
 from v4jax.model.block import BLOCK_TAGS
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
