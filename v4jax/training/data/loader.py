@@ -45,7 +45,7 @@ class Loader:
         self._data = _describe(config, [len(source) for source in sources])
         rows = config.batch // shard_count
         self._iterator = pipeline.build_iterator(
-            pipeline.build_stream(sources, config),
+            sources,
             config,
             range(shard_index * rows, (shard_index + 1) * rows),
             tokenizer.pad_id,

@@ -2,8 +2,8 @@
 
     row of 1024   │ document 300 tokens │ to 384 │ document 640 tokens │ document…
 
-A `Lane` fills one row of every batch: lane r of B takes the records r, r + B, r + 2 B, … of the
-stream. Lanes know nothing of each other, so a batch is the same whichever host fills which lane.
+A `Lane` fills one row of every batch, from records of its own. Lanes know nothing of each other, so
+a batch is the same whichever host fills which lane.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,12 +1,15 @@
 """The part of the data that is grain's: shuffling, mixing, endless epochs, batches made ahead.
 
-    Source ─shuffle─repeat─┐
-    Source ─shuffle─repeat─┴─mix─ stream ─ lanes ─ batch ─ prefetch
+    Source ─ shuffle ─ repeat ─┐                 ┌ lane 0 ─┐
+    Source ─ shuffle ─ repeat ─┴─ records by lane ┼ lane 1 ─┼─ batch ─ prefetch
+                                                  └ …      ─┘
 
-The stream is addressed by position, so a lane's place is a number.
+Everything before the lanes is addressed by number, so where a lane stands is a number too.
 """
 
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -17,31 +20,69 @@ from v4jax.training.data.document import Document
 from v4jax.training.data.packing import Lane, empty_row
 from v4jax.training.data.sources import Source
 
+# The documents of a lane's record: none where it is bad, None behind the last.
+ReadRecord = Callable[[int], Sequence[Document] | None]
 
-def build_stream(sources: Sequence[Source], config: DataConfig) -> grain.MapDataset:
-    """Returns the records of all sources by position: their documents, none where one is bad.
 
-    Without `epochs` it is endless, every source in its share (whole percents of the smallest) and
-    reshuffled whenever it was read through. With them, it is all records in one order per epoch.
+def share_records(sources: Sequence[Source], config: DataConfig) -> Callable[[int], ReadRecord]:
+    """Returns what gives lane r of B its records: r, r + B, r + 2 B, … of every source.
+
+    Without `epochs` sources are endless, reshuffled whenever they were read through, and every lane
+    draws from them by weight (to whole percents of the smallest). Each lane mixes by itself: lanes
+    read at their own pace, and sharing out a mixture could leave one of them a single source. With
+    `epochs` all records of all sources are in one order.
     """
-    seeds = np.random.SeedSequence(config.seed).generate_state(len(sources) + 1)
+    seeds = [int(s) for s in np.random.SeedSequence(config.seed).generate_state(len(sources) + 1)]
     datasets = [grain.MapDataset.source(source) for source in sources]
     if config.epochs is not None:
         together = grain.MapDataset.concatenate(datasets)
-        together = together.shuffle(int(seeds[0])) if config.shuffle else together
-        return together.repeat(config.epochs)
+        together = together.shuffle(seeds[0]) if config.shuffle else together
+        return _share_epochs(together.repeat(config.epochs), config.batch)
     for i, source in enumerate(config.sources):
         if config.shuffle and source.kind != "needles":  # made at random, in the order they say
-            datasets[i] = datasets[i].shuffle(int(seeds[i + 1]))
+            datasets[i] = datasets[i].shuffle(seeds[i + 1])
     endless = [dataset.repeat() for dataset in datasets]
-    return grain.MapDataset.mix(endless, weights=[source.weight for source in config.sources])
+    return _share_mixture(endless, [source.weight for source in config.sources], config.batch)
+
+
+def _share_epochs(records: grain.MapDataset, lanes: int) -> Callable[[int], ReadRecord]:
+    def open_lane(lane: int) -> ReadRecord:
+        def read(record: int) -> Sequence[Document] | None:
+            position = lane + record * lanes
+            return records[position] if position < len(records) else None
+
+        return read
+
+    return open_lane
+
+
+def _share_mixture(
+    sources: Sequence[grain.MapDataset], weights: Sequence[float], lanes: int
+) -> Callable[[int], ReadRecord]:
+    # Numbers in place of records show which source the mixture takes when, and its how-manieth.
+    numbers = grain.MapDataset.range(sys.maxsize)
+    turns = grain.MapDataset.mix(
+        [numbers.map(lambda number, i=i: (i, number)) for i in range(len(sources))], weights=weights
+    )
+
+    def open_lane(lane: int) -> ReadRecord:
+        # Lane r begins at turn r, so that not all rows of a batch are of the same source.
+        missed = Counter(turns[turn][0] for turn in range(lane))
+
+        def read(record: int) -> Sequence[Document]:
+            source, number = turns[lane + record]
+            return sources[source][lane + (number - missed[source]) * lanes]
+
+        return read
+
+    return open_lane
 
 
 def build_iterator(
-    stream: grain.MapDataset, config: DataConfig, lanes: Sequence[int], pad_id: int
+    sources: Sequence[Source], config: DataConfig, lanes: Sequence[int], pad_id: int
 ) -> grain.DatasetIterator:
     """Returns an iterator of Batches that hold the rows `lanes` of every batch."""
-    batches = _Batches(stream, config, lanes, pad_id)
+    batches = _Batches(share_records(sources, config), config, lanes, pad_id)
     if config.prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=config.prefetch
@@ -50,9 +91,9 @@ def build_iterator(
 
 
 class _Batches(grain.IterDataset):
-    def __init__(self, stream, config: DataConfig, lanes: Sequence[int], pad_id: int):
+    def __init__(self, *arguments):
         super().__init__()
-        self._arguments = stream, config, lanes, pad_id
+        self._arguments = arguments
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(*self._arguments)
@@ -61,24 +102,17 @@ class _Batches(grain.IterDataset):
 class _BatchIterator(grain.DatasetIterator):
     """One row of every lane at a time, until no lane has one; padding for those that end early."""
 
-    def __init__(self, stream, config: DataConfig, lanes: Sequence[int], pad_id: int):
+    def __init__(
+        self,
+        open_lane: Callable[[int], ReadRecord],
+        config: DataConfig,
+        lanes: Sequence[int],
+        pad_id: int,
+    ):
         super().__init__()
         self._config, self._pad_id = config, pad_id
-
-        def open_lane(lane: int) -> Lane:
-            def read(record: int) -> Sequence[Document] | None:
-                position = lane + record * config.batch
-                return stream[position] if position < len(stream) else None
-
-            return Lane(
-                read,
-                config.length,
-                packing=config.packing,
-                lookahead=config.lookahead,
-                pad_id=pad_id,
-            )
-
-        self._lanes = {str(lane): open_lane(lane) for lane in lanes}
+        options = dict(packing=config.packing, lookahead=config.lookahead, pad_id=pad_id)
+        self._lanes = {str(i): Lane(open_lane(i), config.length, **options) for i in lanes}
 
     def __next__(self) -> Batch:
         rows = [lane.next_row() for lane in self._lanes.values()]

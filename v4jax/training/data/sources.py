@@ -5,7 +5,7 @@ from typing import Protocol
 
 from v4jax import log
 from v4jax.config.data import DataConfig, SourceConfig
-from v4jax.errors import DataError, RequestError
+from v4jax.errors import ConfigError, DataError, RequestError
 from v4jax.tokenizer import Vocabulary
 from v4jax.training.data import chat, text
 from v4jax.training.data.document import Document
@@ -31,11 +31,9 @@ class Source:
     """The documents of one configured source, at random access."""
 
     def __init__(self, records: Records, config: SourceConfig, data: DataConfig):
-        """Joins a kind's records with what happens to long and bad ones.
-
-        Raises:
-          ConfigError: there is no record.
-        """
+        """Joins a kind's records with what happens to long and bad ones."""
+        if not len(records):
+            raise ConfigError(f"data.sources.paths: {', '.join(config.paths)} hold no record")
         self._records, self._length = records, data.length
         self._splits, self._skips = config.splits, data.on_bad_record == "skip"
         self._reported: set[int] = set()
