@@ -12,10 +12,8 @@ Read `names.py` first (the one table: tensor name ↔ place in a module), then `
     orbax_store.py       checkpoints of a training run; imported by itself, as Orbax loads slowly
     leaves.py            the leaves of a pytree by name
 
-Host memory while reading: the largest parameter on an accelerator, the model alone on the CPU.
-Measured for a model of 1,024 MiB whose largest parameter has 255 MiB: 263 MiB of host memory where
-the device keeps the arrays, 1,032 MiB on the CPU (`tests/benchmarks/bench_load.py`). A parameter
-holds all repeats of a scanned block: the largest of Flash is 42.5 GiB, of Pro 243 GiB.
+Host memory while reading: the largest parameter on an accelerator, one device's share of it on a
+mesh, the model alone on the CPU; docs/checkpoints.md has the figures.
 """
 
 from v4jax.checkpoint.api import load, save

@@ -1,10 +1,11 @@
 """Reads released or transformers checkpoints, parameter by parameter, each in its stored format.
 
 Everything that can be wrong with names, shapes, dtypes and files is found from the headers, before
-a model exists. Then each parameter gets one host array, its tensors are read into slices of it by
-several threads, and it is put on the device before the next one starts. Beside an accelerator, host
-memory therefore peaks at one parameter; on the CPU, JAX takes over the array itself, so that it
-peaks at the model. (Going file by file would hold every scanned parameter until the last file.)
+a model exists. Then one array after the other is read by several threads and put on its device. On
+a mesh that goes share by share: a host reads from the files what its own devices hold, and nothing
+twice (`parallel/weights.host_boxes`). Beside accelerators host memory therefore peaks at one share,
+or at the neighbouring shares of one host that differ in their columns only; on the CPU, JAX takes
+over the memory itself, so that it peaks at the model.
 
 Packed FP4, FP8 and their scales stay as they are. What the model keeps in float32 is widened from
 bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.
@@ -14,7 +15,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,14 +24,13 @@ import numpy as np
 from v4jax import log
 from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
-from v4jax.checkpoint.hf_sources import Source, plan_sources
-from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, read_into, read_tensor
-from v4jax.config import ModelConfig, Numerics, get_numerics
+from v4jax.checkpoint.hf_sources import Source, Stacked, plan_sources
+from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
+from v4jax.config import Numerics, get_numerics
 from v4jax.errors import CheckpointError
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.parallel import Layout, check_mesh, place
-from v4jax.parallel.weights import put_shares
-from v4jax.quant import ScaledArray
+from v4jax.parallel.weights import Box, host_boxes, put_shares
 
 READ_THREADS = 8
 ALIGNMENT_BYTES = 64  # JAX takes over a host array on the CPU only if it is aligned so
@@ -48,9 +48,8 @@ def read_model(
     Args:
       folder: config.json and safetensors files, in the released layout or that of transformers.
       numerics: how the model rounds.
-      put: places one array of the named parameter on devices; by default on the default device,
-        or by `layout`.
-      layout: where the model lies on a mesh; every device gets its share of each array.
+      put: places one array of the named parameter; by default on the default device.
+      layout: where the model lies on a mesh, in place of `put`; every device gets its share.
 
     Raises:
       CheckpointError: a tensor or file is missing, unknown, truncated, mis-shaped, of a wrong
@@ -66,18 +65,13 @@ def read_model(
         model = place(model, layout)
         model.layout = layout
     variables = model_variables(model)
-    if put is None and layout is None:
-        put = lambda path, array: jax.device_put(array, may_alias=True)  # noqa: E731
-    elif put is None:
-        put = lambda path, array: put_shares(array, variables[path], layout)  # noqa: E731
-    total = sum(source.nbytes for source in sources.values())
+    reader = _Reader(sources, variables, put or _put_here, layout)
     shards = count_shards(len(opened.files))
-    with log.phase("weights", f"reading {shards}, {log.format_bytes(total)}") as phase:
-        for path, value in read_parameters(opened, sources):
-            # Blocked on, so that a device copy has ended before the next host array is made.
-            value = jax.block_until_ready(jax.tree.map(lambda x, path=path: put(path, x), value))
-            variables[path].set_value(value)
-        phase.note(f"read {shards}", log.format_bytes(total))
+    announcement = f"reading {shards}, {log.format_bytes(reader.total)}"
+    with log.phase("weights", announcement) as phase, reader:
+        for path, source in sources.items():
+            variables[path].set_value(source.join([reader.place(path, x) for x in source.arrays]))
+        phase.note(f"read {shards}", log.format_bytes(reader.total))
     model.folder = opened.path
     return model
 
@@ -100,73 +94,92 @@ def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source
     return model, plan_sources(folder, {path: v.get_value().shape for path, v in variables})
 
 
-def read_parameters(
-    folder: Folder, sources: Mapping[str, Source]
-) -> Iterator[tuple[str, np.ndarray | ScaledArray]]:
-    """Yields (path, value in host memory) of one parameter after the other."""
-    total = sum(source.nbytes for source in sources.values())
-    with (
-        ThreadPoolExecutor(READ_THREADS) as pool,
-        log.Progress("weights", total, unit="bytes") as progress,
-    ):
-        gather = _Gather(pool, progress)
-        for path, source in sources.items():
-            yield path, gather.value(source, folder.config)
+def _put_here(path: str, array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, may_alias=True)
 
 
-class _Gather:
-    """Reads the tensors of one parameter into slices of one array, several at a time."""
+class _Reader:
+    """Reads arrays in boxes, the tensors of a box several at a time."""
 
-    def __init__(self, pool: ThreadPoolExecutor, progress: log.Progress):
-        self.pool, self.progress = pool, progress
+    def __init__(self, sources: Mapping[str, Source], variables, put, layout: Layout | None):
+        self.put, self.layout = put, layout
+        self.variables = variables
+        self.pool = ThreadPoolExecutor(READ_THREADS)
+        arrays = [(path, array) for path, source in sources.items() for array in source.arrays]
+        self.total = sum(
+            _box_bytes(array, box) for path, array in arrays for box in self._boxes(path, array)
+        )
+        self.progress = log.Progress("weights", self.total, unit="bytes")
         self.done, self.start = 0, time.perf_counter()
 
-    def value(self, source: Source, config: ModelConfig) -> np.ndarray | ScaledArray:
-        """Returns the parameter's value in host memory."""
-        if source.kept == "table":
-            table = functools.partial(_read_table, experts=config.n_routed_experts)
-            return self._array(source, source.tensors, source.dtype, table)
-        values = self._array(source, source.tensors, source.dtype)
-        if not source.scales:
-            return values
-        scales = self._array(source, source.scales, DTYPES[source.scales[0].dtype])
-        return ScaledArray(values, scales, source.block)
+    def __enter__(self) -> "_Reader":
+        self.pool.__enter__()
+        self.progress.__enter__()
+        return self
 
-    def _array(self, source: Source, tensors: list[Tensor], dtype, read=read_tensor) -> np.ndarray:
-        """Returns every tensor at its index in one array; other dtypes are converted."""
-        out = empty_aligned((*source.lead, *tensors[0].shape), np.dtype(dtype))
+    def __exit__(self, *error: object) -> None:
+        self.progress.__exit__(*error)
+        self.pool.__exit__(*error)
+
+    def place(self, path: str, array: Stacked) -> jax.Array:
+        """Returns an array of a parameter on the devices, once its copy there has ended."""
+        if self.layout is None:
+            # Blocked on, so that a device copy has ended before the next host array is made.
+            (whole,) = self._boxes(path, array)
+            return jax.block_until_ready(self.put(path, self._read(array, whole)))
+        read = functools.partial(self._read, array)
+        return put_shares(read, array.shape, self.variables[path], self.layout)
+
+    def _boxes(self, path: str, array: Stacked) -> list[Box]:
+        if self.layout is None:
+            return [tuple(slice(0, size) for size in array.shape)]
+        return host_boxes(array.shape, self.variables[path], self.layout)
+
+    def _read(self, array: Stacked, box: Box) -> np.ndarray:
+        """Returns array[box] in host memory; other dtypes are converted."""
+        lead = len(array.indices[0])
+        out = empty_aligned(box_shape(array.shape, box), array.dtype)
+        inside = box[lead:]
 
         def fill(tensor: Tensor, index: tuple[int, ...]) -> int:
-            if np.dtype(DTYPES[tensor.dtype]) == out.dtype and read is read_tensor:
-                read_into(tensor, out[index])
+            target = out[*(i - part.start for i, part in zip(index, box, strict=False)), ...]
+            if np.dtype(DTYPES[tensor.dtype]) == out.dtype and array.experts is None:
+                read_into(tensor, target, inside)
             else:
-                out[index] = read(tensor)
-            return tensor.nbytes
+                values = read_tensor(tensor, inside)
+                if array.experts is not None:
+                    _check_table(tensor, values, array.experts, inside[0].start)
+                target[...] = values
+            return target.size * np.dtype(DTYPES[tensor.dtype]).itemsize
 
-        indices = [place.index for place in source.places]
+        found = [
+            (tensor, index)
+            for tensor, index in zip(array.tensors, array.indices, strict=True)
+            if all(part.start <= i < part.stop for i, part in zip(index, box, strict=False))
+        ]
         # In the order of the files, so that a slow disk is read forwards.
-        order = sorted(
-            zip(tensors, indices, strict=True), key=lambda pair: (pair[0].file, pair[0].offset)
-        )
-        for nbytes in self.pool.map(lambda pair: fill(*pair), order):
+        found.sort(key=lambda pair: (pair[0].file, pair[0].offset))
+        for nbytes in self.pool.map(lambda pair: fill(*pair), found):
             self.done += nbytes
             rate = self.done / max(time.perf_counter() - self.start, 1e-6)
-            left = (self.progress.total - self.done) / max(rate, 1.0)
+            left = (self.total - self.done) / max(rate, 1.0)
             self.progress.update(self.done, rate=rate, seconds_left=left)
         return out
 
 
-def _read_table(tensor: Tensor, experts: int) -> np.ndarray:
-    """Returns a table of experts, which must hold expert ids only."""
-    values = read_tensor(tensor)
+def _box_bytes(array: Stacked, box: Box) -> int:
+    share = math.prod(box_shape(array.shape, box)) / max(math.prod(array.shape), 1)
+    return round(array.nbytes * share)
+
+
+def _check_table(tensor: Tensor, values: np.ndarray, experts: int, first_row: int) -> None:
     bad = np.argwhere((values < 0) | (values >= experts))
     if len(bad):
         row, column = bad[0]
         raise CheckpointError(
             f"tensor {tensor.name} in {tensor.file} must hold expert ids below {experts}, got "
-            f"{values[row, column]} at [{row}, {column}]"
+            f"{values[row, column]} at [{first_row + row}, {column}]"
         )
-    return values
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,25 @@ _SCALE_DTYPES = ("F8_E8M0", "U8", "F32")
 
 
 @dataclasses.dataclass(frozen=True)
+class Stacked:
+    """One array in memory: tensors of one shape at their indices along leading axes.
+
+    experts: of a routing table, the ids its values must be below; None: no table.
+    """
+
+    tensors: list[Tensor]
+    indices: list[tuple[int, ...]]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    experts: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Where one parameter's value comes from; checked, nothing read yet.
 
@@ -43,6 +63,7 @@ class Source:
     kept: str
     shape: tuple[int, ...]  # of the parameter, logical
     block: tuple[int, int]  # tile of one scale
+    experts: int  # of the model
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -61,18 +82,32 @@ class Source:
         return np.dtype(np.float32 if widened else DTYPES["BF16"])
 
     @property
+    def arrays(self) -> list[Stacked]:
+        """The arrays of the parameter's value: the values, then their scales if there are any."""
+        indices = [place.index for place in self.places]
+
+        def stack(tensors, dtype, experts=None) -> Stacked:
+            shape = (*self.lead, *tensors[0].shape)
+            return Stacked(tensors, indices, shape, np.dtype(dtype), experts)
+
+        values = stack(self.tensors, self.dtype, self.experts if self.kept == "table" else None)
+        if not self.scales:
+            return [values]
+        return [values, stack(self.scales, DTYPES[self.scales[0].dtype])]
+
+    def join(self, arrays: list) -> Any:
+        """Returns the parameter's value made of `arrays`."""
+        return ScaledArray(*arrays, self.block) if self.scales else arrays[0]
+
+    @property
     def abstract(self) -> jax.ShapeDtypeStruct | ScaledArray:
         """The parameter's value with shapes in place of arrays."""
-        values = jax.ShapeDtypeStruct((*self.lead, *self.tensors[0].shape), self.dtype)
-        if not self.scales:
-            return values
-        scales = (*self.lead, *self.scales[0].shape), DTYPES[self.scales[0].dtype]
-        return ScaledArray(values, jax.ShapeDtypeStruct(*scales), self.block)
+        return self.join([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.arrays])
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return sum(tensor.nbytes for tensor in (*self.tensors, *self.scales))
+        return sum(array.nbytes for array in self.arrays)
 
 
 def plan_sources(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
@@ -118,7 +153,7 @@ def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
         scales = [_find(folder, names.scale_name(place.tensor)) for place in found]
         _check_shapes(scales, (ceil_div(below[0], rows), ceil_div(below[1], columns)))
         _check_scale_dtypes(scales)
-    return Source(found, tensors, scales, kept, shape, block)
+    return Source(found, tensors, scales, kept, shape, block, folder.config.n_routed_experts)
 
 
 def _find(folder: Folder, name: str) -> Tensor:

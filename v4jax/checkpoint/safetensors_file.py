@@ -40,6 +40,8 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 _LENGTH_BYTES = 8
+PAGE_BYTES = 4096
+BLOCK_BYTES = 4 << 20  # of rows read to be cut
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
 
 
@@ -117,22 +119,47 @@ def _parse_entry(path, name, entry) -> tuple[Tensor, tuple[int, int]]:
     return tensor, (first, last)
 
 
-def read_into(tensor: Tensor, out: np.ndarray) -> None:
-    """Fills `out`, contiguous and of the tensor's size, with its bytes; threads may share it.
+def read_into(tensor: Tensor, out: np.ndarray, box: tuple[slice, ...] | None = None) -> None:
+    """Fills `out`, contiguous, with the bytes of tensor[box]; threads may share it.
+
+    Whole rows are read in one piece. Of a range of columns each row's piece is read by itself where
+    it is a page at least; below that a disk reads what lies between as well, so rows are read
+    whole, some MiB at a time, and cut.
+
+    Args:
+      box: of a vector or matrix, a slice of step 1 per axis; None: all of any tensor.
 
     Raises:
       CheckpointError: the bytes are not there.
     """
-    assert out.flags.c_contiguous and out.nbytes == tensor.nbytes, tensor
-    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    itemsize = np.dtype(DTYPES[tensor.dtype]).itemsize
+    if box is None:
+        sizes, box = (1, math.prod(tensor.shape)), (slice(None),) * 2
+    else:
+        assert len(box) == len(tensor.shape) <= 2, (tensor, box)
+        sizes = (1,) * (2 - len(box)) + tensor.shape
+        box = (slice(None),) * (2 - len(box)) + box
+    rows, columns = (range(*part.indices(size)) for part, size in zip(box, sizes, strict=True))
+    row_bytes, piece_bytes = sizes[1] * itemsize, len(columns) * itemsize
+    start = tensor.offset + rows.start * row_bytes
+    begin = columns.start * itemsize
+    assert out.flags.c_contiguous and out.nbytes == len(rows) * piece_bytes, (tensor, box)
+    view = out.reshape(-1).view(np.uint8)
     try:
         with open(tensor.file, "rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            while done < tensor.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError("the file ends early")
-                done += count
+            if piece_bytes == row_bytes:
+                read_bytes(file, start, view)
+            elif piece_bytes >= PAGE_BYTES or len(rows) == 1:
+                for row in range(len(rows)):
+                    piece = view[row * piece_bytes :][:piece_bytes]
+                    read_bytes(file, start + row * row_bytes + begin, piece)
+            else:
+                view = view.reshape(len(rows), piece_bytes)
+                step = max(1, BLOCK_BYTES // row_bytes)
+                for first in range(0, len(rows), step):
+                    block = np.empty((min(step, len(rows) - first), row_bytes), np.uint8)
+                    read_bytes(file, start + first * row_bytes, block.reshape(-1))
+                    view[first : first + step] = block[:, begin : begin + piece_bytes]
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(
@@ -140,11 +167,28 @@ def read_into(tensor: Tensor, out: np.ndarray) -> None:
         ) from error
 
 
-def read_tensor(tensor: Tensor) -> np.ndarray:
-    """Returns a tensor as a new array."""
-    out = np.empty(tensor.shape, DTYPES[tensor.dtype])
-    read_into(tensor, out)
+def read_bytes(file, offset: int, out: np.ndarray) -> None:
+    """Fills `out` [bytes] from an open file."""
+    view, done = memoryview(out), 0
+    file.seek(offset)
+    while done < len(out):
+        count = file.readinto(view[done:])
+        if not count:
+            raise OSError("the file ends early")
+        done += count
+
+
+def read_tensor(tensor: Tensor, box: tuple[slice, ...] | None = None) -> np.ndarray:
+    """Returns tensor[box], or the whole of it, as a new array."""
+    shape = tensor.shape if box is None else box_shape(tensor.shape, box)
+    out = np.empty(shape, DTYPES[tensor.dtype])
+    read_into(tensor, out, box)
     return out
+
+
+def box_shape(shape: tuple[int, ...], box: tuple[slice, ...]) -> tuple[int, ...]:
+    """Returns the shape of array[box]."""
+    return tuple(len(range(*part.indices(size))) for part, size in zip(box, shape, strict=True))
 
 
 def write_header(

@@ -4,10 +4,11 @@
 arrays born in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from v4jax.parallel.mesh import check_divides
 from v4jax.quant import ScaledArray
 
 Module = TypeVar("Module")
+Box = tuple[slice, ...]  # a part of an array: a slice with start and stop for each axis
 
 
 def is_variable(node) -> bool:
@@ -92,10 +94,60 @@ def move(module: Module, layout: Layout) -> Module:
     return jax.tree.map(jax.device_put, placed, weight_shardings(placed, layout))
 
 
-def put_shares(array, variable: nnx.Variable, layout: Layout) -> jax.Array:
-    """Returns a host array of a variable on the mesh; only the slices of this host are read."""
+def put_shares(
+    read: Callable[[Box], np.ndarray],
+    shape: tuple[int, ...],
+    variable: nnx.Variable,
+    layout: Layout,
+) -> jax.Array:
+    """Returns an array of a variable on the mesh, each share put there as soon as it is read.
+
+    Args:
+      read: box of the array, a slice per axis → its values. It is called once for each of
+        `host_boxes`, and the next time when the devices have what came before.
+    """
+    sharding, shares = NamedSharding(layout.mesh, spec_of(variable)), {}
+    order = sharding.addressable_devices_indices_map(shape)
+    for box, parts in plan_boxes(order, shape):
+        values, first = read(box), box[-1].start
+        for (start, stop), devices in parts.items():
+            share = values[..., start - first : stop - first]
+            shares |= {device: jax.device_put(share, device, may_alias=True) for device in devices}
+        jax.block_until_ready([shares[device] for part in parts.values() for device in part])
+        del values, share
+    return jax.make_array_from_single_device_arrays(shape, sharding, [shares[d] for d in order])
+
+
+def host_boxes(shape: tuple[int, ...], variable: nnx.Variable, layout: Layout) -> list[Box]:
+    """Returns the boxes of a variable's array that this host reads, by `plan_boxes`."""
     sharding = NamedSharding(layout.mesh, spec_of(variable))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return [box for box, _ in plan_boxes(sharding.addressable_devices_indices_map(shape), shape)]
+
+
+def plan_boxes(
+    indices: Mapping[jax.Device, Box], shape: tuple[int, ...]
+) -> list[tuple[Box, dict[tuple[int, int], list[jax.Device]]]]:
+    """Returns boxes that together are the shares of `indices`, none of them overlapping.
+
+    Each is one device's share, or neighbouring shares that differ in their columns only: files hold
+    rows, and so no row is read twice. With each box come its column ranges and their devices.
+    """
+    rows: dict[tuple, dict[tuple[int, int], list]] = {}
+    for device, index in indices.items():
+        spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        rows.setdefault(tuple(spans[:-1]), {}).setdefault(spans[-1], []).append(device)
+    plan = []
+    for above, columns in rows.items():
+        end = None
+        for span in sorted(columns):
+            if span[0] != end:
+                plan.append((above, {}))
+            plan[-1][1][span] = columns[span]
+            end = span[1]
+    return [
+        ((*(slice(*span) for span in above), slice(min(parts)[0], max(parts)[1])), parts)
+        for above, parts in plan
+    ]
 
 
 def born(build: Callable[[], Module], layout: Layout) -> Module:
