@@ -89,13 +89,15 @@ def open_source(config: SourceConfig, data: DataConfig, tokenizer: Vocabulary) -
     Raises:
       ConfigError: a file is missing or of the wrong kind, or there is no record.
     """
-    return Source(_open_records(config, tokenizer), config, data)
+    return Source(_open_records(config, data, tokenizer), config, data)
 
 
-def _open_records(config: SourceConfig, tokenizer: Vocabulary) -> Records:
+def _open_records(config: SourceConfig, data: DataConfig, tokenizer: Vocabulary) -> Records:
     match config.kind:
         case "chat":
-            return chat.ChatRecords(find_files(config.paths, chat.SUFFIXES), config, tokenizer)
+            files = find_files(config.paths, chat.SUFFIXES)
+            return chat.ChatRecords(files, config, tokenizer)
         case "text":
-            return text.TextRecords(find_files(config.paths, text.SUFFIXES), config, tokenizer)
+            files = find_files(config.paths, text.SUFFIXES)
+            return text.TextRecords(files, config, tokenizer, data.length)
     raise AssertionError(f"kind {config.kind!r} was let through")

@@ -5,14 +5,15 @@
 
 The text is data from outside: a control token's literal in it is ordinary text.
 
-A .txt or .md file of more than `SEGMENT_BYTES` is read in segments of that size where long
-documents are split anyway, so that no corpus has to fit into memory. Only the first segment begins
-with BOS, only the last ends with EOS.
+Where long documents are split anyway, a long .txt or .md file is read in segments, so that no file
+has to fit into memory. Only the first segment begins with BOS, only the last ends with EOS.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from v4jax.config.data import SourceConfig
 from v4jax.errors import DataError
@@ -21,7 +22,8 @@ from v4jax.training.data.document import Document, weigh_all
 from v4jax.training.data.files import Lines, decode, parse_object, read_range
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-SEGMENT_BYTES = 16 * 2**20
+# A segment holds some rows of tokens (one of V4's is about four bytes), and not too few bytes.
+ROWS_OF_A_SEGMENT, LEAST_SEGMENT_BYTES = 16, 2**20
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Segment:
 class TextRecords:
     """The texts of files: first the segments of plain ones, then the lines of JSONL ones."""
 
-    def __init__(self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary):
+    def __init__(
+        self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary, length: int
+    ):
+        """Indexes the files; `length` is that of a row, in tokens."""
         self._tokenizer = tokenizer
+        step = max(ROWS_OF_A_SEGMENT * length, LEAST_SEGMENT_BYTES) if config.splits else None
         plain = [file for file in files if file.suffix != ".jsonl"]
-        self._segments = [s for file in plain for s in cut_file(file, whole=not config.splits)]
+        self._segments = [segment for file in plain for segment in cut_file(file, step)]
         self._lines = Lines([file for file in files if file.suffix == ".jsonl"])
 
     def __len__(self) -> int:
@@ -88,14 +94,14 @@ def encode_text(
     """
     if not text.strip():
         raise DataError("is blank; leave it out")
-    ids = tokenizer.encode(text, specials=False)
-    tokens = [tokenizer.bos_id] * first + ids + [tokenizer.eos_id] * last
-    return Document(tokens, weigh_all(len(tokens)))
+    ids = np.array(tokenizer.encode(text, specials=False), np.int32)
+    tokens = np.concatenate([[tokenizer.bos_id] * first, ids, [tokenizer.eos_id] * last])
+    return Document(tokens.astype(np.int32), weigh_all(len(tokens)))
 
 
-def cut_file(file: Path, *, whole: bool) -> list[Segment]:
-    """Returns the segments of a file; a `whole` file is one."""
+def cut_file(file: Path, segment_bytes: int | None) -> list[Segment]:
+    """Returns the segments of a file; None: the whole file is one."""
     size = file.stat().st_size
-    step = size if whole else SEGMENT_BYTES
-    begins = range(0, size, step) if size else (0,)
+    step = segment_bytes or max(size, 1)
+    begins = range(0, max(size, 1), step)  # an empty file is a record too: a bad one
     return [Segment(file, begin, min(begin + step, size), size) for begin in begins]
