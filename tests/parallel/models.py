@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from v4jax.config import LayerKind, Numerics, RouterKind, get_numerics
+from v4jax.config import LayerKind, ModelConfig, Numerics, RouterKind, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.model import Transformer
 from v4jax.parallel import Layout, make_mesh
@@ -24,11 +24,11 @@ CONFIG = dataclasses.replace(
 
 
 @functools.cache
-def model(numerics: str = "float32") -> Transformer:
+def model(numerics: str = "float32", config: ModelConfig = CONFIG) -> Transformer:
     """Returns the model on one device, its logits of deviation near 1."""
     chosen: Numerics = get_numerics(numerics)
     storage = "float32" if numerics == "float32" else "released"
-    made = Transformer(CONFIG, chosen, storage=storage, rngs=nnx.Rngs(2))
+    made = Transformer(config, chosen, storage=storage, rngs=nnx.Rngs(2))
     random = np.random.RandomState(5)
 
     def perturb(path, leaf):

@@ -20,12 +20,15 @@ class CompressorRows(NamedTuple):
     first_window [b]: index of the first own window.
     completed [b]: how many of the windows are complete; the rest pool padding and must not become
       entries.
+    begin [b, w]: where rows hold several documents, the index of the first window of each own
+      window's document.
     """
 
     values: Float[Array, "b s z"]
     gates: Float[Array, "b s z"]
     first_window: Int[Array, "b"]
     completed: Int[Array, "b"]
+    begin: Int[Array, "b w"] | None = None
 
 
 @runtime_checkable

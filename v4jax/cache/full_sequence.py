@@ -18,7 +18,9 @@ class FullSequence:
     """Implements `LayerMemory` for sequences of equal length without history.
 
     Where a sequence lies on several devices, in shares of whole windows, `start` is that of this
-    device's share, and the rows before it are the left neighbour's last.
+    device's share, and the rows before it are the left neighbour's last. `begin` [b, t] is the row
+    index of the first token of each token's document, negative for padding; None: rows are single
+    documents.
     """
 
     layer: Layer
@@ -27,6 +29,7 @@ class FullSequence:
     index_format: EntryFormat
     start: jax.Array
     end: jax.Array
+    begin: jax.Array | None = None
 
     def append_window(self, key_values):
         """See `LayerMemory.append_window`; rows before position 0 are masked."""
@@ -43,8 +46,12 @@ class FullSequence:
             rows = prepend(rows[:, :whole], before)
             return jnp.pad(rows, [(0, 0), (0, before + whole - rows.shape[1]), (0, 0)])
 
-        first = self.start // ratio
-        return CompressorRows(cut(values), cut(gates), first, self.end // ratio), self
+        begin = self.begin
+        if begin is not None:
+            # Documents begin with a window, so its first token says whose it is.
+            begin = jnp.maximum(begin[:, :whole:ratio], 0) // ratio
+        first, completed = self.start // ratio, self.end // ratio
+        return CompressorRows(cut(values), cut(gates), first, completed, begin), self
 
     def append_entries(self, which, vectors, rows):
         """See `LayerMemory.append_entries`; rounded, but not packed: gradients pass."""

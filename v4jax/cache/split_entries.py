@@ -29,11 +29,13 @@ def select(
     *,
     ratio: int,
     count: int,
+    begin: Int[Array, "b t"] | None = None,
 ) -> Int[Array, "b t k"]:
     """See `v4jax.kernels.indexer.select`; ids count all entries of the sequence."""
     options = {"ratio": ratio, "count": count}
     if shares("read_entries") == 1:
-        return indexer.select(queries, head_weights, keys, start, end, **options)
+        return indexer.select(queries, head_weights, keys, start, end, **options, begin=begin)
+    assert begin is None, "a cache holds one document per sequence"
     first = first_here("read_entries", keys.capacity)
     before = first * ratio
     own = indexer.select(queries, head_weights, keys, start - before, end - before, **options)
@@ -51,12 +53,15 @@ def attend_selected(
     window: int,
     entries: EntryTable,
     selected: Int[Array, "b t k"],
+    begin: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     if shares("read_entries") == 1:
         return sparse_attention.attend_with_mass(
-            queries, recent, sink, start, window=window, entries=entries, selected=selected
+            *(queries, recent, sink, start),
+            **{"window": window, "entries": entries, "selected": selected, "begin": begin},
         )
+    assert begin is None, "a cache holds one document per sequence"
     own = selected - first_here("read_entries", entries.capacity)
     own = jnp.where((selected >= 0) & (own >= 0) & (own < entries.capacity), own, -1)
     partial = sparse_attention.attend_with_mass(
@@ -81,12 +86,15 @@ def attend_all(
     window: int,
     entries: EntryTable | None,
     ratio: int,
+    begin: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """See `v4jax.kernels.dense_attention.attend`."""
     if shares("read_entries") == 1 or entries is None:
         return dense_attention.attend(
-            queries, recent, sink, start, end, window=window, entries=entries, ratio=ratio
+            *(queries, recent, sink, start, end),
+            **{"window": window, "entries": entries, "ratio": ratio, "begin": begin},
         )
+    assert begin is None, "a cache holds one document per sequence"
     before = first_here("read_entries", entries.capacity) * ratio
     partial = dense_attention.attend(
         queries,

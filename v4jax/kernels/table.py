@@ -80,6 +80,17 @@ def write(
     )
 
 
+# Documents of a packed row begin at multiples of this many tokens: whole windows of every kind.
+DOCUMENT_UNIT = 128
+# Where the document of a padding token begins: after every row, so that it sees nothing.
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+def hide_padding(begin: Int[Array, "b t"] | None) -> Int[Array, "b t"] | None:
+    """Returns `begin` with `NEVER` where a token belongs to no document (negative)."""
+    return None if begin is None else jnp.where(begin < 0, NEVER, begin)
+
+
 def visible_entries(positions: Int[Array, "..."], ratio: int) -> Int[Array, "..."]:
     """Returns how many compressed entries a query at these positions may see.
 

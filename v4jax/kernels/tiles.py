@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from v4jax.shapes import ceil_div
 
 
-def map_query_tiles(body: Callable[..., jax.Array], tile: int, *arrays: jax.Array) -> jax.Array:
+def map_query_tiles(
+    body: Callable[..., jax.Array], tile: int, *arrays: jax.Array | None
+) -> jax.Array:
     """Returns body(first, tile of each array) for successive tiles of axis 1, concatenated again.
 
     Args:
@@ -16,7 +18,7 @@ def map_query_tiles(body: Callable[..., jax.Array], tile: int, *arrays: jax.Arra
         returns [b, tile, …]. The last tile is padded with zeros; what it returns for them is
         dropped.
       tile: queries per tile.
-      arrays: [b, t, …] each.
+      arrays: [b, t, …] each; None stays None.
     """
     length = arrays[0].shape[1]
     count = ceil_div(length, tile)
@@ -31,6 +33,6 @@ def map_query_tiles(body: Callable[..., jax.Array], tile: int, *arrays: jax.Arra
     firsts = jnp.arange(count, dtype=jnp.int32) * tile
     # Tiles are recomputed in the backward pass: their scores are never stored.
     step = jax.checkpoint(lambda slices: body(*slices))
-    tiles = jax.lax.map(step, (firsts, *(cut(x) for x in arrays)))
+    tiles = jax.lax.map(step, (firsts, *jax.tree.map(cut, arrays)))
     joined = jnp.moveaxis(tiles, 0, 1)
     return joined.reshape(joined.shape[0], count * tile, *joined.shape[3:])[:, :length]

@@ -19,7 +19,7 @@ class Compressor(nnx.Module):
     """Projects tokens to values and gates, pools each window, normalizes and rotates the entry.
 
     Everything up to the pooled vector is float32, whatever the numerics. An entry stands at the
-    position of its own window's first token.
+    position of its own window's first token within its document.
 
     Source: spec B.7 (HCA), B.8 (CSA: two series, windows overlap).
     """
@@ -49,8 +49,11 @@ class Compressor(nnx.Module):
             self.position_bias[...],
             rows.first_window,
             overlaps=self.layer.overlaps,
+            begin=rows.begin,
         )
         normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
         windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
+        if rows.begin is not None:
+            windows = windows - rows.begin
         entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, windows * self.layer.ratio))
         return memory.append_entries(self.which, entries_bwc, rows)

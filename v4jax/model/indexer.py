@@ -65,5 +65,6 @@ class Indexer(nnx.Module):
             context.end,
             ratio=self.layer.ratio,
             count=self.config.index_topk,
+            begin=context.begin,
         )
         return selected, memory

@@ -138,4 +138,5 @@ def full_sequence(
         index_format(config, numerics),
         context.start,
         context.end,
+        context.begin,
     )

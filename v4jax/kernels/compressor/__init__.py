@@ -19,6 +19,7 @@ def pool(
     first_window: Int[Array, "b"],
     *,
     overlaps: bool,
+    begin: Int[Array, "b w"] | None = None,
 ) -> Float[Array, "b w c"]:
     """Returns U_w = Σ_j softmax_j(gate_j + bias_j) · value_j per channel, in float32.
 
@@ -31,6 +32,8 @@ def pool(
         whole windows; with overlap, m rows of the previous window stand before them.
       position_bias: learned bias of each token of a window (the checkpoint's `ape`).
       first_window: index of the first own window of each sequence.
+      begin: where a row holds several documents, the index of the first window of each own window's
+        document, which has no previous one.
 
     Source: spec B.7, B.8.
     """
@@ -38,7 +41,8 @@ def pool(
     check_shape("values", values, (None, None, width))
     check_shape("gates", gates, values.shape)
     assert values.shape[1] % tokens == 0, (values.shape, tokens)
-    return reference.pool(values, gates, position_bias, first_window, overlaps=overlaps)
+    options = {"overlaps": overlaps, "begin": begin}
+    return reference.pool(values, gates, position_bias, first_window, **options)
 
 
 def compress(

@@ -15,7 +15,7 @@ def compress(x, key_value, gate, position_bias, before, first_window, *, overlap
     return pool(*rows, position_bias, first_window, overlaps=overlaps)
 
 
-def pool(values, gates, position_bias, first_window, *, overlaps):
+def pool(values, gates, position_bias, first_window, *, overlaps, begin=None):
     """See `v4jax.kernels.compressor.pool`."""
     tokens = position_bias.shape[0]
 
@@ -29,7 +29,7 @@ def pool(values, gates, position_bias, first_window, *, overlaps):
         gates_bwmz = overlap(gates_bwmz)
         own = jnp.arange(2 * tokens) >= tokens
         index_bw = first_window[:, None] + jnp.arange(gates_bwmz.shape[1])
-        exists_bwm = own | (index_bw > 0)[..., None]
+        exists_bwm = own | (index_bw > (0 if begin is None else begin))[..., None]
         gates_bwmz = jnp.where(exists_bwm[..., None], gates_bwmz, MASKED)
         values_bwmz = jnp.where(exists_bwm[..., None], values_bwmz, 0.0)
     return jnp.sum(jax.nn.softmax(gates_bwmz, axis=2) * values_bwmz, axis=2)

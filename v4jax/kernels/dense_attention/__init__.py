@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.dense_attention import reference
-from v4jax.kernels.table import EntryTable
+from v4jax.kernels.table import EntryTable, hide_padding
 from v4jax.shapes import check_shape
 
 
@@ -18,6 +18,7 @@ def attend(
     window: int,
     entries: EntryTable | None = None,
     ratio: int = 0,
+    begin: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """Returns softmax(q·k / √c) · k over window, visible entries and sink, and its log-sum-exp.
 
@@ -36,27 +37,33 @@ def attend(
       window: tokens a query sees, itself included; 0 for none.
       entries: compressed entries, or None on a window layer.
       ratio: tokens per entry.
+      begin: where a row holds several documents, the position of the first token of each query's
+        document, a multiple of `table.DOCUMENT_UNIT`, as start then is; negative for padding. What
+        lies before it is invisible; what padding gets means nothing.
 
     Source: spec B.6, B.10.
     """
     batch, tokens, heads, channels = queries.shape
     check_shape("recent", recent, (batch, window + tokens, channels))
     check_shape("sink", sink, (heads,))
+    if begin is not None:
+        check_shape("begin", begin, (batch, tokens))
     implementation = reference
-    if _choose(queries, recent, window, entries) == "pallas_tpu":
+    if _choose(queries, recent, window, entries, begin) == "pallas_tpu":
         from v4jax.kernels.dense_attention import pallas_tpu as implementation
+    options = {"window": window, "entries": entries, "ratio": ratio}
     return implementation.attend(
-        queries, recent, sink, start, end, window=window, entries=entries, ratio=ratio
+        queries, recent, sink, start, end, **options, begin=hide_padding(begin)
     )
 
 
-def _choose(queries, recent, window, entries) -> str:
+def _choose(queries, recent, window, entries, begin) -> str:
     def check_tpu():
         reason = dispatch.needs_platform("tpu")
         if reason is not None:
             return reason
         from v4jax.kernels.dense_attention import pallas_tpu
 
-        return pallas_tpu.supported(queries, recent, window, entries)
+        return pallas_tpu.supported(queries, recent, window, entries, begin)
 
     return dispatch.choose("dense_attention", {"pallas_tpu": check_tpu, "reference": lambda: None})

@@ -32,7 +32,7 @@ def fold_query_tiles(body, carry, tile, *arrays):
 
     firsts = jnp.arange(count, dtype=jnp.int32) * tile
     carry, tiles = jax.lax.scan(
-        lambda carry, slices: body(carry, *slices), carry, (firsts, *(cut(x) for x in arrays))
+        lambda carry, slices: body(carry, *slices), carry, (firsts, *jax.tree.map(cut, arrays))
     )
     joined = jnp.moveaxis(tiles, 0, 1)
     return carry, joined.reshape(joined.shape[0], count * tile, *joined.shape[3:])[:, :length]

@@ -38,8 +38,10 @@ GROUP_ROWS = 1024
 RESIDENT_BYTES = 16 * 2**20
 
 
-def supported(queries, recent, window, entries) -> str | None:
+def supported(queries, recent, window, entries, begin=None) -> str | None:
     """Returns why the kernel cannot run on these arguments, or None."""
+    if begin is not None:
+        return "rows of several documents are not supported"
     reason = why_not(queries, recent, window)
     if reason is not None or entries is None:
         return reason
@@ -49,7 +51,7 @@ def supported(queries, recent, window, entries) -> str | None:
     return entries_tpu.why_not(entries, queries.dtype)
 
 
-def attend(queries, recent, sink, start, end, *, window, entries, ratio):
+def attend(queries, recent, sink, start, end, *, window, entries, ratio, begin=None):
     """See `v4jax.kernels.dense_attention.attend`."""
     stored, layer, stored_as = gradient.open_table(entries)
     return _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored, layer)

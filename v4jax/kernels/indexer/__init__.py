@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.indexer import reference
-from v4jax.kernels.table import EntryTable
+from v4jax.kernels.table import EntryTable, hide_padding
 from v4jax.shapes import check_shape
 
 
@@ -19,6 +19,7 @@ def select(
     *,
     ratio: int,
     count: int,
+    begin: Int[Array, "b t"] | None = None,
 ) -> Int[Array, "b t k"]:
     """Returns the ids of the `count` best visible entries, −1 where fewer are visible.
 
@@ -35,17 +36,23 @@ def select(
       end: position after the last real token; later queries are padding.
       ratio: tokens per entry.
       count: entries to select (config.index_topk).
+      begin: where a row holds several documents, the position of the first token of each query's
+        document, a multiple of `table.DOCUMENT_UNIT`, as start then is; negative for padding. No
+        entry before it is selected; what is selected for padding means nothing.
 
     Source: spec B.9.
     """
     batch, tokens, heads, _ = queries.shape
     check_shape("head_weights", head_weights, (batch, tokens, heads))
+    if begin is not None:
+        check_shape("begin", begin, (batch, tokens))
     # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
     implementation = reference
-    if _choose(queries, keys, count) == "pallas_tpu":
+    if _choose(queries, keys, count, begin) == "pallas_tpu":
         from v4jax.kernels.indexer import pallas_tpu as implementation
-    return implementation.select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
+    options = {"ratio": ratio, "count": count, "begin": hide_padding(begin)}
+    return implementation.select(queries, head_weights, keys, start, end, **options)
 
 
 def score_selected(
@@ -59,13 +66,13 @@ def score_selected(
     return jnp.where(selected >= 0, scores, -jnp.inf)
 
 
-def _choose(queries, keys, count) -> str:
+def _choose(queries, keys, count, begin) -> str:
     def check_tpu():
         reason = dispatch.needs_platform("tpu")
         if reason is not None:
             return reason
         from v4jax.kernels.indexer import pallas_tpu
 
-        return pallas_tpu.supported(queries, keys, count)
+        return pallas_tpu.supported(queries, keys, count, begin)
 
     return dispatch.choose("indexer", {"pallas_tpu": check_tpu, "reference": lambda: None})

@@ -95,8 +95,10 @@ MANY = Blocks()
 FEW = Blocks(entries=4096, dense=2)
 
 
-def supported(queries, keys: EntryTable, count: int) -> str | None:
+def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
     """Returns why these kernels cannot run, or None."""
+    if begin is not None:
+        return "rows of several documents are not supported"
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
     blocks = FEW if few else MANY
@@ -127,7 +129,19 @@ def supported(queries, keys: EntryTable, count: int) -> str | None:
     return dispatch.needs_platform("tpu")
 
 
-def select(queries, head_weights, keys, start, end, *, ratio, count, blocks=None, interpret=False):
+def select(
+    queries,
+    head_weights,
+    keys,
+    start,
+    end,
+    *,
+    ratio,
+    count,
+    begin=None,
+    blocks=None,
+    interpret=False,
+):
     """See `v4jax.kernels.indexer.select`."""
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS

@@ -13,12 +13,14 @@ spans and blocks that no query of the tile sees are skipped.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from v4jax.kernels.indexer.largest import find_largest
-from v4jax.kernels.table import EntryTable, visible_entries
+from v4jax.kernels.table import NEVER, EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
 from v4jax.shapes import ceil_div, round_up
 
@@ -34,51 +36,89 @@ GATHERED_ELEMENTS = 1 << 19
 UNSEEN = -jnp.inf
 
 
-def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count):
+def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count, begin=None):
     """See `v4jax.kernels.indexer.select`."""
     tokens = queries.shape[1]
     kept = min(count, keys.capacity)
 
-    def select_tile(first, queries_bqix, weights_bqi):
+    def select_tile(first, queries_bqix, weights_bqi, begin_bq):
         positions_bq = start[:, None] + first + jnp.arange(queries_bqix.shape[1])
-        visible_bq = visible_entries(positions_bq, ratio)
-        last_b = jnp.minimum(positions_bq[:, -1], end - 1)
-        needed = jnp.max(visible_entries(last_b, ratio))
+        range_seen = find_range(positions_bq, begin_bq, end, ratio)
 
         def all_visible():
-            ids = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), (*visible_bq.shape, kept))
-            return jnp.where(ids < visible_bq[..., None], ids, -1)
+            ids = jnp.arange(kept, dtype=jnp.int32)
+            if range_seen.first is not None:
+                ids = range_seen.first[..., None] + ids
+            ids = jnp.broadcast_to(ids, (*positions_bq.shape, kept))
+            return jnp.where(ids < range_seen.visible[..., None], ids, -1)
 
         def best_of(limit):
-            return select_best(queries_bqix, weights_bqi, keys, limit, visible_bq, needed, kept)
+            return select_best(queries_bqix, weights_bqi, keys, limit, range_seen, kept)
 
         def best_visible():
             if keys.capacity <= SMALL:
                 return best_of(keys.capacity)
             few = functools.partial(best_of, SMALL)
-            return jax.lax.cond(needed <= SMALL, few, lambda: best_of(keys.capacity))
+            return jax.lax.cond(range_seen.end <= SMALL, few, lambda: best_of(keys.capacity))
 
         if keys.capacity <= count:
             return all_visible()
-        return jax.lax.cond(needed <= kept, all_visible, best_visible)
+        return jax.lax.cond(range_seen.most <= kept, all_visible, best_visible)
 
-    return map_query_tiles(select_tile, min(QUERY_TILE, tokens), queries, head_weights)
+    return map_query_tiles(select_tile, min(QUERY_TILE, tokens), queries, head_weights, begin)
 
 
-def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, count):
-    """Returns the ids of the best `count` of `needed` entries for one tile of queries.
+class Range(NamedTuple):
+    """Entries that the queries of a tile see: `first` … `visible` − 1 each; `first` None: 0.
 
-    `capacity`, a static bound of `needed`, is what the steps are sized by.
+    The real ones see entries `begin` … `end` − 1 together, and none of them more than `most`.
     """
-    rows = visible_bq.shape
+
+    first: Int[Array, "b q"] | None
+    visible: Int[Array, "b q"]
+    begin: Int[Array, ""] | int
+    end: Int[Array, ""]
+    most: Int[Array, ""]
+
+    def includes(self, ids: Int[Array, "..."]) -> Bool[Array, "b q w"]:
+        """Returns which of the ids, [w] or [b, q, w], each query sees."""
+        seen_bqw = ids < self.visible[..., None]
+        return seen_bqw if self.first is None else seen_bqw & (ids >= self.first[..., None])
+
+
+def find_range(positions_bq, begin_bq, end, ratio) -> Range:
+    """Returns what the queries of a tile see."""
+    visible_bq = visible_entries(positions_bq, ratio)
+    last_b = jnp.minimum(positions_bq[:, -1], end - 1)
+    needed = jnp.max(visible_entries(last_b, ratio))
+    if begin_bq is None:
+        return Range(None, visible_bq, 0, needed, needed)
+    first_bq, real_bq = begin_bq // ratio, positions_bq < end[:, None]
+    begin = jnp.min(first_bq, where=real_bq, initial=NEVER)
+    most = jnp.max(visible_bq - first_bq, where=real_bq, initial=0)
+    return Range(first_bq, visible_bq, begin, needed, most)
+
+
+def select_best(queries_bqix, weights_bqi, keys, capacity, range_seen: Range, count):
+    """Returns the ids of the best `count` entries for one tile of queries.
+
+    `capacity`, a static bound of `range_seen.end`, is what the steps are sized by.
+    """
+    rows = range_seen.visible.shape
     group = choose_group(capacity, count)
-    block = min(ENTRY_BLOCK * max(QUERY_TILE // visible_bq.size, 1), LARGEST_BLOCK)
+    block = min(ENTRY_BLOCK * max(QUERY_TILE // range_seen.visible.size, 1), LARGEST_BLOCK)
     block = round_up(ceil_div(capacity, ceil_div(capacity, block)), group)
     # The last block of a capacity that block does not divide is read from earlier on, by whole
     # groups, which every block therefore has room for.
     readable = capacity - max(capacity - block, 0) // group * group
     groups = ceil_div(readable, group)
     span = min(max(SPAN * group // block, 1), ceil_div(capacity, block))  # in blocks
+
+    def is_seen(index, blocks):
+        seen = index * block < range_seen.end
+        if range_seen.first is not None:
+            seen &= (index + blocks) * block > range_seen.begin
+        return seen
 
     def first_group(index):
         return jnp.minimum(index * block, capacity - readable)
@@ -88,7 +128,7 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, c
         scores_bqw = score(queries_bqix, weights_bqi, keys.block(first, readable))
         ids_w = first + jnp.arange(readable)
         own_w = (ids_w >= index * block) & (ids_w < (index + 1) * block)
-        scores_bqw = jnp.where(own_w & (ids_w < visible_bq[..., None]), scores_bqw, UNSEEN)
+        scores_bqw = jnp.where(own_w & range_seen.includes(ids_w), scores_bqw, UNSEEN)
         padding = [(0, 0), (0, 0), (0, groups * group - readable)]
         scores_bqw = jnp.pad(scores_bqw, padding, constant_values=UNSEEN)
         return scores_bqw.reshape(*rows, groups, group).max(axis=-1)
@@ -99,7 +139,7 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, c
 
         def maxima_or_nothing(i):
             nothing = jnp.full((*rows, groups), UNSEEN, jnp.float32)
-            return jax.lax.cond(i * block < needed, group_maxima, lambda _: nothing, i)
+            return jax.lax.cond(is_seen(i, 1), group_maxima, lambda _: nothing, i)
 
         maxima = jnp.moveaxis(jax.lax.map(maxima_or_nothing, indices), 0, 2)
         maxima = maxima.reshape(*rows, span * groups)
@@ -114,7 +154,7 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, c
         return jnp.where(chosen < 0, UNSEEN, best_max), jnp.where(chosen < 0, -group, ids)
 
     def step(state, index):
-        seen = index * span * block < needed
+        seen = is_seen(index * span, span)
         return jax.lax.cond(seen, add_span, lambda s, _: s, state, index), None
 
     state = jnp.full((*rows, count), UNSEEN, jnp.float32), jnp.full((*rows, count), -group)
@@ -124,7 +164,7 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, visible_bq, needed, c
         return best_id
     ids = (best_id[..., None] + jnp.arange(group)).reshape(*rows, count * group)
     scores = score_taken(queries_bqix, weights_bqi, keys, ids)
-    scores = jnp.where((ids >= 0) & (ids < visible_bq[..., None]), scores, UNSEEN)
+    scores = jnp.where((ids >= 0) & range_seen.includes(ids), scores, UNSEEN)
     chosen = largest_of(scores, count)
     return jnp.where(chosen < 0, -1, jnp.take_along_axis(ids, chosen, axis=-1))
 

@@ -22,8 +22,10 @@ REWRITTEN_ROWS = 32
 MOST_QUERIES = 16  # of a sequence that gather one by one: they share the rows of one window
 
 
-def supported(queries, recent, window, entries, selected) -> str | None:
+def supported(queries, recent, window, entries, selected, begin=None) -> str | None:
     """Returns why the kernels cannot run on these arguments, or None."""
+    if begin is not None:
+        return "rows of several documents are not supported"
     reason = why_not(queries, recent, window)
     if reason is not None:
         return reason
@@ -42,14 +44,15 @@ def supported(queries, recent, window, entries, selected) -> str | None:
     return None
 
 
-def attend_with_mass(queries, recent, sink, start, *, window, entries, selected):
+def attend_with_mass(queries, recent, sink, start, *, window, entries, selected, begin=None):
     """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     stored, layer, stored_as = gradient.open_table(entries)
-    return _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected)
+    arguments = queries, recent, sink, start, begin
+    return _attend(window, stored_as, *arguments, stored, layer, selected)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected):
+def _attend(window, stored_as, queries, recent, sink, start, begin, stored, layer, selected):
     entries = gradient.close_table(stored, layer, stored_as)
     few = gathers_one_by_one(queries.shape[1], selected.shape[-1], entries.capacity)
     kernel = decode_tpu if few else prefill_tpu

@@ -17,27 +17,28 @@ QUERY_TILE = 128
 SMALLEST_TILE = 8
 
 
-def attend_with_mass(queries, recent, sink, start, *, window, entries, selected):
+def attend_with_mass(queries, recent, sink, start, *, window, entries, selected, begin=None):
     """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     stored, layer, stored_as = gradient.open_table(entries)
-    return _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected)
+    arguments = queries, recent, sink, start, begin
+    return _attend(window, stored_as, *arguments, stored, layer, selected)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(window, stored_as, queries, recent, sink, start, stored, layer, selected):
+def _attend(window, stored_as, queries, recent, sink, start, begin, stored, layer, selected):
     channels = queries.shape[-1]
     entries = gradient.close_table(stored, layer, stored_as)
     tile = choose_tile(queries, selected)
     recent = pad_recent(recent, window, tile)
 
-    def attend_tile(first, queries_bqhc, selected_bqk):
+    def attend_tile(first, queries_bqhc, selected_bqk, begin_bq):
         positions_bq = start[:, None] + first + jnp.arange(queries_bqhc.shape[1])
-        partial = attend_window(queries_bqhc, recent, first, positions_bq, window)
+        partial = attend_window(queries_bqhc, recent, first, positions_bq, begin_bq, window)
         partial = merge(partial, attend_selected(queries_bqhc, entries, selected_bqk))
         attended, log_mass = finish(partial, sink)
         return jnp.concatenate([attended, log_mass[..., None]], axis=-1)
 
-    joined = map_query_tiles(attend_tile, tile, queries, selected)
+    joined = map_query_tiles(attend_tile, tile, queries, selected, begin)
     return round_to(joined[..., :channels], queries.dtype), joined[..., channels]
 
 
@@ -47,17 +48,17 @@ def _attend_forward(window, stored_as, *arguments):
 
 
 def attend_backward(window, stored_as, kept, grads):
-    queries, recent, sink, start, stored, layer, selected, attended, log_mass = kept
+    queries, recent, sink, start, begin, stored, layer, selected, attended, log_mass = kept
     entries = gradient.close_table(stored, layer, stored_as)
     tile = choose_tile(queries, selected)
     padded = pad_recent(recent, window, tile)
     slopes = gradient.row_slopes(attended, *grads)
     batch = jnp.arange(queries.shape[0])[:, None, None]
 
-    def attend_tile(sums, first, selected_bqk, queries_bqhc, *row_values):
+    def attend_tile(sums, first, selected_bqk, begin_bq, queries_bqhc, *row_values):
         recent_sum, entry_sum = sums
         positions_bq = start[:, None] + first + jnp.arange(queries_bqhc.shape[1])
-        keys_bsc, seen_bqs = window_keys(padded, first, positions_bq, window)
+        keys_bsc, seen_bqs = window_keys(padded, first, positions_bq, begin_bq, window)
         query_grads, grads = gradient.key_gradients(queries_bqhc, keys_bsc, seen_bqs, *row_values)
         recent_sum = gradient.add_rows(recent_sum, first, grads)
         more, grads_bqkc = gradient.own_key_gradients(
@@ -69,12 +70,13 @@ def attend_backward(window, stored_as, kept, grads):
 
     sums = (jnp.zeros(padded.shape, jnp.float32), gradient.zero_sums(entries))
     (recent_sum, entry_sum), query_grads = gradient.fold_query_tiles(
-        attend_tile, sums, tile, selected, queries, log_mass, grads[0], slopes
+        attend_tile, sums, tile, selected, begin, queries, log_mass, grads[0], slopes
     )
     return (
         query_grads.astype(queries.dtype),
         recent_sum[:, : recent.shape[1]].astype(recent.dtype),
         gradient.sink_gradient(sink, log_mass, slopes),
+        None,
         None,
         gradient.stored_gradient(entries, entry_sum),
         None,
