@@ -43,3 +43,7 @@ class CompletionError(V4JaxError, ValueError):
 
 class UnsupportedError(V4JaxError, NotImplementedError):
     """An implementation asked for by name cannot run here; the message gives the reason."""
+
+
+class TrainingError(V4JaxError, RuntimeError):
+    """A training run cannot go on; the message says why and which checkpoint is good."""

@@ -55,7 +55,39 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
         raise ConfigError(
             f"{name}: get_config() must return a ConfigDict, got {type(config).__name__}"
         )
-    return build(ModelConfig, config.get("model", config), "model")
+    model = config.get("model", config)
+    if isinstance(model, str):  # of a training run: a name or a folder
+        return load_model_config(model)
+    return build(ModelConfig, model, "model")
+
+
+def load_run(
+    dataclass_type: type, path: str | pathlib.Path, changes: Mapping[str, Any] | None = None
+) -> Any:
+    """Returns the run that a Python file's `get_config()` describes, as a `dataclass_type`.
+
+    Args:
+      changes: values to put in place of the file's, by dotted path, such as {"data.batch": 8}.
+
+    Raises:
+      ConfigError: no such file, a path that leads nowhere, or a broken rule.
+    """
+    file = pathlib.Path(path)
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(f"config must be a Python file with get_config(), got {str(path)!r}")
+    config = _run_file(file)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"{path}: get_config() must return a ConfigDict, got {config!r}")
+    with config.unlocked():
+        for name, value in (changes or {}).items():
+            *parents, field = name.split(".")
+            place = config
+            for parent in parents:
+                place = place.setdefault(parent, ml_collections.ConfigDict())
+                if not isinstance(place, ml_collections.ConfigDict):
+                    raise ConfigError(f"{name} cannot be set: {parent} holds a value, no fields")
+            place[field] = value
+    return build(dataclass_type, config)
 
 
 def packaged_names() -> list[str]:

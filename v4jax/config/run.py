@@ -34,7 +34,8 @@ class MeshConfig:
 class LossConfig:
     """Weights of the losses beside cross-entropy.
 
-    mtp_weight: of the MTP block's cross-entropy (report: 0.3, then 0.1 while the rate decays).
+    mtp_weight: of the MTP block's cross-entropy; late_mtp_weight: while the rate decays, None for
+    the same.
     balance_weight: of the sequence-wise balance term. bias_speed: by how much a router's bias moves
     a step toward an even load (auxiliary-loss-free); 0 leaves biases alone.
     distill_weight: of the indexer's loss, where the indexer is trained.
@@ -43,6 +44,7 @@ class LossConfig:
     """
 
     mtp_weight: float = 0.3
+    late_mtp_weight: float | None = 0.1
     balance_weight: float = 1e-4
     bias_speed: float = 1e-3
     distill_weight: float = 1.0

@@ -153,6 +153,26 @@ CHIPS = {
 }
 
 
+# What JAX calls the devices of a chip: the first name that the device's kind begins with.
+_DEVICE_KINDS = (
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6", "v6e"),
+    ("TPU7x", "tpu7x"),
+    ("NVIDIA H100", "h100"),
+    ("NVIDIA H200", "h200"),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns one device's bfloat16 peak per second, None for a kind without a published one."""
+    for kind, name in _DEVICE_KINDS:
+        if device_kind.startswith(kind):
+            return CHIPS[name].bf16_flops_per_second / CHIPS[name].devices
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A slice of chips joined by fast links; several slices are joined by the network."""

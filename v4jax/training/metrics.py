@@ -1,0 +1,142 @@
+"""What a run says about itself: a line of JSON per logged step, TensorBoard and W&B when asked.
+
+`metrics.jsonl` has the fields of `compute_losses`, `grad_norm`, `rate`, `tokens_per_second`,
+`model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
+included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
+expert over the mean, one number for each layer.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax import log
+from v4jax.config import ModelConfig
+from v4jax.errors import ConfigError
+from v4jax.planning import flops
+from v4jax.planning.hardware import peak_flops
+
+
+class Metrics:
+    """Writes metrics by step; on process 0 only."""
+
+    def __init__(self, folder: pathlib.Path, receivers: Sequence[str], *, first_step: int):
+        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future.
+
+        Raises:
+          ConfigError: a receiver's package is not installed.
+        """
+        self.path = folder / "metrics.jsonl"
+        self._writers = [_open_receiver(name, folder) for name in receivers] if log.speaks() else []
+        if log.speaks():
+            _cut(self.path, first_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line and passes the numbers on."""
+        if not log.speaks():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for writer in self._writers:
+            writer(step, numbers)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Returns the lines of a `metrics.jsonl`; one that is not finished is left out."""
+    lines = []
+    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _cut(path: pathlib.Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _open_receiver(name: str, folder: pathlib.Path):
+    try:
+        if name == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def write(step, numbers):
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return write
+        import wandb
+
+        run = wandb.init(dir=str(folder), project="v4jax", name=folder.name, resume="allow")
+        return lambda step, numbers: run.log(dict(numbers), step=step)
+    except ModuleNotFoundError as error:
+        package = "tensorboardX" if name == "tensorboard" else "wandb"
+        raise ConfigError(
+            f"train.report_to has {name!r}, which needs {package}; pip install {package}, or leave "
+            "it out: metrics.jsonl is written anyway"
+        ) from error
+
+
+class Speed:
+    """Tokens and operations per second since the last reading."""
+
+    def __init__(self, config: ModelConfig, row_tokens: int, remat: bool):
+        """Counts the work of one row, as if it were one document: an upper bound when packed."""
+
+        def per_token(again: bool) -> float:
+            return flops.total(flops.count_training(config, row_tokens, remat=again)) / row_tokens
+
+        self._model, self._executed = per_token(False), per_token(remat)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        """Counts tokens of rows, padding included: they are computed like others."""
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """Returns the speed since the last reading."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        found = {
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * self._model,
+            "executed_flops_per_second": rate * self._executed,
+        }
+        if self._peak:
+            found["mfu"] = rate * self._model / (self._peak * jax.device_count())
+        return found
+
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metrics of a step as JSON-able values."""
+    values: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if name == "load":
+            values["imbalance"] = {path: _imbalance(load) for path, load in value.items()}
+        else:
+            values[name] = bool(value) if name == "finite" else float(value)
+    return values
+
+
+def _imbalance(load) -> list[float]:
+    load_le = np.atleast_2d(np.asarray(load, np.float64))
+    mean = np.maximum(load_le.mean(axis=-1), 1e-9)
+    return [round(float(x), 3) for x in load_le.max(axis=-1) / mean]

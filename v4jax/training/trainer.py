@@ -1,0 +1,287 @@
+"""`Trainer`: a whole run, from its configuration to the finished model.
+
+    trainer = Trainer(config)      # loads the model, opens data and checkpoints, resumes
+    trainer.run()                  # until `config.steps`, a signal, or too many bad steps
+
+A run lives in its output folder:
+
+    checkpoints/      the state, the position in the data; the newest is where a run resumes
+    metrics.jsonl     a line per logged step (`metrics.py`)
+    model/            the finished model, in the released layout
+
+Killed at any moment and started again with the same configuration, a run continues from its newest
+checkpoint and computes what it would have computed: the same data, the same numbers.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax import log
+from v4jax.checkpoint import api
+from v4jax.checkpoint.orbax_store import Store
+from v4jax.config.run import LossConfig, TrainConfig
+from v4jax.errors import TrainingError
+from v4jax.model import Transformer
+from v4jax.model.training_pass import Mode
+from v4jax.model.weights import read_weights, write_weights
+from v4jax.parallel import make_mesh
+from v4jax.tokenizer import load_tokenizer
+from v4jax.training.batch import Batch
+from v4jax.training.data import Loader, merge_states
+from v4jax.training.metrics import Metrics, Speed, flatten
+from v4jax.training.optimizer import build_optimizer, build_schedule
+from v4jax.training.placement import gather_json, make_state, put_batches, row_shares
+from v4jax.training.step import TrainState, build_step, split_model
+
+
+class Trainer:
+    """One run on all devices of the job; every process makes one with the same configuration."""
+
+    def __init__(self, config: TrainConfig):
+        """Loads the model, opens data and checkpoints, and goes to where the run stood.
+
+        Raises:
+          ConfigError, CheckpointError, DataError: something named in the configuration is missing
+            or does not fit; nothing was changed then.
+        """
+        self.config = config
+        self.folder = pathlib.Path(config.output)
+        model = load_model(config)
+        self.model_config = model.config
+        trained = choose_trained(model, config)
+        self.frozen, weights, biases = split_model(model, trained)
+        self.optimizer = build_optimizer(config.optimizer, model.config, config.steps)
+        self.rate = build_schedule(config.optimizer, config.steps)
+        self.state = make_state(self.frozen, weights, biases, self.optimizer)
+        del model, weights, biases
+        _announce(self.state, config)
+        index, count = row_shares(self.frozen.layout)
+        tokenizer = load_tokenizer(self.frozen.folder or self.model_config.tokenizer)
+        self.loader = Loader(config.data, tokenizer, shard_index=index, shard_count=count)
+        checkpoint = config.checkpoint
+        self.store = Store(
+            self.folder / "checkpoints",
+            keep=checkpoint.keep,
+            every=checkpoint.every,
+            model=self.model_config,
+        )
+        self._resume()
+        self.metrics = Metrics(self.folder, config.report_to, first_step=self.step + 1)
+
+    @property
+    def step(self) -> int:
+        """Updates made so far, skipped ones included."""
+        return int(self.state.step)
+
+    def run(self) -> str:
+        """Trains to the end, and returns how it ended: "finished" or "stopped".
+
+        A run stops in order, with a checkpoint, when the process is asked to end (SIGTERM, as spot
+        machines send, or ctrl-C); it then resumes with the same command.
+
+        Raises:
+          TrainingError: `max_skipped` steps in a row had a loss or gradient that is not finite.
+          CheckpointError: a checkpoint could not be written; the older ones are untouched.
+          DataError: a record is bad and bad records are fatal.
+        """
+        config = self.config
+        speed = Speed(self.model_config, config.data.length, config.remat == "layers")
+        row_tokens = config.data.batch * config.data.length * config.optimizer.accumulate
+        with _asked_to_end() as asked, log.Progress("train", config.steps, "steps") as progress:
+            step = self.step
+            while step < config.steps:
+                batches = self._next_batches()
+                self.state, found = self._compiled(self._phase(step))(
+                    self.frozen, self.state, batches
+                )
+                step += 1
+                speed.add(row_tokens)
+                found = jax.device_get(found)
+                self._check_finite(step, found)
+                if step % config.log_every == 0 or step in (1, config.steps):
+                    self._log(step, found, speed.read(), progress)
+                self._save(step)
+                if asked.is_set() or _others_asked(step):
+                    self._save(step, force=True)
+                    self.store.wait()
+                    log.info(
+                        f"train: stopped at step {step} with a checkpoint; the same command goes on"
+                    )
+                    return "stopped"
+            self._save(step, force=True)
+            self.store.wait()
+        log.info(self.loader.report())
+        return "finished"
+
+    def close(self) -> None:
+        """Ends data and checkpoints; waits for a checkpoint that is being written."""
+        self.loader.close()
+        self.store.close()
+
+    def finished_model(self) -> Transformer:
+        """Returns the model with the weights as trained, in float32."""
+        return write_weights(self.frozen, self.state.weights | self.state.biases)
+
+    def export(self, format: str = "released") -> pathlib.Path:
+        """Writes the finished model to `output`/model in a format of `v4jax.save`."""
+        folder = self.folder / "model"
+        api.save(self.finished_model(), folder, format)
+        return folder
+
+    def _phase(self, step: int) -> tuple[Mode, LossConfig]:
+        """Returns how the step after `step` runs its layers, and its losses."""
+        config = self.config
+        mode = Mode(
+            config.remat,
+            config.keep,
+            config.offload,
+            dense=step < config.dense_steps,
+            distill=config.indexer == "distill",
+        )
+        loss = config.loss
+        if loss.late_mtp_weight is not None and step >= config.steps - config.optimizer.decay_steps:
+            loss = dataclasses.replace(loss, mtp_weight=loss.late_mtp_weight)
+        return mode, loss
+
+    @functools.cache  # noqa: B019 (a trainer lives as long as its process)
+    def _compiled(self, phase: tuple[Mode, LossConfig]):
+        mode, loss = phase
+        log.info(f"train: compiling a step ({'dense' if mode.dense else 'sparse'} attention)")
+        step = build_step(loss, self.optimizer, mode, self.config.optimizer.clip_norm)
+        return jax.jit(step, donate_argnums=1)
+
+    def _next_batches(self) -> Batch:
+        batches = [self._next_batch() for _ in range(self.config.optimizer.accumulate)]
+        return put_batches(jax.tree.map(lambda *x: np.stack(x), *batches), self.frozen.layout)
+
+    def _next_batch(self) -> Batch:
+        try:
+            return next(self.loader)
+        except StopIteration:
+            raise TrainingError(
+                f"train.data ended at step {self.step} of {self.config.steps}: every record was "
+                f"read data.epochs = {self.config.data.epochs} times. The newest checkpoint is "
+                f"{self._newest()}; lower train.steps, or leave data.epochs out"
+            ) from None
+
+    def _check_finite(self, step: int, found: dict) -> None:
+        if found["finite"]:
+            return
+        skipped = int(self.state.skipped)
+        log.warning(
+            f"train: step {step} has loss {float(found['loss'])} and gradient norm "
+            f"{float(found['grad_norm'])}; skipped ({skipped} in a row)"
+        )
+        if skipped >= self.config.max_skipped:
+            raise TrainingError(
+                f"train.max_skipped = {skipped} steps in a row had a loss or gradient that is not "
+                f"finite, up to step {step}; the last good checkpoint is {self._newest()}. Lower "
+                "the rate, or look at the data of these steps"
+            )
+
+    def _newest(self) -> str:
+        newest = self.store.latest()
+        return "none" if newest is None else f"step {newest} in {self.store.folder}"
+
+    def _log(self, step: int, found: dict, speed: dict, progress: log.Progress) -> None:
+        values = flatten(found) | {"rate": float(self.rate(step - 1))} | speed
+        self.metrics.write(step, values)
+        tokens = speed["tokens_per_second"]
+        row_tokens = self.config.data.batch * self.config.data.length
+        row_tokens *= self.config.optimizer.accumulate
+        progress.update(
+            step,
+            seconds_left=(self.config.steps - step) * row_tokens / tokens,
+            note=_describe(step, values),
+        )
+
+    def _save(self, step: int, *, force: bool = False) -> None:
+        if force or step % self.store.every == 0:
+            position = merge_states(gather_json(self.loader.state()))
+            self.store.save(step, self.state, {"data": position}, force=force)
+
+    def _resume(self) -> None:
+        newest = self.store.latest()
+        if newest is None:
+            return
+        self.state, extra = self.store.restore(newest, self.state)
+        self.loader.restore(extra["data"])
+        log.info(f"train: resumes at step {newest} of {self.config.steps}")
+
+
+def load_model(config: TrainConfig) -> Transformer:
+    """Returns the model that a run starts from, on the run's mesh.
+
+    Raises:
+      ConfigError, CheckpointError: as `v4jax.load`.
+    """
+    sizes = {name: getattr(config.mesh, name) for name in ("data", "expert", "context", "tensor")}
+    mesh = None
+    if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
+        mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
+    return api.load(config.model, config.numerics, seed=config.seed, mesh=mesh, regime="train")
+
+
+def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
+    """Returns the names of the weights that the optimizer gets: all but a frozen indexer's."""
+    frozen = config.indexer == "frozen"
+    return [name for name in read_weights(model) if not (frozen and ".indexer." in name)]
+
+
+def _announce(state: TrainState, config: TrainConfig) -> None:
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    kept = ", ".join(config.optimizer.undecayed) or "nothing"
+    log.info(
+        f"train: {trained / 1e6:.1f} M weights trained by {config.optimizer.kind}, state "
+        f"{log.format_bytes(size)}; indexer {config.indexer}; no weight decay on: {kept}"
+    )
+
+
+def _describe(step: int, values: dict[str, Any]) -> str:
+    parts = [f"step {step}", f"loss {values['loss']:.3f}"]
+    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        parts.append(f"MFU {100 * values['mfu']:.1f} %")
+    return ", ".join(parts)
+
+
+class _asked_to_end:
+    """While it lasts, SIGTERM and ctrl-C set an event instead of ending the process.
+
+    A second ctrl-C interrupts as usual.
+    """
+
+    def __enter__(self) -> threading.Event:
+        self.event, self.before = threading.Event(), {}
+        if threading.current_thread() is threading.main_thread():
+            # In a job of several processes JAX itself listens for SIGTERM (`_others_asked`).
+            alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
+            for number in (signal.SIGINT, *alone):
+                self.before[number] = signal.signal(number, self._ask)
+        return self.event
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.event.set()
+
+
+def _others_asked(step: int) -> bool:
+    """Says whether any process of the job was asked to end; all get the same answer."""
+    if jax.process_count() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
