@@ -175,8 +175,13 @@ def test_every_epoch_has_its_own_order(config):
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_bad_record_is_fatal_where_it_is_read(config, corpus, prefetch):
     config = dataclasses.replace(config, on_bad_record="error", prefetch=prefetch)
+    stopped = Loader(config, BYTE)
     with pytest.raises(DataError, match=r"chat\.jsonl, line 8: is no JSON"):
-        take(Loader(config, BYTE), 100)
+        take(stopped, 100)
+    # The position is that of the last batch given: with bad records skipped it goes on there.
+    skipping = Loader(dataclasses.replace(config, on_bad_record="skip"), BYTE)
+    take(skipping, stopped.counts().rows // config.batch)
+    assert stopped.state() == skipping.state()
 
 
 def test_the_position_of_other_data_is_refused(config):

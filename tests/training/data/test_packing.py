@@ -45,15 +45,16 @@ def read_rows(lane: Lane) -> list:
 
 def documents_of(row) -> list[np.ndarray]:
     """Returns the documents that a row says it holds, having checked what surrounds them."""
-    inside = row.begin != PADDING
-    assert (row.tokens[~inside] == PAD).all() and not row.weights[~inside].any()
+    (tokens,), (weights,), (begins,) = row.tokens, row.weights, row.begin
+    inside = begins != PADDING
+    assert (tokens[~inside] == PAD).all() and not weights[~inside].any()
     documents = []
-    for begin in np.unique(row.begin[inside]):
-        (where,) = np.nonzero(row.begin == begin)
+    for begin in np.unique(begins[inside]):
+        (where,) = np.nonzero(begins == begin)
         assert begin % ALIGN == 0 and where[0] == begin
         assert (np.diff(where) == 1).all()
-        assert row.weights[begin] == 0 and (row.weights[where[1:]] == 1).all()
-        documents.append(row.tokens[where])
+        assert weights[begin] == 0 and (weights[where[1:]] == 1).all()
+        documents.append(tokens[where])
     return documents
 
 

@@ -1,7 +1,9 @@
-"""Files of training data, read where an example lies and never as a whole corpus.
+"""Files of training data: found, indexed, and read where an example lies.
 
-find_files(("corpus", "more.jsonl"), (".txt", ".jsonl"))   folders opened, in a fixed order
-Lines(files)[i]                                            line i of all of them, by its offset
+    find_files(("corpus", "more.jsonl"), (".txt", ".jsonl"))   folders opened, in a fixed order
+    Lines(files)[i]                                            line i of all of them, by its offset
+
+No corpus is ever read as a whole.
 """
 
 import json

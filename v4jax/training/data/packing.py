@@ -1,6 +1,6 @@
-"""Documents to rows: several in a row, none cut, each from a multiple of `align` tokens on.
+"""Documents to rows: several in a row, none cut, each from a multiple of 128 tokens on.
 
-    row of 1024   │ document 300 tokens │ to 384 │ document 640 tokens │ document…
+    row of 1024   0 │ document of 300 │ padding │ 384 │ document of 600 │ padding │ 1024
 
 A `Lane` fills one row of every batch, from records of its own. Lanes know nothing of each other, so
 a batch is the same whichever host fills which lane.
@@ -70,18 +70,17 @@ class Lane:
         packing: bool = True,
         lookahead: int = 64,
         pad_id: int = 0,
-        align: int = ALIGN,
     ):
         """Begins at the lane's first record.
 
         Args:
           read: the documents of the lane's record k, none where it is bad; None behind the last.
-          length: tokens of a row; a multiple of `align`.
+          length: tokens of a row; a multiple of 128.
           packing: False gives every document a row of its own.
           lookahead: documents in line, at most.
           pad_id: the token where no document is.
         """
-        self._read, self._length, self._align = read, length, align
+        self._read, self._length = read, length
         self._packing, self._lookahead, self._pad_id = packing, lookahead, pad_id
         self._restart(0, 0, [], Counts())
 
@@ -91,7 +90,7 @@ class Lane:
         self._line, self._counts, self._ended = line, counts, False
 
     def next_row(self) -> Batch | None:
-        """Returns the next row, as a batch without its first dimension; None at the end."""
+        """Returns the next row, a batch of one; None at the end."""
         self._fill_line()
         if not self._line:
             return None
@@ -100,12 +99,12 @@ class Lane:
         while chosen is not None:
             document = self._line.pop(chosen).document
             end = begin + len(document)
-            row.tokens[begin:end] = document.tokens
-            row.weights[begin:end] = document.weights
-            row.begin[begin:end] = begin
+            row.tokens[0, begin:end] = document.tokens
+            row.weights[0, begin:end] = document.weights
+            row.begin[0, begin:end] = begin
             self._counts.documents += 1
             self._counts.tokens += len(document)
-            begin = round_up(end, self._align)
+            begin = round_up(end, ALIGN)
             chosen = self._choose(self._length - begin) if self._packing else None
         self._counts.rows += 1
         self._counts.row_tokens += self._length
@@ -188,9 +187,9 @@ def split_document(document: Document, length: int) -> list[Document]:
 
 
 def empty_row(length: int, pad_id: int) -> Batch:
-    """Returns a row of padding."""
+    """Returns a row of padding, a batch of one."""
     return Batch(
-        tokens=np.full(length, pad_id, np.int32),
-        weights=np.zeros(length, np.float32),
-        begin=np.full(length, PADDING, np.int32),
+        tokens=np.full((1, length), pad_id, np.int32),
+        weights=np.zeros((1, length), np.float32),
+        begin=np.full((1, length), PADDING, np.int32),
     )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import grain
+import jax
 import numpy as np
 
 from v4jax.config.data import DataConfig
@@ -22,6 +23,9 @@ from v4jax.training.data.sources import Source
 
 # The documents of a lane's record: none where it is bad, None behind the last.
 ReadRecord = Callable[[int], Sequence[Document] | None]
+
+# Lanes begin at as many turns of the mixture, so that no batch has all its rows of one source.
+_FIRST_TURNS = 64
 
 
 def share_records(sources: Sequence[Source], config: DataConfig) -> Callable[[int], ReadRecord]:
@@ -66,11 +70,11 @@ def _share_mixture(
     )
 
     def open_lane(lane: int) -> ReadRecord:
-        # Lane r begins at turn r, so that not all rows of a batch are of the same source.
-        missed = Counter(turns[turn][0] for turn in range(lane))
+        first = lane % _FIRST_TURNS
+        missed = Counter(turns[turn][0] for turn in range(first))
 
         def read(record: int) -> Sequence[Document]:
-            source, number = turns[lane + record]
+            source, number = turns[first + record]
             return sources[source][lane + (number - missed[source]) * lanes]
 
         return read
@@ -83,11 +87,12 @@ def build_iterator(
 ) -> grain.DatasetIterator:
     """Returns an iterator of Batches that hold the rows `lanes` of every batch."""
     batches = _Batches(share_records(sources, config), config, lanes, pad_id)
-    if config.prefetch:
-        batches = grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=config.prefetch
-        )
-    return iter(batches)
+    # Even with nothing made ahead it keeps the state behind the last batch given, whatever an error
+    # leaves half done.
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=config.prefetch
+    )
+    return iter(ahead)
 
 
 class _Batches(grain.IterDataset):
@@ -120,11 +125,7 @@ class _BatchIterator(grain.DatasetIterator):
             raise StopIteration
         padding = empty_row(self._config.length, self._pad_id)
         rows = [padding if row is None else row for row in rows]
-        return Batch(
-            tokens=np.stack([row.tokens for row in rows]),
-            weights=np.stack([row.weights for row in rows]),
-            begin=np.stack([row.begin for row in rows]),
-        )
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
 
     def get_state(self) -> dict:
         return {name: lane.state() for name, lane in self._lanes.items()}
