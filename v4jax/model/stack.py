@@ -17,7 +17,7 @@ from v4jax.model.block import Block
 from v4jax.model.context import Context
 from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
-from v4jax.parallel.weights import splits_storage, whole
+from v4jax.parallel.weights import used_as_stored, whole
 
 
 class Stack(nnx.Module):
@@ -74,14 +74,15 @@ class Stack(nnx.Module):
             streams, view = whole(block)(streams, context, view)
             return (streams, view.cache), None
 
-        return self._run(run, (streams, cache), slice_experts=splits_storage())[0]
+        slice_experts = not used_as_stored(self.period)
+        return self._run(run, (streams, cache), slice_experts=slice_experts)[0]
 
     def _run(self, run: Callable, carry, *, slice_experts: bool):
         """Folds `run(block, carry, layer, layer_index)`, which also reports, over all layers.
 
         With `slice_experts` the scan slices every parameter of its step, which is what gradients
-        and gathered weights want; without, routed experts stay in their stack and are indexed where
-        they are used.
+        and weights that `whole` changes want; without, routed experts stay in their stack and are
+        indexed where they are used.
         """
         plan, layers, reports = self.config.stack_plan, self.config.layers, {}
         for i, block in enumerate(self.prefix):

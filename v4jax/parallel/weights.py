@@ -1,9 +1,10 @@
-"""Weights on a mesh: their specs from their logical axes, arrays put or born in place, gathering.
+"""Weights on a mesh: specs from logical axes, arrays put or born in place; `whole` where used.
 
 `place` needs shapes only, so it works on an abstract model: abstract first, then shardings, then
 arrays born in place.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from v4jax.parallel.axes import COMPUTED_ON, RULES
 from v4jax.parallel.layout import Layout, active
 from v4jax.parallel.mesh import check_divides
-from v4jax.quant import ScaledArray
+from v4jax.quant import LowRank, Recipe
 
 Module = TypeVar("Module")
 Box = tuple[slice, ...]  # a part of an array: a slice with start and stop for each axis
@@ -44,13 +45,13 @@ def place(module: Module, layout: Layout) -> Module:
 
 
 def weight_spec(path: str, value, axes: tuple[str, ...], layout: Layout) -> P:
-    """Returns how a variable is split; values and scales of a `ScaledArray` are split alike.
+    """Returns how a variable is split; `split_parts` says what that means for its arrays.
 
     A mesh axis splits at most one axis of an array, the first that asks for it. Storage splits take
     the leading mesh axes that divide; vectors are not worth gathering and stay whole.
     """
-    quantized = isinstance(value, ScaledArray)
-    blocks = (1,) * (len(axes) - 2) + value.block if quantized else (1,) * len(axes)
+    block = getattr(value, "block", None)  # of values with block scales
+    blocks = (1,) * (len(axes) - 2) + block if block else (1,) * len(axes)
     names = [name for name in axes if name != "layers"]
     rules, free, spec = RULES[layout.regime].weights, set(layout.mesh.axis_names), []
     for name, size, block in zip(axes, value.shape, blocks, strict=True):
@@ -73,12 +74,33 @@ def spec_of(variable: nnx.Variable) -> P:
     return variable.get_metadata().get("spec", P())
 
 
+def split_parts(value, spec: P):
+    """Returns a weight's value with, in place of every array, what `spec` says of that array.
+
+    Values and scales are split as the weight is; so are the factors of `LowRank`, whose rank stays
+    whole.
+
+    Args:
+      spec: of the weight, one part per axis; empty for a whole one. The parts may be anything.
+    """
+    if not (isinstance(value, LowRank) and spec):
+        return jax.tree.map(lambda _: spec, value)
+    *lead, rows, columns = spec
+    down, up = P(*lead, None, columns), P(*lead, rows, None)
+    return dataclasses.replace(
+        value,
+        base=jax.tree.map(lambda _: spec, value.base),
+        down=jax.tree.map(lambda _: down, value.down),
+        up=jax.tree.map(lambda _: up, value.up),
+    )
+
+
 def weight_specs(module):
     """Returns the module with the spec of every array in its place."""
     leaves = [
-        spec_of(variable)
+        spec
         for variable in jax.tree.leaves(module, is_leaf=is_variable)
-        for _ in jax.tree.leaves(variable)
+        for spec in jax.tree.leaves(split_parts(variable.get_value(), spec_of(variable)))
     ]
     return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
@@ -163,24 +185,33 @@ def splits_storage() -> bool:
     return now is not None and now.per_device and now.layout.trains
 
 
-def whole(module: Module) -> Module:
-    """Returns the module of per-device code with every weight whole that is split for storage.
+def used_as_stored(module) -> bool:
+    """Whether `whole` returns the module as it is."""
+    values = (v.get_value() for v in jax.tree.leaves(module, is_leaf=is_variable))
+    return not (splits_storage() or any(isinstance(value, Recipe) for value in values))
 
-    The gradient of a gathered weight is summed and scattered back to its shares.
+
+def whole(module: Module) -> Module:
+    """Returns the module with its weights as a layer uses them, right before it does.
+
+    In per-device code a weight that is split for storage is gathered; its gradient is summed and
+    scattered back to its shares. A recipe is expanded, with or without a mesh.
     """
-    if not splits_storage():
+    if used_as_stored(module):
         return module
 
-    def gather(variable):
-        axes, spec = variable.get_metadata()["axes"], spec_of(variable)
+    def prepare(variable):
+        value = variable.get_value()
+        if splits_storage():
+            axes, spec = P(*variable.get_metadata()["axes"]), spec_of(variable)
+            value = jax.tree.map(gather, value, split_parts(value, axes), split_parts(value, spec))
+        return variable.copy(value=value.expand() if isinstance(value, Recipe) else value)
 
-        def gather_leaf(leaf):
-            dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away
-            for axis, (name, split) in enumerate(zip(axes, spec, strict=True)):
-                if split and name not in COMPUTED_ON:
-                    leaf = jax.lax.all_gather(leaf, split, axis=axis - dropped, tiled=True)
-            return leaf
+    def gather(leaf, axes, spec):
+        dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away
+        for axis, (name, split) in enumerate(zip(axes, spec, strict=True)):
+            if split and name not in COMPUTED_ON:
+                leaf = jax.lax.all_gather(leaf, split, axis=axis - dropped, tiled=True)
+        return leaf
 
-        return jax.tree.map(gather_leaf, variable)
-
-    return jax.tree.map(gather, module, is_leaf=is_variable)
+    return jax.tree.map(prepare, module, is_leaf=is_variable)
