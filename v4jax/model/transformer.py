@@ -23,6 +23,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call, take_token
+from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.shard import (
     WEIGHTS,
     check_batch,
@@ -171,7 +172,7 @@ class Transformer(nnx.Module):
     def _check_room(self, cache: HybridCache, lengths, count: int):
         if any(isinstance(x, jax.core.Tracer) for x in (cache.lengths, lengths)):
             return  # values are unknown under a transformation; its caller checks
-        lengths, used = np.asarray(lengths), np.asarray(cache.lengths)
+        lengths, used = np.asarray(lengths), values_of(cache.lengths)
         if lengths.min() < 0 or lengths.max() > count:
             raise ShapeError(
                 f"lengths must be 0 … {count} (the tokens given), got {lengths.tolist()}"
