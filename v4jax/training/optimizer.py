@@ -7,7 +7,8 @@ of the grouped output projection. One update of Muon has the root mean square `u
 share a learning rate.
 
 Source: spec G.2. The report does not name sinks and `position_bias`; a vector cannot be
-orthogonalized, and a bias is none of the maps that Muon is for.
+orthogonalized, and a bias is none of the maps that Muon is for. optax has a Muon too; its momentum
+is a bias-corrected average, which in the first steps weighs the newest gradient more than G.2 does.
 """
 
 import math
@@ -16,13 +17,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from v4jax.config import ModelConfig
 from v4jax.config.run import OptimizerConfig
 
 # Two phases (report): eight steps that converge fast, two that polish.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+# Added to the norm of a gradient: keeps zeros at 0, and what float32 squares to 0 below 1.
+SMALLEST_NORM = 1e-12
 _ADAMW = ("embed", "head", "position_bias", "base", "scale", "sink")
 
 Weights = Mapping[str, jax.Array]
@@ -57,17 +59,8 @@ def build_optimizer(
     if config.kind == "adamw":
         return adamw
     muon = optax.chain(
-        in_matrices(
-            contrib.scale_by_muon(
-                NEWTON_SCHULZ,
-                len(NEWTON_SCHULZ),
-                config.momentum,
-                mu_dtype=moments,
-                weight_dimension_numbers=_dimensions,
-            ),
-            model,
-            config.update_rms,
-        ),
+        optax.trace(config.momentum, nesterov=True, accumulator_dtype=moments),
+        optax.stateless(lambda gradients, _: orthogonalize(gradients, model, config.update_rms)),
         *finish(1.0),
     )
 
@@ -87,48 +80,39 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         fall = optax.cosine_decay_schedule(config.rate, config.decay_steps, last)
     plateau = optax.constant_schedule(config.rate)
     first_fall = steps - config.decay_steps
-    # Step 0 already moves: the rise counts from 1.
-    schedule = optax.join_schedules([rise, plateau, fall], [config.warmup_steps, first_fall + 1])
+    # Step 0 already moves, and the last step has the last rate: steps count from 1 here.
+    schedule = optax.join_schedules([rise, plateau, fall], [config.warmup_steps, first_fall])
     return lambda step: schedule(step + 1)
 
 
-def in_matrices(
-    inner: optax.GradientTransformation, model: ModelConfig, update_rms: float
-) -> optax.GradientTransformation:
-    """Returns Muon's `inner` on stacks of independent matrices, with updates of `update_rms`.
+def orthogonalize(gradients: Weights, model: ModelConfig, update_rms: float) -> dict:
+    """Returns updates in the directions of the gradients' matrices, each of RMS `update_rms`.
 
     An orthogonalized n × m matrix has root mean square 1/√max(n, m).
     """
 
-    def split(name, x):
-        if name.endswith("attention.output_down"):  # […, g·r, k] → [… g, r, k]
-            return x.reshape(*x.shape[:-2], model.o_groups, -1, x.shape[-1])
-        return x
+    def change(path, x):
+        if not path[0].key.endswith("attention.output_down"):
+            return _orthogonalize(x, update_rms)
+        groups_grk = x.reshape(*x.shape[:-2], model.o_groups, -1, x.shape[-1])
+        return _orthogonalize(groups_grk, update_rms).reshape(x.shape)
 
-    def split_all(weights):
-        return {name: split(name, x) for name, x in weights.items() if _is_array(x)}
-
-    def init(weights):
-        return inner.init(split_all(weights))
-
-    def update(gradients, state, weights=None):
-        del weights
-        updates, state = inner.update(split_all(gradients), state)
-
-        def join(name, gradient):
-            if not _is_array(gradient):
-                return gradient
-            scale = update_rms * math.sqrt(max(updates[name].shape[-2:]))
-            return (updates[name] * scale).reshape(gradient.shape).astype(gradient.dtype)
-
-        return {name: join(name, x) for name, x in gradients.items()}, state
-
-    return optax.GradientTransformation(init, update)
+    return jax.tree_util.tree_map_with_path(change, gradients)
 
 
-def _dimensions(weights: Weights) -> dict[str, contrib.MuonDimensionNumbers]:
-    return {name: contrib.MuonDimensionNumbers(-1, -2) for name in weights}
+def _orthogonalize(x_nm, update_rms):
+    """Takes a stack of matrices […, n, m]. The leading axes stay, so that experts stay where they
+    lie; products are of the platform's default precision, as bfloat16 is enough here (report).
+    """
+    tall = x_nm.shape[-2] > x_nm.shape[-1]
+    x = jnp.swapaxes(x_nm, -1, -2) if tall else x_nm
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + SMALLEST_NORM)
 
+    def iterate(x, factors):
+        a, b, c = factors
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
 
-def _is_array(x) -> bool:
-    return not isinstance(x, optax.MaskedNode)
+    x = jax.lax.scan(iterate, x, jnp.array(NEWTON_SCHULZ, x.dtype))[0]
+    x = x * (update_rms * math.sqrt(x.shape[-1]))
+    return jnp.swapaxes(x, -1, -2) if tall else x
