@@ -14,7 +14,6 @@ from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
 
-
 # The residual streams before a layer, and the outputs of its two sublayers.
 BLOCK_TAGS = ("streams", "attention_output", "moe_output")
 

@@ -1,5 +1,6 @@
 """The lightning indexer: scores compressed entries cheaply and selects the best for each query."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -8,6 +9,7 @@ from v4jax.cache import LayerMemory, split_entries
 from v4jax.cache.formats import index_format
 from v4jax.config import Layer, ModelConfig, Numerics
 from v4jax.kernels.scaled_matmul import matmul
+from v4jax.model import observe
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.parameters import Declare
@@ -19,7 +21,7 @@ class Indexer(nnx.Module):
     """Selects `index_topk` entries per query; its own compressor makes the index keys.
 
     Selection only: scores do not enter the attention, and no gradient of the language-model loss
-      reaches here.
+    reaches here. Nor does a gradient leave: what trains the scores ends at the indexer's inputs.
 
     Source: spec B.9.
     """
@@ -44,6 +46,7 @@ class Indexer(nnx.Module):
     ) -> tuple[Int[Array, "b t k"], LayerMemory]:
         """Appends the tokens' index keys; returns the selected ids (−1: none) and the memory."""
         heads, width = self.config.index_n_heads, self.config.index_head_dim
+        x, query_latent = jax.lax.stop_gradient((x, query_latent))
         queries = matmul(
             query_latent,
             self.query_up.get_value(),
@@ -66,5 +69,11 @@ class Indexer(nnx.Module):
             ratio=self.layer.ratio,
             count=self.config.index_topk,
             begin=context.begin,
+        )
+        observe.record(
+            index_queries=queries_btix,
+            index_weights=weights_bti,
+            index_keys=keys,
+            selected=selected,
         )
         return selected, memory
