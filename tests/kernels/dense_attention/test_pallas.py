@@ -10,7 +10,7 @@ import pytest
 from v4jax.kernels import dense_attention
 from v4jax.kernels.dense_attention import entries_tpu, pallas_tpu, pallas_tpu_backward, reference
 from v4jax.kernels.softmax import MASKED
-from v4jax.kernels.table import EntryTable
+from v4jax.kernels.table import NEVER, EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
 
@@ -34,17 +34,30 @@ def small_tiles(monkeypatch):
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "dtype", "ratio", "pallas", "window"))
-def attend(queries, recent, sink, start, end, stored, *, kind, dtype, ratio, pallas, window=WINDOW):
+def attend(
+    queries,
+    recent,
+    sink,
+    start,
+    end,
+    stored,
+    begin=None,
+    *,
+    kind,
+    dtype,
+    ratio,
+    pallas,
+    window=WINDOW,
+):
     table = None
     if ratio:
         table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, dtype))
     module = pallas_tpu if pallas else reference
-    return module.attend(
-        queries, recent, sink, start, end, window=window, entries=table, ratio=ratio
-    )
+    options = {"window": window, "entries": table, "ratio": ratio, "begin": begin}
+    return module.attend(queries, recent, sink, start, end, **options)
 
 
-def draw(dtype, kind, tokens):
+def draw(dtype, kind, tokens, capacity=CAPACITY):
     """Returns (queries, recent, sink) and the stored entries of three layers, the second to use."""
     random = np.random.RandomState(0)
 
@@ -53,7 +66,7 @@ def draw(dtype, kind, tokens):
 
     queries, recent = normal(2, tokens, HEADS, CHANNELS), normal(2, WINDOW + tokens, CHANNELS)
     sink = jnp.asarray(random.standard_normal(HEADS), jnp.float32)
-    stored = EntryFormat(kind, CHANNELS, 64, dtype).encode(normal(3, 2, CAPACITY, CHANNELS))
+    stored = EntryFormat(kind, CHANNELS, 64, dtype).encode(normal(3, 2, capacity, CHANNELS))
     return (queries, recent, sink), stored
 
 
@@ -153,6 +166,44 @@ def test_gradients(name, ratio):
         np.testing.assert_allclose(value, wanted, 0, TOLERANCE[dtype] * np.abs(wanted).max())
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("ratio", [0, RATIO], ids=["window", "entries"])
+def test_several_documents(ratio):
+    """Values and gradients of packed rows; what padding gets means nothing, and its cotangent is 0.
+
+    Tiles are of 32 and 16 tokens, blocks of 32 entries: documents begin inside blocks, and end
+    inside tiles.
+    """
+    tokens, start = 400, np.array([0, 128], np.int32)
+    arguments, stored = draw("float32", "float32", tokens, capacity=(128 + tokens) // RATIO)
+    begin = np.full((2, tokens), NEVER, np.int32)
+    # In row 1 a unit of padding, and a document of two units.
+    for row, first, last in (
+        (0, 0, 100),
+        (0, 128, 256),
+        (0, 256, 400),
+        (1, 128, 378),
+        (1, 384, 400),
+    ):
+        begin[row, first:last] = start[row] + first
+    real = (begin != NEVER)[:, :, None]
+    weight = np.random.RandomState(1).standard_normal((2, tokens, HEADS, CHANNELS))
+
+    def compute(queries, recent, sink, stored, pallas):
+        settings = dict(kind="float32", dtype="float32", ratio=ratio, pallas=pallas)
+        results = attend(queries, recent, sink, start, start + tokens, stored, begin, **settings)
+        attended, log_mass = (
+            jnp.where(real[..., None] if x.ndim == 4 else real, x, 0) for x in results
+        )
+        return (attended * weight).sum() + log_mass.sum(), (attended, log_mass)
+
+    gradient = jax.grad(compute, argnums=(0, 1, 2, 3), has_aux=True)
+    got, expected = (gradient(*arguments, stored, pallas) for pallas in (True, False))
+    for value, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        limit = TOLERANCE["float32"] * max(np.abs(wanted).max(), 1)
+        np.testing.assert_allclose(value, wanted, 0, limit)
+
+
 def test_why_not():
     """What falls back to the reference, and why."""
     queries, recent = jnp.zeros((1, 4, 8, 128), jnp.bfloat16), jnp.zeros((1, 20, 128), jnp.bfloat16)
@@ -178,7 +229,9 @@ SHAPES = {
     "Flash, decode": dict(batch=16, tokens=1, heads=64),
     "Pro, decode": dict(batch=64, tokens=1, heads=128),
     "Flash, window layer": dict(batch=1, tokens=2048, heads=64, entries=0),
-    "Flash, training": dict(batch=1, tokens=4096, heads=64, entries=32, backward=True),
+    "Flash, training on packed rows": dict(
+        batch=1, tokens=4096, heads=64, entries=32, backward=True, packed=True
+    ),
     # A share of a sequence of 131,072 tokens, whose queries alone are 16 GiB.
     "Pro, training": dict(batch=1, tokens=4096, heads=128, entries=1024, backward=True),
 }
@@ -196,13 +249,14 @@ def test_compiles(chip, shape):
     entries = shape.get("entries", 1_048_576 // 128)
     stored_as = EntryFormat("bfloat16" if backward else "fp8", channels, 64, "bfloat16")
 
-    def run(queries, recent, sink, stored, layer, start):
+    def run(queries, recent, sink, stored, layer, start, begin):
         table = EntryTable(stored, layer, stored_as) if entries else None
         return dense_attention.attend(
             *(queries, recent, sink, start, start + tokens),
             window=window,
             entries=table,
             ratio=128 if entries else 0,
+            begin=begin,
         )
 
     def gradients(*arguments):
@@ -219,6 +273,7 @@ def test_compiles(chip, shape):
         jax.eval_shape(lambda: stored_as.zeros(2, batch, max(entries, 1))),
         spec((), jnp.int32),
         spec((batch,), jnp.int32),
+        spec((batch, tokens), jnp.int32) if shape.get("packed") else None,
     )
     name = "dense_attention_backward" if backward else "dense_attention"
     assert name in compiled.as_text()

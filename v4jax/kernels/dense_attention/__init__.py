@@ -49,7 +49,7 @@ def attend(
     if begin is not None:
         check_shape("begin", begin, (batch, tokens))
     implementation = reference
-    if _choose(queries, recent, window, entries, begin) == "pallas_tpu":
+    if _choose(queries, recent, window, entries) == "pallas_tpu":
         from v4jax.kernels.dense_attention import pallas_tpu as implementation
     options = {"window": window, "entries": entries, "ratio": ratio}
     return implementation.attend(
@@ -57,13 +57,13 @@ def attend(
     )
 
 
-def _choose(queries, recent, window, entries, begin) -> str:
+def _choose(queries, recent, window, entries) -> str:
     def check_tpu():
         reason = dispatch.needs_platform("tpu")
         if reason is not None:
             return reason
         from v4jax.kernels.dense_attention import pallas_tpu
 
-        return pallas_tpu.supported(queries, recent, window, entries, begin)
+        return pallas_tpu.supported(queries, recent, window, entries)
 
     return dispatch.choose("dense_attention", {"pallas_tpu": check_tpu, "reference": lambda: None})

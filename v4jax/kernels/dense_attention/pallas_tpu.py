@@ -24,6 +24,7 @@ from v4jax.kernels.dense_attention.tiles_tpu import (
     dot,
     entries_seen,
     make_plan,
+    unit_begins,
     why_not,
     window_seen,
 )
@@ -38,10 +39,8 @@ GROUP_ROWS = 1024
 RESIDENT_BYTES = 16 * 2**20
 
 
-def supported(queries, recent, window, entries, begin=None) -> str | None:
+def supported(queries, recent, window, entries) -> str | None:
     """Returns why the kernel cannot run on these arguments, or None."""
-    if begin is not None:
-        return "rows of several documents are not supported"
     reason = why_not(queries, recent, window)
     if reason is not None or entries is None:
         return reason
@@ -54,14 +53,15 @@ def supported(queries, recent, window, entries, begin=None) -> str | None:
 def attend(queries, recent, sink, start, end, *, window, entries, ratio, begin=None):
     """See `v4jax.kernels.dense_attention.attend`."""
     stored, layer, stored_as = gradient.open_table(entries)
-    return _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored, layer)
+    arguments = queries, recent, sink, start, end, begin
+    return _attend(window, ratio, stored_as, *arguments, stored, layer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored, layer):
+def _attend(window, ratio, stored_as, queries, recent, sink, start, end, begin, stored, layer):
     batch, tokens, heads, channels = queries.shape
     # Two halves of a sequence, for chips whose device is two cores.
-    plan = make_plan(queries, window, ratio, TILE_ROWS, multiple=2)
+    plan = make_plan(queries, window, ratio, TILE_ROWS, multiple=2, begin=begin)
     halves = 1 if plan.tiles == 1 else 2
     queries, recent = plan.pad(queries, recent)
     rows = plan.tiles * plan.rows
@@ -72,6 +72,7 @@ def _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored,
         layer = layout.layer(layer)
     else:
         layer = jnp.int32(0)
+    begins = unit_begins(begin)
     sink_rows = jnp.broadcast_to(jnp.tile(sink, plan.tokens)[:, None], (plan.rows, LANES))
 
     def rows_place(b, half, tile, *_):
@@ -91,7 +92,7 @@ def _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored,
     call = pl.pallas_call(
         functools.partial(_body, plan, layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=3 + len(begins),
             grid=(batch, halves, plan.tiles // halves),
             in_specs=[
                 pl.BlockSpec((1, plan.rows, channels), rows_place),
@@ -120,6 +121,7 @@ def _attend(window, ratio, stored_as, queries, recent, sink, start, end, stored,
         jnp.asarray(layer, jnp.int32)[None],
         start.astype(jnp.int32),
         end.astype(jnp.int32),
+        *begins,
         queries.reshape(batch, rows, channels),
         recent,
         sink_rows.astype(jnp.float32),
@@ -137,15 +139,16 @@ def _attend_forward(window, ratio, stored_as, *arguments):
 _attend.defvjp(_attend_forward, pallas_tpu_backward.attend_backward)
 
 
-def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, sink_ref, *rest):
+def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     """One tile of queries of one sequence.
 
-    prefetch: layer [1], start [b], end [b]. input: queries [1, rows, c], recent [1, window +
-    tokens, c], sink [rows, 128] (a column, repeated), stored arrays [l, b, w, …] in HBM. output:
-    attended [1, rows, c], log_mass [1, rows/128, 128]. scratch: maximum and mass [rows, 128]
-    (the maximum repeated along lanes, the mass to be summed over them), weighted sum [rows, c];
-    with entries those of `entries_tpu.scratch`.
+    prefetch: layer [1], start [b], end [b]; with documents their begins [b · units]. input: queries
+    [1, rows, c], recent [1, window + tokens, c], sink [rows, 128] (a column, repeated), stored
+    arrays [l, b, w, …] in HBM. output: attended [1, rows, c], log_mass [1, rows/128, 128]. scratch:
+    maximum and mass [rows, 128] (the maximum repeated along lanes, the mass to be summed over
+    them), weighted sum [rows, c]; with entries those of `entries_tpu.scratch`.
     """
+    begin_ref, queries_ref, recent_ref, sink_ref, *rest = rest if plan.units else (None, *rest)
     count = 0 if layout is None else layout.count
     stored, rest = rest[:count], rest[count:]
     attended_ref, log_mass_ref, maximum_ref, mass_ref, sum_ref, *entry_scratch = rest
@@ -153,6 +156,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
     per_half = pl.num_programs(2)
     start, end = start_ref[sequence], end_ref[sequence]
     first = start + (half * per_half + tile) * plan.tokens
+    begin = plan.begin(begin_ref, sequence, half * per_half + tile)
     state = (maximum_ref, mass_ref, sum_ref)
     single, group_rows = plan.tiles == 1, min(GROUP_ROWS, plan.rows)
 
@@ -177,14 +181,14 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
         mass_ref[...] = jnp.where(lane == 0, 1.0, 0.0)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         recent = recent_ref[0]
-        _attend_keys(plan, queries_ref, recent, False, state, _window_mask(plan, first))
+        _attend_keys(plan, queries_ref, recent, False, state, _window_mask(plan, first, begin))
 
         if layout is not None:
             last = jnp.minimum(first + plan.tokens, end)
             blocks = loader.blocks(layout.visible(last, plan.ratio))
 
             def attend_block(index, masked):
-                mask = _entry_mask(plan, layout, first, index) if masked else None
+                mask = _entry_mask(plan, layout, first, begin, index) if masked else None
                 keys = loader.block(index)
                 _attend_keys(plan, queries_ref, keys, layout.turned, state, mask)
 
@@ -195,9 +199,16 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, queries_ref, recent_ref, 
                     loader.load(index, available)
                     attend_block(index, True)
             else:
-                whole = divide(layout.visible(first + 1, plan.ratio), layout.block)
-                pl.loop(0, whole)(functools.partial(attend_block, masked=False))
-                pl.loop(whole, blocks)(functools.partial(attend_block, masked=True))
+                masked = functools.partial(attend_block, masked=True)
+                whole, inner = divide(layout.visible(first + 1, plan.ratio), layout.block), 0
+                if plan.units:
+                    # The document's first block may hold entries before it.
+                    lowest = divide(begin, plan.ratio)
+                    inner = jnp.minimum(divide(lowest + layout.block - 1, layout.block), blocks)
+                    pl.loop(jnp.minimum(divide(lowest, layout.block), inner), inner)(masked)
+                    whole = jnp.maximum(whole, inner)
+                pl.loop(inner, whole)(functools.partial(attend_block, masked=False))
+                pl.loop(whole, blocks)(masked)
 
         for group in range(plan.rows // group_rows):
             rows = pl.ds(group * group_rows, group_rows)
@@ -234,22 +245,23 @@ def _positions(plan, first, group, shape):
     return plan.positions(first, row)
 
 
-def _window_mask(plan, first):
+def _window_mask(plan, first, begin):
     """Returns the mask of a group over the raw rows of its tile; the first is `window` before."""
 
     def mask(group, shape):
         key = first - plan.window + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return window_seen(plan, _positions(plan, first, group, shape), key)
+        return window_seen(plan, _positions(plan, first, group, shape), key, begin)
 
     return mask
 
 
-def _entry_mask(plan, layout, first, index):
+def _entry_mask(plan, layout, first, begin, index):
     """Returns the mask of a group over a block of entries."""
 
     def mask(group, shape):
         entry = index * layout.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return entries_seen(plan, layout, _positions(plan, first, group, shape), entry)
+        positions = _positions(plan, first, group, shape)
+        return entries_seen(plan, layout, positions, entry, begin)
 
     return mask
 

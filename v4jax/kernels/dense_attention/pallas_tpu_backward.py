@@ -22,9 +22,11 @@ from v4jax.kernels.dense_attention import entries_tpu, gradient
 from v4jax.kernels.dense_attention.tiles_tpu import (
     LOG2_E,
     VMEM_BYTES,
+    divide,
     dot,
     entries_seen,
     make_plan,
+    unit_begins,
     window_seen,
 )
 from v4jax.shapes import ceil_div
@@ -35,17 +37,17 @@ GROUP_ROWS = 256
 
 def attend_backward(window, ratio, stored_as, kept, grads):
     """Returns the cotangents of `pallas_tpu.attend`'s arguments."""
-    queries, recent, sink, start, end, stored, layer, attended, log_mass = kept
+    queries, recent, sink, start, end, begin, stored, layer, attended, log_mass = kept
     attended_grad, log_mass_grad = grads
     entries = gradient.close_table(stored, layer, stored_as)
     slopes = gradient.row_slopes(attended, attended_grad, log_mass_grad)
-    query_grads, recent_grads, entry_grads = _run(
-        queries, recent, attended_grad, log_mass, slopes, start, end, entries, window, ratio
-    )
+    rows = queries, recent, attended_grad, log_mass, slopes
+    query_grads, recent_grads, entry_grads = _run(*rows, start, end, begin, entries, window, ratio)
     return (
         query_grads,
         recent_grads.astype(recent.dtype),
         gradient.sink_gradient(sink, log_mass, slopes),
+        None,
         None,
         None,
         None if entries is None else gradient.stored_gradient(entries, entry_grads),
@@ -53,10 +55,10 @@ def attend_backward(window, ratio, stored_as, kept, grads):
     )
 
 
-def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, ratio):
+def _run(queries, recent, grads, log_mass, slopes, start, end, begin, entries, window, ratio):
     """Returns the cotangents of queries, of recent [b, s, c] and of entries [b, w, c] (or None)."""
     batch, tokens, heads, channels = queries.shape
-    plan = make_plan(queries, window, ratio, TILE_ROWS)
+    plan = make_plan(queries, window, ratio, TILE_ROWS, begin=begin)
     recent_count = recent.shape[1]
     queries, recent = plan.pad(queries, recent)
     padding = [(0, 0), (0, queries.shape[1] - tokens), (0, 0)]
@@ -67,6 +69,7 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
     rows = plan.tiles * plan.rows
     steps = ceil_div(recent_count, plan.tokens)  # the last ones only let rows leave
     layout, operands, layer = None, (), jnp.int32(0)
+    begins = unit_begins(begin)
     if entries is not None:
         layout, operands = entries_tpu.prepare(entries.stored, entries.layer, entries.format)
         layer = layout.layer(entries.layer)
@@ -106,7 +109,7 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
     call = pl.pallas_call(
         functools.partial(_body, plan, layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=3 + len(begins),
             grid=(batch, steps),
             in_specs=[
                 row_spec,
@@ -130,6 +133,7 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
         jnp.asarray(layer, jnp.int32)[None],
         start.astype(jnp.int32),
         end.astype(jnp.int32),
+        *begins,
         queries.reshape(batch, rows, channels),
         grads.reshape(batch, rows, channels).astype(queries.dtype),
         log_mass * LOG2_E,
@@ -147,13 +151,14 @@ def _run(queries, recent, grads, log_mass, slopes, start, end, entries, window, 
 def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     """One tile of queries of one sequence, or one step after the last of them.
 
-    prefetch: layer [1], start [b], end [b]. input: queries and cotangents [1, rows, c], log_mass
-    (base 2) and slopes [1, 1, rows], recent [1, window + tokens, c], stored arrays [l, b, w, …] in
-    HBM. output: cotangents of queries [1, rows, c], of recent [1, tokens, c], and of entries
-    [b, blocks, entries, c] in HBM. scratch: sums for queries [c, rows] and recent [window + tokens,
-    c]; with entries sums for them [blocks, entries, c], a semaphore, and those of
-    `entries_tpu.scratch`.
+    prefetch: layer [1], start [b], end [b]; with documents their begins [b · units]. input: queries
+    and cotangents [1, rows, c], log_mass (base 2) and slopes [1, 1, rows], recent [1, window +
+    tokens, c], stored arrays [l, b, w, …] in HBM. output: cotangents of queries [1, rows, c], of
+    recent [1, tokens, c], and of entries [b, blocks, entries, c] in HBM. scratch: sums for queries
+    [c, rows] and recent [window + tokens, c]; with entries sums for them [blocks, entries, c], a
+    semaphore, and those of `entries_tpu.scratch`.
     """
+    begin_ref, *rest = rest if plan.units else (None, *rest)
     queries_ref, grads_ref, log_mass_ref, slopes_ref, recent_ref, *rest = rest
     count = 0 if layout is None else layout.count
     stored, rest = rest[:count], rest[count:]
@@ -165,6 +170,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     sequence, step = pl.program_id(0), pl.program_id(1)
     start, end = start_ref[sequence], end_ref[sequence]
     first = start + step * plan.tokens
+    begin = plan.begin(begin_ref, sequence, step)
 
     @pl.when(step == 0)
     def _():
@@ -190,18 +196,24 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     def _():
         def recent_mask(shape, positions):
             key = first - plan.window + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            return window_seen(plan, positions, key)
+            return window_seen(plan, positions, key, begin)
 
         recent_sum_ref[...] += _add_keys(plan, operands, recent_ref[0], first, recent_mask)
         if layout is not None:
             last = jnp.minimum(first + plan.tokens, end)
             blocks = loader.blocks(layout.visible(last, plan.ratio))
 
-            @pl.loop(0, blocks)
+            seen_first = 0
+            if plan.units:
+                seen_first = divide(begin, plan.ratio * layout.block)
+                seen_first = jnp.minimum(seen_first, blocks)
+
+            @pl.loop(seen_first, blocks)
             def _(index):
                 def entry_mask(shape, positions):
                     ids = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                    return entries_seen(plan, layout, positions, index * layout.block + ids)
+                    ids += index * layout.block
+                    return entries_seen(plan, layout, positions, ids, begin)
 
                 keys = loader.block(index)
                 if layout.turned:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.shapes import ceil_div, round_up
 
 LANES = 128
@@ -17,7 +18,10 @@ VMEM_BYTES = 60 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static sizes of one call. Row r of a tile is token r // heads, head r % heads."""
+    """Static sizes of one call. Row r of a tile is token r // heads, head r % heads.
+
+    Documents begin with units of `DOCUMENT_UNIT` tokens, so a tile belongs to one document.
+    """
 
     tokens: int  # of one tile
     tiles: int  # of one sequence
@@ -25,6 +29,7 @@ class Plan:
     channels: int
     window: int
     ratio: int
+    units: int = 0  # of a sequence whose rows hold several documents
 
     @property
     def rows(self) -> int:
@@ -47,16 +52,33 @@ class Plan:
         """Returns the positions of rows (an int32 array) of the tile that starts at `first`."""
         return first + (rows >> (self.heads.bit_length() - 1))
 
+    def begin(self, begin_ref, sequence, tile):
+        """Returns the position at which the document of a tile begins, of `unit_begins`."""
+        if not self.units:
+            return 0
+        unit = jnp.minimum(divide(tile * self.tokens, DOCUMENT_UNIT), self.units - 1)
+        return begin_ref[sequence * self.units + unit]
 
-def make_plan(queries, window: int, ratio: int, tile_rows: int, multiple: int = 1) -> Plan:
+
+def unit_begins(begin):
+    """Returns (scalars,): where the document of every unit begins, [b · units]; () without."""
+    return () if begin is None else (begin[:, ::DOCUMENT_UNIT].reshape(-1).astype(jnp.int32),)
+
+
+def make_plan(
+    queries, window: int, ratio: int, tile_rows: int, multiple: int = 1, begin=None
+) -> Plan:
     """Returns tiles of `tile_rows` rows, a multiple of them; or one tile if there are fewer."""
     _, tokens, heads, channels = queries.shape
     whole = max(LANES // heads, 1)
     tile = min(tile_rows // heads, round_up(tokens, whole))
+    if begin is not None:
+        tile = min(tile, DOCUMENT_UNIT)
     tiles = ceil_div(tokens, tile)
     if tiles > 1:
         tiles = round_up(tiles, multiple)
-    return Plan(tile, tiles, heads, channels, window, ratio)
+    units = 0 if begin is None else ceil_div(tokens, DOCUMENT_UNIT)
+    return Plan(tile, tiles, heads, channels, window, ratio, units)
 
 
 def why_not(queries, recent, window: int) -> str | None:
@@ -73,15 +95,17 @@ def why_not(queries, recent, window: int) -> str | None:
     return None
 
 
-def window_seen(plan: Plan, positions, keys):
+def window_seen(plan: Plan, positions, keys, begin):
     """Returns the window mask of positions and key positions, two int32 arrays of one shape."""
     distance = positions - keys
-    return (distance >= 0) & (distance < plan.window) & (keys >= 0)
+    return (distance >= 0) & (distance < plan.window) & (keys >= begin)
 
 
-def entries_seen(plan: Plan, layout, positions, entries):
-    """Returns the mask of entries: they exist, and all their tokens have passed."""
+def entries_seen(plan: Plan, layout, positions, entries, begin):
+    """Returns the mask of entries: they exist, and their tokens lie from `begin` to the query."""
     seen = (entries + 1) * plan.ratio <= positions + 1
+    if plan.units:
+        seen &= entries >= divide(begin, plan.ratio)
     if layout.capacity % layout.block:
         seen &= entries < layout.capacity
     return seen

@@ -66,7 +66,7 @@ def score_selected(
     return jnp.where(selected >= 0, scores, -jnp.inf)
 
 
-def _choose(queries, keys, count, begin) -> str:
+def _choose(queries, keys, count, begin=None) -> str:
     def check_tpu():
         reason = dispatch.needs_platform("tpu")
         if reason is not None:
