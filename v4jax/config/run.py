@@ -140,6 +140,24 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured while a run goes on, beside its training loss.
+
+    data: held-out text; its loss by position, and the indexer's recall. every: steps between two
+    evaluations. batches: of `data`, the same every time.
+    """
+
+    data: DataConfig
+    every: int = 500
+    batches: int = 4
+
+    def __post_init__(self):
+        for field in ("every", "batches"):
+            value = getattr(self, field)
+            require(value >= 1, f"evaluation.{field}", "must be at least 1", value)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run of `v4jax train`.
 
@@ -155,6 +173,7 @@ class TrainConfig:
       loss alone).
     dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
     remat, keep, offload: what the backward pass computes again (`training_pass.Mode`).
+    evaluation: what is measured on the way; None: only the training loss.
     max_skipped: steps in a row whose loss or gradient is not finite after which the run stops.
     log_every: steps between two lines of metrics.
     report_to: further receivers of metrics; `metrics.jsonl` is always written.
@@ -177,6 +196,7 @@ class TrainConfig:
     offload: tuple[str, ...] = ()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
     max_skipped: int = 10
     log_every: int = 10
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.run import LossConfig
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.tiles import map_query_tiles
@@ -31,34 +32,43 @@ class Totals:
     """What the sums over a batch are divided by.
 
     targets, drafts: weight of all targets of the main head and of the MTP block. tokens: real ones.
+    queries: those that see a compressed entry of a CSA layer.
     """
 
     targets: Float[Array, ""]
     drafts: Float[Array, ""]
     tokens: Float[Array, ""]
+    queries: Float[Array, ""]
 
 
-def count_totals(batch: Batch) -> Totals:
+def count_totals(batch: Batch, config: ModelConfig) -> Totals:
     """Returns the totals of a batch [b, t], or of several stacked ones [n, b, t]."""
-    targets, drafts = target_weights(batch, 1), target_weights(batch, 2)
-    real = batch.tokens.size if batch.begin is None else (batch.begin >= 0).sum()
-    # A batch without a target has sums of 0, whatever they are divided by.
+    begin = jnp.zeros_like(batch.tokens) if batch.begin is None else batch.begin
+    seen = jnp.arange(begin.shape[-1]) - begin + 1
+    ratios = {layer.ratio for layer in config.layers if layer.kind is LayerKind.CSA}
+
+    def count(real):
+        # A batch without any has sums of 0, whatever they are divided by.
+        return jnp.maximum(real.sum(dtype=jnp.float32), 1.0)
+
     return Totals(
-        jnp.maximum(targets.sum(), 1e-9),
-        jnp.maximum(drafts.sum(), 1e-9),
-        jnp.maximum(jnp.asarray(real, jnp.float32), 1.0),
+        jnp.maximum(target_weights(batch, 1).sum(), 1e-9),
+        jnp.maximum(target_weights(batch, 2).sum(), 1e-9),
+        count(begin >= 0),
+        count((begin >= 0) & (seen >= max(ratios, default=1))),
     )
 
 
 def target_weights(batch: Batch, ahead: int) -> Float[Array, "... t"]:
     """Returns how much row i counts that predicts token i + `ahead` of its own document."""
-    weights = _shift(batch.weights, ahead)
+    weights = shift(batch.weights, ahead)
     if batch.begin is None:
         return weights
-    return jnp.where(_shift(batch.begin, ahead, -1) == batch.begin, weights, 0.0)
+    return jnp.where(shift(batch.begin, ahead, -1) == batch.begin, weights, 0.0)
 
 
-def _shift(x, ahead: int, fill=0):
+def shift(x: Array, ahead: int, fill: int = 0) -> Array:
+    """Returns what stands `ahead` tokens further in the row; `fill` behind its end."""
     moved = jnp.roll(x, -ahead, axis=-1)
     return jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] - ahead, moved, fill)
 
@@ -70,12 +80,13 @@ def compute_losses(
 
     Returns:
       A dictionary: `loss`, cross-entropy per weighted target in nats; `accuracy` of the greedy
-      choice, weighted alike; `mtp_loss`; `balance`; with `mode.distill`, `divergence` and `recall`,
-      means over queries; `reports`, one per block (see `training_pass.run_rows`).
+      choice, weighted alike; `mtp_loss`; `balance`, the mean of all routers that choose by score, 1
+      for an even load; with `mode.distill`, `divergence` and `recall`, means over queries and CSA
+      layers; `reports`, one per block (see `training_pass.run_rows`).
     """
     streams, reports = run_rows(model, batch.tokens, batch.begin, mode)
     normed = read_normed(model, streams)
-    nll, right = score_targets(model, normed, _shift(batch.tokens, 1))
+    nll, right = score_targets(model, normed, shift(batch.tokens, 1))
     weights = target_weights(batch, 1)
     parts = {
         "loss": (nll * weights).sum() / totals.targets,
@@ -85,25 +96,33 @@ def compute_losses(
     if config.mtp_weight and model.mtp:
         drafts, draft_report = run_drafts(model, streams, batch.tokens, batch.begin, mode)
         reports |= draft_report
-        nll, _ = score_targets(model, drafts, _shift(batch.tokens, 2))
+        nll, _ = score_targets(model, drafts, shift(batch.tokens, 2))
         parts["mtp_loss"] = (nll * target_weights(batch, 2)).sum() / totals.drafts
         total += config.mtp_weight * parts["mtp_loss"]
-    balance = [report["balance"].reshape(-1) for report in reports.values()]
-    parts["balance"] = jnp.concatenate(balance).mean() / totals.tokens
-    total += config.balance_weight * parts["balance"]
-    if mode.distill:
-        parts |= _indexer_parts(reports)
-        # A share of the batch's tokens, so that parts of a batch add up.
-        share = batch.tokens.size if batch.begin is None else (batch.begin >= 0).sum()
-        total += config.distill_weight * parts["divergence"] * share / totals.tokens
+    balance = [report["balance"].reshape(-1) for report in reports.values() if "balance" in report]
+    if balance:
+        per_router = jnp.concatenate(balance) / totals.tokens
+        parts["balance"] = per_router.mean()
+        total += config.balance_weight * per_router.sum()
+    if mode.distill and (compared := indexer_parts(reports, totals.queries)):
+        parts |= compared
+        total += config.distill_weight * parts["divergence"]
     return total, parts | {"reports": reports}
 
 
-def _indexer_parts(reports: dict) -> dict:
+def indexer_parts(reports: dict, queries: Float[Array, ""] | None = None) -> dict:
+    """Returns the means over queries that see an entry, of all CSA layers; {} where none is.
+
+    Args:
+      queries: what a layer's sums are divided by; None: the queries of these reports.
+    """
     found = [report for report in reports.values() if "queries" in report]
-    queries = jnp.maximum(sum(report["queries"].sum() for report in found), 1.0)
+    if not found:
+        return {}
+    layers = jnp.concatenate([report["queries"].reshape(-1) for report in found])
+    total = jnp.maximum(layers.sum(), 1.0) if queries is None else queries * layers.size
     return {
-        name: sum(report[name].sum() for report in found) / queries
+        name: sum(report[name].sum() for report in found) / total
         for name in ("divergence", "recall")
     }
 

@@ -13,8 +13,10 @@ Killed at any moment and started again with the same configuration, a run contin
 checkpoint and computes what it would have computed: the same data, the same numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import signal
 import threading
@@ -26,19 +28,22 @@ import numpy as np
 from v4jax import log
 from v4jax.checkpoint import api
 from v4jax.checkpoint.orbax_store import Store
+from v4jax.config.data import DataConfig
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode
-from v4jax.model.weights import read_weights, write_weights
 from v4jax.parallel import make_mesh
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
+from v4jax.training.evaluate import build_evaluation, evaluate_text
+from v4jax.training.lora import merge
 from v4jax.training.metrics import Metrics, Speed, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import gather_json, make_state, put_batches, row_shares
-from v4jax.training.step import TrainState, build_step, split_model
+from v4jax.training.step import TrainState, build_step
+from v4jax.training.trainable import finish, split_trained
 
 
 class Trainer:
@@ -55,16 +60,14 @@ class Trainer:
         self.folder = pathlib.Path(config.output)
         model = load_model(config)
         self.model_config = model.config
-        trained = choose_trained(model, config)
-        self.frozen, weights, biases = split_model(model, trained)
+        self.frozen, weights, biases = split_trained(model, config)
         self.optimizer = build_optimizer(config.optimizer, model.config, config.steps)
         self.rate = build_schedule(config.optimizer, config.steps)
         self.state = make_state(self.frozen, weights, biases, self.optimizer)
         del model, weights, biases
         _announce(self.state, config)
-        index, count = row_shares(self.frozen.layout)
-        tokenizer = load_tokenizer(self.frozen.folder or self.model_config.tokenizer)
-        self.loader = Loader(config.data, tokenizer, shard_index=index, shard_count=count)
+        self.tokenizer = load_tokenizer(self.frozen.folder or self.model_config.tokenizer)
+        self.loader = self._open_data(config.data)
         checkpoint = config.checkpoint
         self.store = Store(
             self.folder / "checkpoints",
@@ -107,6 +110,8 @@ class Trainer:
                 self._check_finite(step, found)
                 if step % config.log_every == 0 or step in (1, config.steps):
                     self._log(step, found, speed.read(), progress)
+                if config.evaluation and step % config.evaluation.every == 0:
+                    self.evaluate()
                 self._save(step)
                 if asked.is_set() or _others_asked(step):
                     self._save(step, force=True)
@@ -120,14 +125,25 @@ class Trainer:
         log.info(self.loader.report())
         return "finished"
 
+    def evaluate(self) -> dict:
+        """Measures the model on `evaluation.data`, logs the result and returns it."""
+        evaluation = self.config.evaluation
+        with contextlib.closing(self._open_data(evaluation.data)) as held_out:
+            batches = list(itertools.islice(held_out, evaluation.batches))
+        with log.phase("evaluation") as phase:
+            found = evaluate_text(self._evaluation, self.state, batches, self.frozen.layout)
+            phase.note(f"step {self.step}", f"loss {found['eval_loss']:.3f}")
+        self.metrics.write(self.step, found)
+        return found
+
     def close(self) -> None:
         """Ends data and checkpoints; waits for a checkpoint that is being written."""
         self.loader.close()
         self.store.close()
 
     def finished_model(self) -> Transformer:
-        """Returns the model with the weights as trained, in float32."""
-        return write_weights(self.frozen, self.state.weights | self.state.biases)
+        """Returns the trained model, adapters merged (`trainable.finish`, `lora.merge`)."""
+        return merge(finish(self.frozen, self.state), "float32")
 
     def export(self, format: str = "released") -> pathlib.Path:
         """Writes the finished model to `output`/model in a format of `v4jax.save`."""
@@ -156,6 +172,14 @@ class Trainer:
         log.info(f"train: compiling a step ({'dense' if mode.dense else 'sparse'} attention)")
         step = build_step(loss, self.optimizer, mode, self.config.optimizer.clip_norm)
         return jax.jit(step, donate_argnums=1)
+
+    @functools.cached_property
+    def _evaluation(self):
+        return build_evaluation(self.frozen)
+
+    def _open_data(self, data: DataConfig) -> Loader:
+        index, count = row_shares(self.frozen.layout)
+        return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
     def _next_batches(self) -> Batch:
         batches = [self._next_batch() for _ in range(self.config.optimizer.accumulate)]
@@ -227,12 +251,6 @@ def load_model(config: TrainConfig) -> Transformer:
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
     return api.load(config.model, config.numerics, seed=config.seed, mesh=mesh, regime="train")
-
-
-def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
-    """Returns the names of the weights that the optimizer gets: all but a frozen indexer's."""
-    frozen = config.indexer == "frozen"
-    return [name for name in read_weights(model) if not (frozen and ".indexer." in name)]
 
 
 def _announce(state: TrainState, config: TrainConfig) -> None:
