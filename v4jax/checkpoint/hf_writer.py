@@ -170,8 +170,7 @@ def _abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _quantized(weight, place: Place, config: ModelConfig) -> ScaledArray:
-    fmt = config.expert_dtype if place.stored is Stored.EXPERT else "fp8"
-    return _quantize(weight, fmt)
+    return _quantize(weight, names.format_of(place.stored, config))
 
 
 _quantize = jax.jit(quantize_weight, static_argnums=1)

@@ -151,6 +151,19 @@ def places(config: ModelConfig) -> list[Place]:
     return found
 
 
+def stored_formats(config: ModelConfig) -> dict[str, str]:
+    """Returns the format in which the release stores every parameter, by the parameter's path.
+
+    "fp4", "fp8", "bfloat16", "float32", or "table".
+    """
+    return {place.parameter: format_of(place.stored, config) for place in places(config)}
+
+
+def format_of(stored: Stored, config: ModelConfig) -> str:
+    """Returns the name of a stored format; that of experts is configured."""
+    return config.expert_dtype if stored is Stored.EXPERT else stored.value
+
+
 def block_path(config: ModelConfig, number: int) -> tuple[str, tuple[int, ...]]:
     """Returns the module that holds layer `number`, and its index along the module's leading axis.
 

@@ -48,8 +48,14 @@ class LowRank:
         """The tile that shares a scale in the base; None without scales."""
         return getattr(self.base, "block", None)
 
-    def expand(self, dtype: str | None = None) -> jax.Array | ScaledArray:
-        """Returns the weight, summed in float32 and rounded once; `dtype` in place of its own."""
+    def expand(self) -> jax.Array | ScaledArray:
+        """Returns the weight as a layer uses it."""
+        weight = self.merge(self.dtype)
+        quantized = isinstance(self.base, ScaledArray)
+        return _as_quantized(weight) if quantized and self.rounds_inputs else weight
+
+    def merge(self, dtype: str) -> jax.Array:
+        """Returns the weight as a plain array, summed in float32 and rounded once."""
         quantized = isinstance(self.base, ScaledArray)
         base = self.base.dequantize() if quantized else self.base.astype(jnp.float32)
         change = jnp.einsum(
@@ -59,8 +65,7 @@ class LowRank:
             preferred_element_type=jnp.float32,
             precision="highest",
         )
-        weight = round_to(base + self.scale * change, dtype or self.dtype)
-        return _as_quantized(weight) if quantized and self.rounds_inputs else weight
+        return round_to(base + self.scale * change, dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -14,11 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.model import Transformer
-from v4jax.model.weights import variables
 from v4jax.parallel import Layout
-from v4jax.parallel.weights import spec_of
 from v4jax.training.batch import Batch
 from v4jax.training.step import TrainState, init_state
+from v4jax.training.trainable import trained_specs
 
 
 def make_state(
@@ -43,7 +42,7 @@ def abstract_state(
     if frozen.layout is None:
         return state
     shapes = {name: tuple(value.shape) for name, value in (weights | biases).items()}
-    specs = {name: spec_of(variable) for name, variable in variables(frozen).items()}
+    specs = trained_specs(frozen)
 
     def place(path, leaf):
         # Wherever a leaf stands under the name of a weight, it is that weight or a moment of it.

@@ -1,7 +1,8 @@
 """One update of the weights: gradients of one or several batches, clipping, optimizer, biases.
 
-    state = init_state(model, trained_names, optimizer)
-    step = build_step(config, model_config, optimizer, mode)
+    frozen, weights, biases = split_model(model, trained_names)   # `trainable.py`
+    state = init_state(weights, biases, optimizer)
+    step = build_step(loss_config, optimizer, mode, clip_norm)
     state, metrics = step(frozen, state, batches)
 
 The state holds what changes: the trained weights in float32, the routers' biases, the optimizer's
@@ -9,7 +10,7 @@ moments. `frozen` is the model without them: weights that stay as they are store
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from jaxtyping import Array, Int
 from v4jax.config.run import LossConfig
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode
-from v4jax.model.weights import read_weights, write_weights
+from v4jax.model.weights import write_weights
 from v4jax.training.batch import Batch
 from v4jax.training.losses import compute_losses, count_totals
+from v4jax.training.trainable import as_float32, join_weights
 
 
 @jax.tree_util.register_dataclass
@@ -40,41 +42,18 @@ class TrainState:
     skipped: Int[Array, ""]
 
 
-def split_model(model: Transformer, trained: Iterable[str]) -> tuple[Transformer, dict, dict]:
-    """Returns the model without what is trained, the trained weights, and the routers' biases."""
-    weights = read_weights(model)
-    trained = {name: weights[name] for name in trained}
-    biases = {k: v for k, v in read_weights(model, buffers=True).items() if k.endswith("bias")}
-    return write_weights(model, dict.fromkeys([*trained, *biases])), trained, biases
-
-
 def init_state(weights: dict, biases: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step; works under `jax.eval_shape` too."""
     # Copies, because a step may reuse the buffers of its state.
-    masters = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), weights)
+    masters = {name: as_float32(value) for name, value in weights.items()}
     biases = jax.tree.map(lambda x: jnp.array(x, copy=True), biases)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step, masters, biases, optimizer.init(masters), skipped)
 
 
 def join_model(frozen: Transformer, state: TrainState) -> Transformer:
-    """Returns the whole model, the trained weights in the dtype that the computation uses."""
-    return write_weights(frozen, in_compute_dtype(frozen, state.weights) | state.biases)
-
-
-def in_compute_dtype(frozen: Transformer, weights: dict) -> dict:
-    """Returns matrices as the activations' dtype; what is released as float32 stays so."""
-    dtype = frozen.numerics.activation_dtype
-    return {
-        name: x if released_float32(name) else jax.tree.map(lambda leaf: leaf.astype(dtype), x)
-        for name, x in weights.items()
-    }
-
-
-def released_float32(name: str) -> bool:
-    """Whether the released checkpoints keep the weight of this name in float32."""
-    last = name.rsplit(".", 1)[-1]
-    return last in ("fn", "base", "scale", "sink", "position_bias")
+    """Returns the whole model, the trained weights as the computation uses them."""
+    return write_weights(frozen, join_weights(frozen, state.weights) | state.biases)
 
 
 def build_step(
