@@ -28,7 +28,7 @@ class SourceConfig:
       effort: key of the profile's efforts, in thinking mode. A record's own `effort` wins.
       profile: the generation of checkpoints whose effort prefixes are rendered.
       drop_thinking: leave out the reasoning before the last question, as prompts do.
-      settings: fields of `needles.Settings`, for needles.
+      settings: fields of `training.data.needles.Needles`, for needles.
     """
 
     kind: Literal["chat", "text", "needles"]

@@ -142,8 +142,8 @@ BROKEN = {
     "a control token": (
         {"messages": [user("a"), assistant("<think>b</think>c")]},
         DataError,
-        "messages[1].content holds a control token's literal at character 0, '<think>b</think>c'; "
-        "reasoning belongs into reasoning_content",
+        "messages[1] holds a control token's literal, '<think>b</think>c\"}'; reasoning belongs "
+        "into reasoning_content",
     ),
 }
 

@@ -21,6 +21,7 @@ from v4jax import log
 from v4jax.config.data import SourceConfig
 from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Vocabulary, render_messages
+from v4jax.tokenizer.tools import to_json
 from v4jax.training.data.document import Document
 from v4jax.training.data.files import Lines, parse_object
 
@@ -88,7 +89,7 @@ def encode_conversation(
         dicts = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
         mode = "thinking" if any(m.get("reasoning_content") for m in dicts) else "chat"
     pieces = render_messages(messages, mode=mode, **options)
-    _check_literals(messages, "messages", tokenizer)
+    _check_literals(messages, tokenizer)
     tokens, weights = [], []
     for written, group in groupby(pieces, key=lambda piece: piece.written):
         ids = tokenizer.encode("".join(piece.text for piece in group))
@@ -113,20 +114,15 @@ def add_tools(messages: Any, tools: Any) -> Any:
     return [{**first, "tools": tools}, *messages[1:]]
 
 
-def _check_literals(value: Any, place: str, tokenizer: Vocabulary) -> None:
-    """Raises where text holds a control token's literal, which would become the token itself."""
-    if isinstance(value, str):
-        broken = tokenizer.neutralise(value)
-        if broken != value:
-            at = next(i for i, (a, b) in enumerate(zip(value, broken, strict=False)) if a != b) - 1
+def _check_literals(messages: Sequence[dict], tokenizer: Vocabulary) -> None:
+    """Raises where a message holds a control token's literal, which would become the token."""
+    for i, message in enumerate(messages):
+        text = to_json(message)
+        broken = tokenizer.neutralise(text)
+        if broken != text:
+            at = next(k for k, (a, b) in enumerate(zip(text, broken, strict=False)) if a != b) - 1
             raise DataError(
-                f"{place} holds a control token's literal at character {at}, "
-                f"{value[at : at + 24]!r}; reasoning belongs into reasoning_content, calls into "
-                "tool_calls, and other text must not look like a token"
+                f"messages[{i}] holds a control token's literal, {text[at : at + 24]!r}; reasoning "
+                "belongs into reasoning_content, calls into tool_calls, and other text must not "
+                "look like a token"
             )
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_literals(inner, f"{place}.{key}", tokenizer)
-    if isinstance(value, list):
-        for i, inner in enumerate(value):
-            _check_literals(inner, f"{place}[{i}]", tokenizer)

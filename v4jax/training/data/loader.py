@@ -41,7 +41,7 @@ class Loader:
         """
         _check_shards(config, shard_index, shard_count)
         pipeline = _import_pipeline()
-        sources = [open_source(source, config, tokenizer) for source in config.sources]
+        sources = [open_source(config, i, tokenizer) for i in range(len(config.sources))]
         self._data = _describe(config, [len(source) for source in sources])
         rows = config.batch // shard_count
         self._iterator = pipeline.build_iterator(
@@ -140,7 +140,7 @@ def _describe(config: DataConfig, records: Sequence[int]) -> dict:
     """Returns what a saved position depends on, JSON-able."""
     names = ("length", "batch", "packing", "lookahead", "shuffle", "seed", "epochs")
     sources = [
-        {"kind": source.kind, "weight": source.weight, "splits": source.splits, "records": count}
+        vars(source) | {"paths": None, "settings": repr(source.settings), "records": count}
         for source, count in zip(config.sources, records, strict=True)
     ]
     return {name: getattr(config, name) for name in names} | {"sources": sources}

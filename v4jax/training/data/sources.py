@@ -1,12 +1,16 @@
 """A configured source: records to documents of at most a row, bad records reported or fatal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from v4jax import log
 from v4jax.config.data import DataConfig, SourceConfig
+from v4jax.config.loading import build
 from v4jax.errors import ConfigError, DataError, RequestError
-from v4jax.tokenizer import Vocabulary
+from v4jax.tokenizer import ByteTokenizer, Vocabulary
 from v4jax.training.data import chat, text
 from v4jax.training.data.document import Document
 from v4jax.training.data.files import find_files
@@ -15,6 +19,7 @@ from v4jax.training.data.packing import split_document
 _MOST_WARNINGS = 100  # of bad records; more are counted only
 # So many bad records in succession mean that the source is wrong, and reading on could be endless.
 _MOST_IN_SUCCESSION = 1000
+_ENDLESS = 2**31  # documents of a kind that has no end; shuffling takes 32 bits
 
 
 class Records(Protocol):
@@ -50,7 +55,7 @@ class Source:
         """
         try:
             documents = self._fit(self._records.read(index))
-        except (DataError, RequestError) as error:
+        except (DataError, RequestError, RecursionError) as error:  # the last: nested too deeply
             self._report(index, error)
             return ()
         self._bad_in_succession = 0
@@ -83,16 +88,35 @@ class Source:
                 log.warning("data: further bad records of this source are counted, not shown")
 
 
-def open_source(config: SourceConfig, data: DataConfig, tokenizer: Vocabulary) -> Source:
-    """Returns the source that `config` describes, its files found and indexed.
+class NeedleRecords:
+    """Documents of the needle task, each made when it is asked for; there is no last one."""
+
+    def __init__(self, make_document: Callable[[int], Document]):
+        self._make_document = make_document
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def place(self, index: int) -> str:
+        """Returns which document `index` is."""
+        return f"needles, document {index}"
+
+    def read(self, index: int) -> Document:
+        """Returns document `index`."""
+        return self._make_document(index)
+
+
+def open_source(data: DataConfig, which: int, tokenizer: Vocabulary) -> Source:
+    """Returns source `which` of the configuration, its files found and indexed.
 
     Raises:
       ConfigError: a file is missing or of the wrong kind, or there is no record.
     """
-    return Source(_open_records(config, data, tokenizer), config, data)
+    return Source(_open_records(data, which, tokenizer), data.sources[which], data)
 
 
-def _open_records(config: SourceConfig, data: DataConfig, tokenizer: Vocabulary) -> Records:
+def _open_records(data: DataConfig, which: int, tokenizer: Vocabulary) -> Records:
+    config = data.sources[which]
     match config.kind:
         case "chat":
             files = find_files(config.paths, chat.SUFFIXES)
@@ -100,4 +124,21 @@ def _open_records(config: SourceConfig, data: DataConfig, tokenizer: Vocabulary)
         case "text":
             files = find_files(config.paths, text.SUFFIXES)
             return text.TextRecords(files, config, tokenizer, data.length)
+        case "needles":
+            return _open_needles(data, which, tokenizer)
     raise AssertionError(f"kind {config.kind!r} was let through")
+
+
+def _open_needles(data: DataConfig, which: int, tokenizer: Vocabulary) -> Records:
+    from v4jax.training.data import needles  # brings a mebibyte of text along
+
+    place = f"data.sources[{which}]"
+    if not isinstance(tokenizer, ByteTokenizer):
+        raise ConfigError(
+            f"{place}.kind needles is made of bytes; it needs a model with the byte tokenizer, "
+            "such as nano"
+        )
+    settings = build(needles.Needles, data.sources[which].settings or {}, f"{place}.settings")
+    # Two sources of needles are not the same documents in two lengths.
+    (seed,) = np.random.SeedSequence((data.seed, which)).generate_state(1)
+    return NeedleRecords(partial(needles.make_document, int(seed), settings=settings))
