@@ -7,7 +7,7 @@ import pytest
 from v4jax.config import DataConfig, SourceConfig
 from v4jax.errors import ConfigError, DataError
 from v4jax.tokenizer import load_tokenizer
-from v4jax.training.data.sources import open_source
+from v4jax.training.data.sources import Source, open_source
 
 BYTE = load_tokenizer("byte")
 LINES = ['{"text": "one"}', "", "{torn", '{"text": "%s"}' % ("x" * 300)]
@@ -17,7 +17,7 @@ def open_text(folder, lines=LINES, *, too_long=None, **data):
     file = folder / "corpus.jsonl"
     file.write_text("\n".join(lines))
     config = SourceConfig("text", (str(file),), too_long=too_long)
-    return open_source(config, DataConfig((config,), length=128, batch=1, **data), BYTE)
+    return open_source(DataConfig((config,), length=128, batch=1, **data), 0, BYTE)
 
 
 def test_a_bad_record_is_fatal_with_file_and_line(tmp_path):
@@ -63,3 +63,42 @@ def test_nothing_but_bad_records_ends(tmp_path, capsys):
 def test_no_record_at_all(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.sources\.paths: .*corpus\.jsonl.* no record"):
         open_text(tmp_path, ["", " "])
+
+
+def test_needles():
+    settings = {"tokens": (256, 300), "questions": (1, 1)}
+    needles = SourceConfig("needles", settings=settings)
+    data = DataConfig((needles, needles), length=512, batch=1)
+    first, second = (open_source(data, i, BYTE) for i in range(2))
+    (one,), (same,), (other,) = first[5], first[5], second[5]
+    assert (one.tokens == same.tokens).all() and BYTE.decode(one.tokens) != BYTE.decode(
+        other.tokens
+    )
+    assert (one.weights == 1).sum() == 6  # five digits and EOS
+    assert len(first) == 2**31 and len(first[2**31 - 1]) == 1
+
+
+def test_needles_are_bytes():
+    needles = SourceConfig("needles", settings={"tokns": (256, 300)})
+    data = DataConfig((needles,), length=512, batch=1)
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.settings\.tokns is no field"):
+        open_source(data, 0, BYTE)
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.kind needles is made of bytes"):
+        open_source(data, 0, load_tokenizer("v4"))
+
+
+def test_a_record_nested_too_deeply_is_a_bad_one():
+    class Deep:
+        def __len__(self):
+            return 1
+
+        def place(self, index):
+            return "here"
+
+        def read(self, index):
+            return self.read(index)
+
+    config = SourceConfig("text", ("x",))
+    data = DataConfig((config,), length=128, batch=1)
+    with pytest.raises(DataError, match="data: here: maximum recursion depth exceeded"):
+        Source(Deep(), config, data)[0]
