@@ -10,7 +10,7 @@ import pytest
 from v4jax import log
 from v4jax.kernels import dispatch, indexer
 from v4jax.kernels.indexer import pallas_tpu, reference, sieve_tpu
-from v4jax.kernels.table import EntryTable
+from v4jax.kernels.table import NEVER, EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
 
@@ -22,18 +22,22 @@ BLOCKS = pallas_tpu.Blocks(entries=64, chunk=4, growth=16, dense=2)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "pallas", "blocks", "count"))
-def select(queries, weights, stored, start, end, kind, pallas, blocks=BLOCKS, count=COUNT):
+def select(
+    queries, weights, stored, start, end, kind, pallas, blocks=BLOCKS, count=COUNT, begin=None
+):
     table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
     if pallas:
         chosen = pallas_tpu.select(
             *(queries, weights, table, start, end),
             ratio=RATIO,
             count=count,
+            begin=begin,
             blocks=blocks,
             interpret=True,
         )
     else:
-        chosen = reference.select(queries, weights, table, start, end, ratio=RATIO, count=count)
+        sizes = dict(ratio=RATIO, count=count, begin=begin)
+        chosen = reference.select(queries, weights, table, start, end, **sizes)
     return jnp.sort(chosen, axis=-1)
 
 
@@ -99,6 +103,26 @@ def test_selection(scores, start, kind):
     for b in range(2):
         real = min(end[b] - start[b], TOKENS)
         np.testing.assert_array_equal(got[b, :real], expected[b, :real])
+
+
+@pytest.mark.parametrize("scores", ["reals", "with many ties"])
+def test_several_documents(scores):
+    """The tile of each row's first 128 tokens has one document, that of the others another.
+
+    In the first row both begin with their tile; in the second the first began 128 tokens before,
+    and blocks of entries lie before it.
+    """
+    queries, weights, stored = draw(scores, "bfloat16")
+    start = np.array([0, LAST - TOKENS - 86], np.int32)
+    assert start[1] % 128 == 0
+    begin = np.repeat(start[:, None], TOKENS, axis=1)
+    begin[:, 128:] += 128
+    begin[1, :128] -= 128
+    begin[0, 100:128] = NEVER
+    arguments = (queries, weights, stored, start, start + TOKENS, "bfloat16")
+    got, expected = (np.asarray(select(*arguments, pallas=p, begin=begin)) for p in (True, False))
+    real = begin != NEVER
+    np.testing.assert_array_equal(got[real], expected[real])
 
 
 def test_blocks_do_not_matter():
@@ -215,7 +239,7 @@ def test_refused_with_the_reason(change, reason, monkeypatch):
 # Flash and Pro: 64 index heads of 128 channels; a million tokens of context.
 SHAPES = {
     "Flash, prefill": dict(batch=1, tokens=2048, count=512, kind="fp4"),
-    "Flash, prefill, bfloat16 keys": dict(batch=1, tokens=2048, count=512, kind="bfloat16"),
+    "Flash, packed rows": dict(batch=1, tokens=2048, count=512, kind="bfloat16", packed=True),
     "Flash, decode": dict(batch=64, tokens=1, count=512, kind="fp4"),
     "Pro, prefill": dict(batch=1, tokens=2048, count=1024, kind="fp4"),
     "Pro, decode with drafts": dict(batch=16, tokens=2, count=1024, kind="fp4"),
@@ -232,11 +256,10 @@ def test_compiles(chip, shape):
     batch, tokens, entries = shape["batch"], shape["tokens"], 1_048_576 // RATIO
     stored_as = EntryFormat(shape["kind"], CHANNELS, 64, "bfloat16")
 
-    def run(queries, weights, stored, layer, start, end):
+    def run(queries, weights, stored, layer, start, end, begin):
         table = EntryTable(stored, layer, stored_as)
-        return indexer.select(
-            queries, weights, table, start, end, ratio=RATIO, count=shape["count"]
-        )
+        options = dict(ratio=RATIO, count=shape["count"], begin=begin)
+        return indexer.select(queries, weights, table, start, end, **options)
 
     spec = jax.ShapeDtypeStruct
     compiled = ahead_of_time.compile_for(
@@ -248,5 +271,6 @@ def test_compiles(chip, shape):
         spec((), jnp.int32),
         spec((batch,), jnp.int32),
         spec((batch,), jnp.int32),
+        spec((batch, tokens), jnp.int32) if shape.get("packed") else None,
     )
     assert "indexer_select" in compiled.as_text()

@@ -8,7 +8,7 @@ import pytest
 from v4jax.kernels import sparse_attention
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.sparse_attention import decode_tpu, pallas_tpu, prefill_tpu, reference
-from v4jax.kernels.table import EntryTable
+from v4jax.kernels.table import NEVER, EntryTable
 from v4jax.planning import ahead_of_time
 from v4jax.quant import EntryFormat
 
@@ -26,16 +26,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(prefill_tpu, "UNROLLED_ROWS", 2)
 
 
-def attend_with_mass(queries, recent, sink, start, stored, selected, *, kind, pallas):
+def attend_with_mass(queries, recent, sink, start, stored, selected, begin=None, *, kind, pallas):
     """The window is what `recent` holds before the tokens."""
     table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
     window = recent.shape[1] - queries.shape[1]
     module = pallas_tpu if pallas else reference
     if pallas:
-        assert pallas_tpu.supported(queries, recent, window, table, selected) is None
-    return module.attend_with_mass(
-        queries, recent, sink, start, window=window, entries=table, selected=selected
-    )
+        assert pallas_tpu.supported(queries, recent, window, table, selected, begin) is None
+    options = {"window": window, "entries": table, "selected": selected, "begin": begin}
+    return module.attend_with_mass(queries, recent, sink, start, **options)
 
 
 compiled = jax.jit(attend_with_mass, static_argnames=("kind", "pallas"))
@@ -189,6 +188,30 @@ def test_gradients():
         np.testing.assert_allclose(value, wanted, 0, BFLOAT16 * np.abs(wanted).max())
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_window_ends_at_the_document():
+    """Values and gradients of packed rows, in tiles of 16 tokens; padding gets no cotangent."""
+    tokens = 144
+    start = np.array([0, 128], np.int32)
+    queries, recent, sink, start, stored, selected = draw("bfloat16", tokens, 160, start)
+    begin = np.repeat(start[:, None], tokens, axis=1)
+    begin[:, 128:] += 128
+    begin[0, 100:128] = NEVER
+    weight = np.random.RandomState(1).standard_normal(queries.shape)
+    weight[0, 100:128] = 0
+
+    def compute(queries, recent, stored, pallas):
+        arguments = queries, recent, sink, start, stored, selected, begin
+        attended = attend(*arguments, kind="bfloat16", pallas=pallas).astype(jnp.float32) * weight
+        return attended.sum(), attended
+
+    gradient = jax.grad(compute, argnums=(0, 1, 2), has_aux=True)
+    got, expected = (gradient(queries, recent, stored, pallas) for pallas in (True, False))
+    for value, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        value, wanted = np.asarray(value, np.float32), np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(value, wanted, 0, BFLOAT16 * np.abs(wanted).max())
+
+
 def test_why_not():
     """What falls back to the reference, and why."""
     queries, recent, _, _, stored, selected = draw("bfloat16", 3, 160, [0, 300])
@@ -209,7 +232,9 @@ SHAPES = {
     "Pro, prefill": dict(batch=1, tokens=2048, heads=128, count=1024),
     "Flash, decode": dict(batch=16, tokens=1, heads=64, count=512),
     "Pro, decode": dict(batch=8, tokens=1, heads=128, count=1024),
-    "Flash, training": dict(batch=1, tokens=4096, heads=64, count=512, entries=1024),
+    "Flash, training on packed rows": dict(
+        batch=1, tokens=4096, heads=64, count=512, entries=1024, packed=True
+    ),
     "Pro, training": dict(batch=1, tokens=4096, heads=128, count=1024, entries=1024),
     # One of sixteen shares of the tokens, and all entries: the backward pass is XLA's everywhere.
     "Flash, share of 131,072 in training": dict(
@@ -240,11 +265,10 @@ def test_compiles(chip, name):
     entries = shape.get("entries", 1_048_576 // RATIO)
     stored_as = EntryFormat("bfloat16" if backward else "fp8", channels, 64, "bfloat16")
 
-    def run(queries, recent, sink, stored, layer, start, selected):
+    def run(queries, recent, sink, stored, layer, start, selected, begin):
         table = EntryTable(stored, layer, stored_as)
-        return sparse_attention.attend(
-            queries, recent, sink, start, window=window, entries=table, selected=selected
-        )
+        options = {"window": window, "entries": table, "selected": selected, "begin": begin}
+        return sparse_attention.attend(queries, recent, sink, start, **options)
 
     def gradients(*arguments):
         results, pull = jax.vjp(lambda *x: run(*x, *arguments[4:]), *arguments[:4])
@@ -261,6 +285,7 @@ def test_compiles(chip, name):
         spec((), jnp.int32),
         spec((batch,), jnp.int32),
         spec((batch, tokens, count), jnp.int32),
+        spec((batch, tokens), jnp.int32) if shape.get("packed") else None,
     )
     assert "sparse_attention" in program.as_text()
     if not backward:

@@ -24,6 +24,7 @@ from v4jax.kernels.dense_attention.tiles_tpu import (
     dot,
     entries_seen,
     make_plan,
+    tile_begin,
     unit_begins,
     why_not,
     window_seen,
@@ -156,7 +157,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     per_half = pl.num_programs(2)
     start, end = start_ref[sequence], end_ref[sequence]
     first = start + (half * per_half + tile) * plan.tokens
-    begin = plan.begin(begin_ref, sequence, half * per_half + tile)
+    begin = tile_begin(plan, begin_ref, sequence, half * per_half + tile)
     state = (maximum_ref, mass_ref, sum_ref)
     single, group_rows = plan.tiles == 1, min(GROUP_ROWS, plan.rows)
 

@@ -26,6 +26,7 @@ from v4jax.kernels.dense_attention.tiles_tpu import (
     dot,
     entries_seen,
     make_plan,
+    tile_begin,
     unit_begins,
     window_seen,
 )
@@ -170,7 +171,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     sequence, step = pl.program_id(0), pl.program_id(1)
     start, end = start_ref[sequence], end_ref[sequence]
     first = start + step * plan.tokens
-    begin = plan.begin(begin_ref, sequence, step)
+    begin = tile_begin(plan, begin_ref, sequence, step)
 
     @pl.when(step == 0)
     def _():

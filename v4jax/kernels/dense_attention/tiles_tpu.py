@@ -52,17 +52,21 @@ class Plan:
         """Returns the positions of rows (an int32 array) of the tile that starts at `first`."""
         return first + (rows >> (self.heads.bit_length() - 1))
 
-    def begin(self, begin_ref, sequence, tile):
-        """Returns the position at which the document of a tile begins, of `unit_begins`."""
-        if not self.units:
-            return 0
-        unit = jnp.minimum(divide(tile * self.tokens, DOCUMENT_UNIT), self.units - 1)
-        return begin_ref[sequence * self.units + unit]
-
 
 def unit_begins(begin):
     """Returns (scalars,): where the document of every unit begins, [b · units]; () without."""
     return () if begin is None else (begin[:, ::DOCUMENT_UNIT].reshape(-1).astype(jnp.int32),)
+
+
+def tile_begin(plan, begin_ref, sequence, tile):
+    """Returns the position at which the document of a tile begins, of scalars `unit_begins`.
+
+    `plan` says how many `tokens` a tile has and how many `units` a sequence; 0 units: one document.
+    """
+    if not plan.units:
+        return 0
+    unit = jnp.minimum(divide(tile * plan.tokens, DOCUMENT_UNIT), plan.units - 1)
+    return begin_ref[sequence * plan.units + unit]
 
 
 def make_plan(

@@ -97,8 +97,6 @@ FEW = Blocks(entries=4096, dense=2)
 
 def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
     """Returns why these kernels cannot run, or None."""
-    if begin is not None:
-        return "rows of several documents are not supported"
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
     blocks = FEW if few else MANY
@@ -115,7 +113,7 @@ def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
     if keys.capacity >= SUBLANES << GAP_SHIFT:
         return f"{keys.capacity} entries do not fit in {GAP_SHIFT} bits"
     programs = batch * (tokens if few else ceil_div(tokens, LANES))
-    if 4 * programs > SCALAR_BYTES:
+    if 4 * programs * (1 if begin is None else 2) > SCALAR_BYTES:
         return f"{programs} programs have more sizes than fit in {SCALAR_BYTES} bytes"
     rows = 2 * blocks.capacity(count, SUBLANES)  # keys and ids
     values = heads * channels * (1 if few else LANES)  # queries, fetched ahead
@@ -156,6 +154,8 @@ def select(
     seen = seen_bt.reshape(batch, tiles, tile)
     needed = seen.max(axis=-1).reshape(-1)
     seen = jnp.broadcast_to(seen, (batch, tiles, LANES))[:, :, None]
+    # Documents begin with a tile, which so has one first entry.
+    firsts = () if begin is None else ((begin[:, ::tile] // ratio).reshape(-1),)
 
     if keys.format.kind == "fp4":
         queries = queries[..., decoded_order(channels)]
@@ -181,9 +181,12 @@ def select(
         return pl.BlockSpec((None, None, *shape), lambda b, t, e, *_: (b, t, *(0,) * len(shape)))
 
     def of_entries(array):
-        def index(b, t, e, layer, needed):
-            # Steps past the last needed block name that block again: nothing is fetched for them.
+        def index(b, t, e, layer, needed, *firsts):
+            # Steps past the last needed block name that block again, those before the first needed
+            # one that one already: nothing is fetched for them.
             last = jax.lax.div(jnp.maximum(needed[b * tiles + t] - 1, 0), blocks.entries)
+            for first in firsts:
+                e = jnp.maximum(e, jax.lax.div(first[b * tiles + t], blocks.entries))
             e = jnp.minimum(e, last)
             return (layer[0], b, 0, e) if entries_last else (layer[0], b, e, 0)
 
@@ -197,10 +200,13 @@ def select(
     out_shape = (batch, tiles, ceil_div(count, streams), *places)
     out_shape = jax.ShapeDtypeStruct(out_shape, jnp.int32)
     chosen = pl.pallas_call(
-        functools.partial(_body, names=names, count=count, blocks=blocks, few=few),
+        functools.partial(
+            _body, names=names, count=count, blocks=blocks, few=few, packed=begin is not None
+        ),
         name="indexer_select",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,  # layer [1], needed [b · tiles]
+            # layer [1], needed [b · tiles], with documents firsts [b · tiles]
+            num_scalar_prefetch=2 + len(firsts),
             grid=(batch, tiles, steps),
             in_specs=[*map(of_tile, (queries, weights, seen)), *map(of_entries, stored)],
             out_specs=of_tile(out_shape),
@@ -219,20 +225,26 @@ def select(
             vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=interpret,
-    )(jnp.asarray(keys.layer, jnp.int32).reshape(1), needed, queries, weights, seen, *stored)
+    )(
+        jnp.asarray(keys.layer, jnp.int32).reshape(1),
+        *(needed, *firsts),
+        *(queries, weights, seen, *stored),
+    )
     if few:
         return chosen.reshape(batch, tokens, -1)[..., :count]
     chosen = chosen.reshape(batch, tiles, -1, LANES)[:, :, :count]  # [b, tile, k, q]
     return chosen.swapaxes(-1, -2).reshape(batch, tiles * LANES, count)[:, :tokens]
 
 
-def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks, few):
+def _body(layer, needed, *refs, names, count, blocks, few, packed):
     """One block of entries for one tile of queries, or for one query if `few`.
 
-    Prefetch: layer [1], needed [b · tiles]. Input: queries [i, x, q] bf16 and weights [i, q] f32
-    (few: [i, x], [i, 1]), seen [1, q] int32, stored keys of the block [entries, x] or, in fp4,
-    [bytes, entries]. Output: chosen [⌈count/streams⌉, 8, 128] int32. Scratch: as in `select`.
+    Prefetch: layer [1], needed [b · tiles], if `packed` firsts [b · tiles]. Input: queries
+    [i, x, q] bf16 and weights [i, q] f32 (few: [i, x], [i, 1]), seen [1, q] int32, stored keys of
+    the block [entries, x] or, in fp4, [bytes, entries]. Output: chosen [⌈count/streams⌉, 8, 128]
+    int32. Scratch: as in `select`.
     """
+    firsts, queries, weights, seen, *refs = refs if packed else (None, *refs)
     *stored, chosen, block_keys, candidates, ids, floor, state = refs
     stored = dict(zip(names, stored, strict=True))
     b, t, step = (pl.program_id(axis) for axis in range(3))
@@ -246,17 +258,23 @@ def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks, fe
     def _():
         sieve.open()
 
-    needed = needed[b * pl.num_programs(1) + t]
-    sifted = needed > count
+    program = b * pl.num_programs(1) + t
+    needed, first = needed[program], firsts[program] if packed else 0
+    sifted, seen_here = needed - first > count, step * blocks.entries < needed
+    if packed:
+        seen_here &= (step + 1) * blocks.entries > first
 
-    @pl.when(sifted & (step * blocks.entries < needed))
+    @pl.when(sifted & seen_here)
     def _():
         if few:
             score_one(stored, queries, weights, block_keys)
         else:
             score_many(stored, queries, weights, block_keys, blocks.heads)
         entry = entry_index(step * sieve.block_rows, block_keys.shape)
-        block_keys[...] = jnp.where(entry < seen[...][None], block_keys[...], NOTHING)
+        visible = entry < seen[...][None]
+        if packed:
+            visible &= entry >= first
+        block_keys[...] = jnp.where(visible, block_keys[...], NOTHING)
         sieve.add(block_keys, step * sieve.block_rows)
 
     last = step == pl.num_programs(2) - 1
@@ -271,7 +289,7 @@ def _body(layer, needed, queries, weights, seen, *refs, names, count, blocks, fe
 
     @pl.when(jnp.logical_not(sifted) & last)
     def _():
-        entry = entry_index(0, chosen.shape)
+        entry = entry_index(0, chosen.shape) + first
         chosen[...] = jnp.where(entry < seen[...][None], entry, -1)
 
 

@@ -24,8 +24,6 @@ MOST_QUERIES = 16  # of a sequence that gather one by one: they share the rows o
 
 def supported(queries, recent, window, entries, selected, begin=None) -> str | None:
     """Returns why the kernels cannot run on these arguments, or None."""
-    if begin is not None:
-        return "rows of several documents are not supported"
     reason = why_not(queries, recent, window)
     if reason is not None:
         return reason
@@ -41,6 +39,8 @@ def supported(queries, recent, window, entries, selected, begin=None) -> str | N
     count = selected.shape[-1]
     if count % LANES or count > LARGEST_COUNT:
         return f"selected entries must divide by {LANES} and be at most {LARGEST_COUNT}: {count}"
+    if begin is not None and gathers_one_by_one(queries.shape[1], count, entries.capacity):
+        return f"rows of several documents need more than {MOST_QUERIES} queries"
     return None
 
 
@@ -55,10 +55,10 @@ def attend_with_mass(queries, recent, sink, start, *, window, entries, selected,
 def _attend(window, stored_as, queries, recent, sink, start, begin, stored, layer, selected):
     entries = gradient.close_table(stored, layer, stored_as)
     few = gathers_one_by_one(queries.shape[1], selected.shape[-1], entries.capacity)
-    kernel = decode_tpu if few else prefill_tpu
-    return kernel.attend(
-        queries, recent, sink, start, window=window, entries=entries, selected=selected
-    )
+    options = {"window": window, "entries": entries, "selected": selected}
+    if few:
+        return decode_tpu.attend(queries, recent, sink, start, **options)
+    return prefill_tpu.attend(queries, recent, sink, start, **options, begin=begin)
 
 
 def _attend_forward(window, stored_as, *arguments):

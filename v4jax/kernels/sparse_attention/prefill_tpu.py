@@ -16,10 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.dense_attention.pallas_tpu import along_lanes, fold_lanes
-from v4jax.kernels.dense_attention.tiles_tpu import LANES, LOG2_E, VMEM_BYTES, dot
+from v4jax.kernels.dense_attention.tiles_tpu import (
+    LANES,
+    LOG2_E,
+    VMEM_BYTES,
+    dot,
+    tile_begin,
+    unit_begins,
+)
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.sparse_attention import rows_tpu
 from v4jax.kernels.sparse_attention.union_tpu import unite
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.shapes import ceil_div, round_up
 
 # Rows of one product: tokens × heads.
@@ -44,6 +52,7 @@ class Plan:
     channels: int
     window: int
     places: int  # ids of a group
+    units: int = 0  # of `DOCUMENT_UNIT` tokens, in rows that hold several documents
 
     @property
     def rows(self) -> int:
@@ -61,21 +70,24 @@ class Plan:
         return self.window + ALIGNMENT
 
 
-def make_plan(queries, window: int, count: int) -> Plan:
+def make_plan(queries, window: int, count: int, begin=None) -> Plan:
     """Returns how tokens are grouped."""
     _, tokens, heads, channels = queries.shape
     members = min(LARGEST_GROUP, GROUP_ROWS // heads)
     groups = min(TILE_GROUPS, ceil_div(tokens, members))
     tiles = ceil_div(tokens, members * groups)
     places = round_up(members * count, BLOCK)
-    return Plan(members, groups, tiles, heads, channels, window, places)
+    # Members and groups are powers of two unless there is one tile: it belongs to one document.
+    units = 0 if begin is None else ceil_div(tokens, DOCUMENT_UNIT)
+    return Plan(members, groups, tiles, heads, channels, window, places, units)
 
 
-def attend(queries, recent, sink, start, *, window, entries, selected):
+def attend(queries, recent, sink, start, *, window, entries, selected, begin=None):
     """Returns (attended [b, t, h, c], log_mass [b, t, h])."""
     batch, tokens, heads, channels = queries.shape
     count = selected.shape[-1]
-    plan = make_plan(queries, window, count)
+    plan = make_plan(queries, window, count, begin)
+    begins = unit_begins(begin)
     padding = plan.tiles * plan.tokens - tokens
     queries = jnp.pad(queries, [(0, 0), (0, padding), (0, 0), (0, 0)])
     recent = jnp.pad(recent, [(0, 0), (0, padding + ALIGNMENT), (0, 0)])
@@ -96,7 +108,7 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
     call = pl.pallas_call(
         functools.partial(_body, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=2 + len(begins),
             grid=(batch, plan.tiles),
             in_specs=[
                 pl.BlockSpec((1, plan.groups * plan.rows, channels), place),
@@ -141,6 +153,7 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
     attended, log_mass = call(
         start.astype(jnp.int32),
         blocks,
+        *begins,
         queries.reshape(batch, rows, channels),
         recent,
         jnp.broadcast_to(sink, (plan.rows, LANES)),
@@ -152,19 +165,23 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
     return attended, log_mass.reshape(batch, -1, heads)[:, :tokens]
 
 
-def _body(plan, start_ref, blocks_ref, queries_ref, recent_ref, sink_ref, bits_ref, *rest):
+def _body(plan, start_ref, blocks_ref, *rest):
     """One tile of queries of one sequence.
 
-    prefetch: start [b], blocks [b, groups of a sequence]. input: queries [1, rows, c], recent
-    [1, window + tokens + 16, c], sink [rows of a group, 128] (a column, repeated), bits
-    [1, groups, 1, places], ids [1, 1, groups · places] in SMEM, words [b, w, planes, 128] in HBM.
-    output: attended [1, rows, c], log_mass [1, rows / 128, 128]. scratch: blocks [depth, block,
-    planes, 128] and their semaphores, maximum and mass [rows of a group, 128] (the maximum repeated
-    along lanes, the mass to be summed over them), weighted sum [rows of a group, c].
+    prefetch: start [b], blocks [b, groups of a sequence]; with documents their begins [b · units].
+    input: queries [1, rows, c], recent [1, window + tokens + 16, c], sink [rows of a group, 128]
+    (a column, repeated), bits [1, groups, 1, places], ids [1, 1, groups · places] in SMEM, words
+    [b, w, planes, 128] in HBM. output: attended [1, rows, c], log_mass [1, rows / 128, 128].
+    scratch: blocks [depth, block, planes, 128] and their semaphores, maximum and mass [rows of a
+    group, 128] (the maximum repeated along lanes, the mass to be summed over them), weighted sum
+    [rows of a group, c].
     """
+    begin_ref, *rest = rest if plan.units else (None, *rest)
+    queries_ref, recent_ref, sink_ref, bits_ref, *rest = rest
     ids_ref, words_ref, attended_ref, log_mass_ref, buffer_ref, semaphores, *state = rest
     sequence, tile = pl.program_id(0), pl.program_id(1)
     first_token = start_ref[sequence] + tile * plan.tokens
+    begin = tile_begin(plan, begin_ref, sequence, tile)
 
     def blocks_of(group):
         return blocks_ref[sequence, tile * plan.groups + group]
@@ -192,7 +209,7 @@ def _body(plan, start_ref, blocks_ref, queries_ref, recent_ref, sink_ref, bits_r
         queries_at = queries_ref.at[0, rows]
         _begin(sink_ref, state)
         if plan.window:
-            _attend_window(plan, queries_at, recent_ref, first_token, group, state)
+            _attend_window(plan, queries_at, recent_ref, first_token, begin, group, state)
 
         def attend_block(block, carry):
             number, cursor = carry
@@ -301,7 +318,7 @@ def _begin(sink_ref, state):
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
 
-def _attend_window(plan, queries_ref, recent_ref, first_token, group, state):
+def _attend_window(plan, queries_ref, recent_ref, first_token, begin, group, state):
     """Adds the raw rows around a group: row s is `window` before the first token, plus s."""
     token = group * plan.members
     # Whole registers: up to 12 rows before those that the group sees.
@@ -312,7 +329,7 @@ def _attend_window(plan, queries_ref, recent_ref, first_token, group, state):
 
     def seen(member):
         distance = first_token + token + member - key
-        return (distance >= 0) & (distance < plan.window) & (key >= 0)
+        return (distance >= 0) & (distance < plan.window) & (key >= begin)
 
     _attend_keys(plan, queries_ref, recent, seen, state)
 
