@@ -32,8 +32,9 @@ from v4jax.checkpoint.safetensors_file import Tensor, write_header, write_tensor
 from v4jax.config import ModelConfig
 from v4jax.config.to_hf import model_config_to_hf
 from v4jax.errors import CheckpointError
+from v4jax.files import to_path
 from v4jax.model import Transformer
-from v4jax.quant import ScaledArray, quantize_weight
+from v4jax.quant import Recipe, ScaledArray, quantize_weight
 
 Format = Literal["released", "bfloat16", "transformers"]
 FORMATS = ("released", "bfloat16", "transformers")
@@ -75,25 +76,31 @@ def write_model(
         from.
 
     Raises:
-      CheckpointError: the folder holds something already or cannot be written; nothing is left.
+      CheckpointError: the folder holds something already or cannot be written, and nothing is left;
+        or the model has adapters.
       ConfigError: the transformers layout cannot express the configuration.
     """
     if format not in FORMATS:
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
-    _check_new(folder)
+    if any(isinstance(v.get_value(), Recipe) for v in model_variables(model).values()):
+        raise CheckpointError(
+            "the model is in training: its weights have adapters or are rounded on the way; "
+            "merge adapters (training.lora.merge), or write them alone (write_adapters)"
+        )
+    check_new(folder)
     pieces = plan_pieces(model, format)
     _warn_of_rounding(model, pieces)
     shards = plan_shards(list(pieces.values()), shard_bytes)
     carry_from = carry_from or model.folder
-    with log.phase("save", f"writing {folder} as {format}") as phase, _new_folder(folder) as target:
+    with log.phase("save", f"writing {folder} as {format}") as phase, new_folder(folder) as target:
         tensors = write_headers(target, shards)
         total = write_index(target, tensors)
         _write_json(target / CONFIG_NAME, _config(model.config, format, pieces))
         _write_json(target / "generation_config.json", _generation_config(model.config))
         _write_tensors(model, format, pieces, {tensor.name: tensor for tensor in tensors})
         for name in CARRIED_FILES:
-            if carry_from is not None and (pathlib.Path(carry_from) / name).is_file():
-                shutil.copyfile(pathlib.Path(carry_from) / name, target / name)
+            if carry_from is not None and (to_path(carry_from) / name).is_file():
+                (target / name).write_bytes((to_path(carry_from) / name).read_bytes())
         phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
 
 
@@ -247,14 +254,19 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_new(folder: str | pathlib.Path) -> None:
+def check_new(folder: str | pathlib.Path) -> None:
+    """Raises unless the folder is empty or does not exist.
+
+    Raises:
+      CheckpointError: it holds something, or is a file.
+    """
     path = pathlib.Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not empty; remove it or choose another folder")
 
 
 @contextlib.contextmanager
-def _new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a hidden folder that becomes `folder` if the block succeeds, and vanishes if not."""
     folder = pathlib.Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")

@@ -79,14 +79,17 @@ def add_adapters(
 def choose_targets(model: Transformer, lora: LoraConfig, among: Iterable[str]) -> list[str]:
     """Returns the names of the matrices that have a target: its words in a row, as whole words.
 
-    Matrices are what the release stores as FP4, FP8 or bfloat16 and a vector is multiplied with.
+    Matrices are what the release stores as FP4, FP8 or bfloat16 and multiplies with vectors, which
+    leaves out the embedding.
 
     Raises:
       ConfigError: a target names none of `among`.
     """
     formats, held = stored_formats(model.config), variables(model)
     matrices = [
-        name for name in among if formats[name] != "float32" and len(_matrix_axes(held[name])) >= 2
+        name
+        for name in among
+        if formats[name] != "float32" and name != "embed" and len(_matrix_axes(held[name])) >= 2
     ]
     found = {target: [n for n in matrices if _has(n, target)] for target in lora.targets}
     for target, names in found.items():

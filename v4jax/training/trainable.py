@@ -1,8 +1,8 @@
-"""What a run trains: which weights, how they enter the model, and the model that comes out.
+"""What a run trains: which weights, and how they enter the model.
 
     frozen, weights, biases = split_trained(model, config)   # weights: arrays by name
     model = join_model(frozen, state)                        # every step (`step.py`)
-    model = finish(frozen, state)                            # in the end
+    model = finish(frozen, state)                            # in the end (`export.py`)
 
 Where a weight is missing in `frozen` stands what makes a weight of the trained arrays: nothing
 (None), a `LowRank` without its adapters, or a `Master` without its values (`quant.recipes`). So the
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.checkpoint.names import stored_formats
@@ -26,6 +27,7 @@ from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.lora import add_adapters
 
 DOWN, UP = ".lora_down", ".lora_up"
+STORED = ("fp4", "fp8", "bfloat16")  # formats that a float32 weight is rounded to
 
 
 def split_trained(model: Transformer, config: TrainConfig) -> tuple[Transformer, dict, dict]:
@@ -43,11 +45,34 @@ def split_trained(model: Transformer, config: TrainConfig) -> tuple[Transformer,
             _check_lora(config)
             model = add_adapters(model, config.lora, config.seed, among=names)
         return split_model(model, choose_adapted(model))
-    formats = {}
-    if config.quantization_aware:
-        stored = stored_formats(model.config)
-        formats = {name: stored[name] for name in names if stored[name] != "float32"}
-    return split_model(model, names, formats)
+    if not config.quantization_aware:
+        return split_model(model, names)
+    formats = {k: v for k, v in stored_formats(model.config).items() if v in STORED}
+    model = round_weights(model, {k: v for k, v in formats.items() if k not in names})
+    return split_model(model, names, {name: formats[name] for name in names if name in formats})
+
+
+def round_weights(model: Transformer, formats: Mapping[str, str]) -> Transformer:
+    """Returns the model with weights in stored formats; what is stored so already is untouched."""
+    rounded = {}
+    for name, fmt in formats.items():
+        variable = variables(model)[name]
+        value = variable.get_value()
+        if isinstance(value, ScaledArray) or value.dtype == fmt:
+            continue
+        master = Master(value, fmt, "float32", rounds_inputs=False)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            rounded[name] = jax.eval_shape(Master.store, master)
+            continue
+        stored = store(master)
+        if model.layout is not None:
+            sharding = NamedSharding(model.layout.mesh, spec_of(variable))
+            stored = jax.tree.map(lambda array, to=sharding: jax.device_put(array, to), stored)
+        rounded[name] = stored
+    return write_weights(model, rounded)
+
+
+store = jax.jit(Master.store)
 
 
 def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
@@ -147,22 +172,6 @@ def released_float32(name: str) -> bool:
     """Whether the released checkpoints keep the weight of this name in float32."""
     last = name.rsplit(".", 1)[-1]
     return last in ("fn", "base", "scale", "sink", "position_bias")
-
-
-def finish(frozen: Transformer, state) -> Transformer:
-    """Returns the trained model: weights in float32, or as they were rounded on the way; adapters.
-
-    A weight that was rounded while it trained comes out in its stored format, exactly as the
-    computation used it. Adapters stay beside their base: `lora.merge`, `write_adapters`.
-    """
-    values = {}
-    for name, value in join_weights(frozen, state.weights).items():
-        if isinstance(value, Master):
-            value = jax.jit(Master.store)(value)
-        elif not isinstance(value, LowRank):
-            value = state.weights[name]
-        values[name] = value
-    return write_weights(frozen, values | state.biases)
 
 
 def trained_specs(frozen: Transformer) -> dict[str, P]:

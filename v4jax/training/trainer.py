@@ -8,6 +8,7 @@ A run lives in its output folder:
     checkpoints/      the state, the position in the data; the newest is where a run resumes
     metrics.jsonl     a line per logged step (`metrics.py`)
     model/            the finished model, in the released layout
+    adapters/         with LoRA, the adapters alone, in PEFT's layout
 
 Killed at any moment and started again with the same configuration, a run continues from its newest
 checkpoint and computes what it would have computed: the same data, the same numbers.
@@ -27,6 +28,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.checkpoint import api
+from v4jax.checkpoint.adapters import write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
 from v4jax.config.run import LossConfig, TrainConfig
@@ -38,12 +40,12 @@ from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
 from v4jax.training.evaluate import build_evaluation, evaluate_text
-from v4jax.training.lora import merge
+from v4jax.training.export import export, finish
 from v4jax.training.metrics import Metrics, Speed, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import gather_json, make_state, put_batches, row_shares
 from v4jax.training.step import TrainState, build_step
-from v4jax.training.trainable import finish, split_trained
+from v4jax.training.trainable import split_trained
 
 
 class Trainer:
@@ -142,13 +144,18 @@ class Trainer:
         self.store.close()
 
     def finished_model(self) -> Transformer:
-        """Returns the trained model, adapters merged (`trainable.finish`, `lora.merge`)."""
-        return merge(finish(self.frozen, self.state), "float32")
+        """Returns the trained model, with its adapters if it has some (`export.finish`)."""
+        return finish(self.frozen, self.state)
 
     def export(self, format: str = "released") -> pathlib.Path:
-        """Writes the finished model to `output`/model in a format of `v4jax.save`."""
-        folder = self.folder / "model"
-        api.save(self.finished_model(), folder, format)
+        """Writes the finished model to `output`/model in a format of `v4jax.save`.
+
+        Adapters are merged there, and written by themselves to `output`/adapters.
+        """
+        model, folder = self.finished_model(), self.folder / "model"
+        if self.config.lora:
+            write_adapters(model, self.folder / "adapters")
+        export(model, folder, format)
         return folder
 
     def _phase(self, step: int) -> tuple[Mode, LossConfig]:
