@@ -49,16 +49,13 @@ def make_weights(fmt):
 WEIGHTS = {fmt: make_weights(fmt) for fmt in ("float32", "fp4")}
 
 
-def compute_with(gate_up, down):
-    def compute(x, ids, weights):
-        return grouped_matmul.apply_experts(x, ids, weights, gate_up, down, limit=LIMIT)
-
-    return compute
+def compute(parameters, x, ids, weights):
+    return grouped_matmul.apply_experts(x, ids, weights, *parameters, limit=LIMIT)
 
 
 @functools.cache
 def one_device(fmt):
-    return jax.jit(lambda x, ids, routing: compute_with(*WEIGHTS[fmt])(x, ids, routing))
+    return jax.jit(lambda x, ids, routing, weights=WEIGHTS[fmt]: compute(weights, x, ids, routing))
 
 
 @functools.cache
@@ -72,7 +69,7 @@ def on_devices(fmt="float32", regime="prefill", **dispatch):
 
     def run(weights, x, ids, routing, real):
         with activate(layout, regime, per_device=True):
-            return route(compute_with(*weights), x, ids, routing, real, EXPERTS)
+            return route(compute, weights, x, ids, routing, real, EXPERTS)
 
     mapped = jax.shard_map(
         run,
@@ -81,7 +78,9 @@ def on_devices(fmt="float32", regime="prefill", **dispatch):
         out_specs=split,
         check_vma=False,
     )
-    return jax.jit(lambda *arguments: mapped(WEIGHTS[fmt], *arguments))
+    return jax.jit(
+        lambda x, ids, routing, real, weights=WEIGHTS[fmt]: mapped(weights, x, ids, routing, real)
+    )
 
 
 ALL = np.ones(TOKENS, bool)
@@ -121,19 +120,20 @@ def test_padding_goes_nowhere():
 
 
 def test_gradients_with_further_rounds():
-    """Inputs and routing weights, over loads that take one round and many."""
+    """Inputs, routing weights and experts, over loads that take one round and many."""
     run, one = on_devices(slack=0.25), one_device("float32")
     slope = np.random.RandomState(2).standard_normal(X.shape).astype(np.float32)
 
     def gradients(function, *more):
-        def loss(x, routing, ids):
-            return (function(x, ids, routing, *more) * slope).sum()
+        def loss(x, routing, weights, ids):
+            return (function(x, ids, routing, *more, weights) * slope).sum()
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
 
     many, single = gradients(run, ALL), gradients(one)
     for name in ("even", "all on one device"):
-        got, want = many(X, ROUTING, LOADS[name]), single(X, ROUTING, LOADS[name])
+        arguments = X, ROUTING, WEIGHTS["float32"], LOADS[name]
+        got, want = jax.tree.leaves(many(*arguments)), jax.tree.leaves(single(*arguments))
         for g, w in zip(got, want, strict=True):
             np.testing.assert_allclose(g, w, atol=2e-4, err_msg=name)
 
@@ -177,7 +177,7 @@ def test_ragged_compiles(payload):
 
     def run(weights, x, ids, routing, real):
         with activate(layout, "prefill", per_device=True):
-            return route(compute_with(*weights), x, ids, routing, real, EXPERTS)
+            return route(compute, weights, x, ids, routing, real, EXPERTS)
 
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False

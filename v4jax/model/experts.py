@@ -31,18 +31,18 @@ class Experts(nnx.Module):
     ) -> Float[Array, "t d"]:
         """Returns the weighted sum of the chosen experts' outputs, float32."""
 
-        def compute(x, ids, weights):
+        def compute(parameters, x, ids, weights):
             return grouped_matmul.apply_experts(
                 x,
                 ids,
                 weights,
-                self.gate_up.get_value(),
-                self.down.get_value(),
+                *parameters,
                 limit=self.config.swiglu_limit,
                 quantize_activations=self.numerics.quantize_activations,
             )
 
-        return route(compute, x, ids, weights, real, self.config.n_routed_experts)
+        parameters = self.gate_up.get_value(), self.down.get_value()
+        return route(compute, parameters, x, ids, weights, real, self.config.n_routed_experts)
 
 
 class SharedExpert(nnx.Module):

@@ -7,18 +7,20 @@ there is nothing to overflow: even loads take one round, all tokens on one exper
 Where devices have the same few tokens (decoding), nothing travels: each computes what its own
 experts add, and the results are summed.
 
-The experts themselves are `compute(rows, ids, weights)` on local ids; the id one past the last
-names no expert, costs nothing, and its result is never read.
+The experts themselves are `compute(parameters, rows, ids, weights)` on local ids; the id one past
+the last names no expert, costs nothing, and its result is never read.
 
 Source: report, expert parallelism (spec G.8): dispatch may be FP8, combine is not.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.errors import ConfigError
@@ -26,13 +28,14 @@ from v4jax.parallel.layout import Dispatch, active, split_axes
 from v4jax.quant import formats
 from v4jax.shapes import ceil_div, round_up
 
-Compute = Callable[[Array, Array, Array], Array]
+Compute = Callable[[Any, Array, Array, Array], Array]
 FP8_BLOCK = 128
 SMALLEST_BUFFER = 8
 
 
 def route(
     compute: Compute,
+    parameters: Any,
     x: Float[Array, "t d"],
     ids: Int[Array, "t k"],
     weights: Float[Array, "t k"],
@@ -42,14 +45,15 @@ def route(
     """Returns Σ_k of what the chosen experts give for each token, wherever they are, float32.
 
     Args:
-      compute: (rows [r, d], local ids [r, j], weights [r, j]) → [r, d], float32, by the experts of
-        this device; without a layout these are all.
+      compute: (parameters, rows [r, d], local ids [r, j], weights [r, j]) → [r, d], float32, by the
+        experts of this device; without a layout these are all.
+      parameters: of these experts, any pytree; `compute` takes traced arrays from nowhere else.
       real: false marks padding, which goes nowhere; None: all are real.
       experts: of all devices together.
     """
     axes = split_axes("experts")
     if not axes:
-        return compute(x, ids, weights)
+        return compute(parameters, x, ids, weights)
     now = active()
     own_tokens = {*split_axes("batch"), *split_axes("tokens")}
     distinct = tuple(axis for axis in axes if axis in own_tokens)
@@ -60,13 +64,14 @@ def route(
     dispatch = now.layout.dispatch
     if dispatch.transport == "gather" or (repeated and dispatch.transport == "auto"):
         first = jax.lax.axis_index(axes) * local
+        compute = functools.partial(compute, parameters)
         return _gather(compute, x, ids, weights, first, local, distinct, repeated)
     if repeated:
         raise ConfigError(
             f"mesh.dispatch.transport = {dispatch.transport!r} needs devices with different "
             f"tokens, but here those along {repeated} have the same; use 'auto'"
         )
-    return _exchange(compute, x, ids, weights, local, axes, dispatch)
+    return _exchange(compute, (parameters, x, weights), ids, local, axes, dispatch)
 
 
 def _gather(compute, x, ids, weights, first, local, distinct, repeated):
@@ -101,59 +106,91 @@ class _Plan(NamedTuple):
     load: jax.Array
 
 
-def _exchange(compute, x, ids, weights, local, axes, dispatch: Dispatch):
-    """Sends rows to the owners of their experts, in rounds of bounded buffers, and back."""
+def _exchange(compute, operands, ids, local, axes, dispatch: Dispatch):
+    """Sends rows to the owners of their experts, in rounds of bounded buffers, and back.
+
+    Args:
+      operands: parameters, x [t, d], weights [t, k]: all that gets gradients.
+    """
     devices = active().layout.size(axes)
-    tokens, chosen = ids.shape
-    bound = buffer_rows(tokens, chosen, devices, dispatch.slack)
+    bound = buffer_rows(*ids.shape, devices, dispatch.slack)
     plan = _plan(ids.reshape(-1) // local, devices)
-    rounds = ceil_div(tokens * chosen, bound)  # a table of experts may name one twice
-
-    def run(number):
-        """Returns what the assignments of one round add."""
-        place_a = plan.rank - number * bound
-        sent_a = (place_a >= 0) & (place_a < bound) & (plan.owner < devices)
-        slot_a = jnp.where(sent_a, plan.owner * bound + place_a, devices * bound)
-        every_a = jnp.arange(tokens * chosen, dtype=jnp.int32)
-        source_s = jnp.zeros(devices * bound, jnp.int32).at[slot_a].set(every_a, mode="drop")
-        used_s = jnp.zeros(devices * bound, bool).at[slot_a].set(True, mode="drop")
-        ids_s = jnp.where(used_s, ids.reshape(-1)[source_s] % local, local)
-        weights_s = jnp.where(used_s, weights.reshape(-1)[source_s], 0.0)
-        rows_sd = jnp.where(used_s[:, None], x[source_s // chosen], 0)
-        # A buffer is filled from its front, so counts say which rows are real.
-        counts = used_s.reshape(devices, bound).sum(axis=1, dtype=jnp.int32)
-        arriving = jax.lax.all_to_all(counts, axes, 0, 0, tiled=True)
-        send = functools.partial(_send, axes, dispatch.transport, bound)
-        ids_s, weights_s = (
-            jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s)
-        )
-        if dispatch.payload == "fp8":
-            rows_sd = _send_fp8(axes, dispatch.transport, bound, rows_sd, counts, arriving)
-        else:
-            rows_sd = send(rows_sd, counts, arriving)
-        output_sd = compute(rows_sd, ids_s[:, None], weights_s[:, None])
-        output_sd = jnp.where((ids_s < local)[:, None], output_sd, 0.0).astype(x.dtype)
-        output_sd = send(output_sd, arriving, counts)
-        output_ad = output_sd[jnp.minimum(slot_a, devices * bound - 1)].astype(jnp.float32)
-        output_ad = jnp.where(sent_a[:, None], output_ad, 0.0)
-        return output_ad.reshape(tokens, chosen, -1).sum(axis=1)
-
-    output_td = run(jnp.int32(0))
-    if rounds == 1:
+    run = functools.partial(_run_round, compute, local, axes, devices, dispatch, bound)
+    output_td = run(operands, ids, plan, jnp.int32(0))
+    if bound >= ids.size:
         return output_td
+    return output_td + _run_further(run, operands, ids, plan, ceil_div(plan.load, bound))
 
-    def further(output_td):
-        # Rare rounds keep nothing for the backward pass but their inputs.
-        @jax.checkpoint
-        def add(output_td, number):
-            needed = number * bound < plan.load
-            more = jax.lax.cond(needed, run, lambda _: jnp.zeros_like(output_td), number)
-            return output_td + more
 
-        numbers = jnp.arange(1, rounds, dtype=jnp.int32)
-        return jax.lax.scan(lambda sums, n: (add(sums, n), None), output_td, numbers)[0]
+def _run_round(compute, local, axes, devices, dispatch, bound, operands, ids, plan, number):
+    """Returns what the assignments of one round add; no layout need be active."""
+    (parameters, x, weights), (tokens, chosen) = operands, ids.shape
+    place_a = plan.rank - number * bound
+    sent_a = (place_a >= 0) & (place_a < bound) & (plan.owner < devices)
+    slot_a = jnp.where(sent_a, plan.owner * bound + place_a, devices * bound)
+    every_a = jnp.arange(tokens * chosen, dtype=jnp.int32)
+    source_s = jnp.zeros(devices * bound, jnp.int32).at[slot_a].set(every_a, mode="drop")
+    used_s = jnp.zeros(devices * bound, bool).at[slot_a].set(True, mode="drop")
+    ids_s = jnp.where(used_s, ids.reshape(-1)[source_s] % local, local)
+    weights_s = jnp.where(used_s, weights.reshape(-1)[source_s], 0.0)
+    rows_sd = jnp.where(used_s[:, None], x[source_s // chosen], 0)
+    # A buffer is filled from its front, so counts say which rows are real.
+    counts = used_s.reshape(devices, bound).sum(axis=1, dtype=jnp.int32)
+    arriving = jax.lax.all_to_all(counts, axes, 0, 0, tiled=True)
+    send = functools.partial(_send, axes, dispatch.transport, bound)
+    ids_s, weights_s = (
+        jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s)
+    )
+    if dispatch.payload == "fp8":
+        rows_sd = _send_fp8(axes, dispatch.transport, bound, rows_sd, counts, arriving)
+    else:
+        rows_sd = send(rows_sd, counts, arriving)
+    output_sd = compute(parameters, rows_sd, ids_s[:, None], weights_s[:, None])
+    output_sd = jnp.where((ids_s < local)[:, None], output_sd, 0.0).astype(x.dtype)
+    output_sd = send(output_sd, arriving, counts)
+    output_ad = output_sd[jnp.minimum(slot_a, devices * bound - 1)].astype(jnp.float32)
+    output_ad = jnp.where(sent_a[:, None], output_ad, 0.0)
+    return output_ad.reshape(tokens, chosen, -1).sum(axis=1)
 
-    return jax.lax.cond(plan.load > bound, further, lambda sums: sums, output_td)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_further(run, operands, ids, plan, rounds):
+    """Returns the sum of run(operands, ids, plan, n) for n = 1 … rounds−1: mostly there are none.
+
+    They keep nothing for the backward pass, which computes them again one by one, and cost neither
+    time nor memory of their own where loads are even.
+    """
+    _, x, _ = operands
+    start = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(
+        1, rounds, lambda number, sums: sums + run(operands, ids, plan, number), start
+    )
+
+
+def _run_further_forward(run, *arguments):
+    return _run_further(run, *arguments), arguments
+
+
+def _run_further_backward(run, kept, gradient):
+    operands, ids, plan, rounds = kept
+    leaves, structure = jax.tree.flatten(operands)
+    trains = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def add(number, sums):
+        _, pull = jax.vjp(lambda operands: run(operands, ids, plan, number), operands)
+        grads = itertools.compress(jax.tree.leaves(pull(gradient)[0]), trains)
+        return [total + grad for total, grad in zip(sums, grads, strict=True)]
+
+    start = [jnp.zeros_like(leaf) for leaf in itertools.compress(leaves, trains)]
+    sums = iter(jax.lax.fori_loop(1, rounds, add, start))
+    grads = [
+        next(sums) if trained else np.zeros(leaf.shape, jax.dtypes.float0)
+        for leaf, trained in zip(leaves, trains, strict=True)
+    ]
+    return jax.tree.unflatten(structure, grads), None, None, None
+
+
+_run_further.defvjp(_run_further_forward, _run_further_backward)
 
 
 def buffer_rows(tokens: int, chosen: int, devices: int, slack: float) -> int:
