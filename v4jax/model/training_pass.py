@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from v4jax.config import LayerKind, ModelConfig
+from v4jax.config import LayerKind, ModelConfig, RouterKind
 from v4jax.errors import ConfigError
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.model import distillation, observe
 from v4jax.model.block import BLOCK_TAGS
 from v4jax.model.context import make_context
@@ -24,9 +25,6 @@ from v4jax.model.transformer import Transformer, embed
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
 from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
 from v4jax.parallel.weights import whole
-
-# Documents of a packed row start at multiples of this many tokens (`Batch`).
-DOCUMENT_UNIT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +51,12 @@ class Mode:
             unknown = sorted(set(getattr(self, field)) - set(BLOCK_TAGS))
             if unknown:
                 raise ConfigError(
-                    f"train.mode.{field} must hold names of {list(BLOCK_TAGS)}, got {unknown[0]!r}"
+                    f"train.{field} must hold names of {list(BLOCK_TAGS)}, got {unknown[0]!r}"
                 )
         if self.remat == "none" and (self.keep or self.offload):
             raise ConfigError(
-                "train.mode.keep and offload say what is not computed again; with remat = 'none' "
-                "nothing is: use remat = 'layers', or leave them empty"
+                "train.keep and train.offload say what is not computed again; with train.remat = "
+                "'none' nothing is: use 'layers', or leave them empty"
             )
 
 
@@ -70,9 +68,10 @@ def run_rows(
 ) -> tuple[Float[Array, "b t n d"], dict]:
     """Returns the streams after the last layer, and the report of every block by its path.
 
-    A report has, summed over the batch: `load` [e], assignments per expert; `balance`, the
-    sequence-wise balance term of every document times its tokens; with `distill` on CSA layers
-    `divergence` and `recall`, summed over the `queries` that see an entry.
+    A report has, summed over the batch: `load` [e], assignments per expert; where the router
+    chooses by score, `balance`, the sequence-wise balance term of every document times its tokens;
+    with `distill` on CSA layers `divergence` and `recall`, summed over the `queries` that see an
+    entry.
 
     Args:
       begin: see `training.Batch`; None: each row is one document.
@@ -129,38 +128,42 @@ def run_drafts(
 ) -> tuple[Float[Array, "b t d"], dict]:
     """Returns the first MTP block's vectors for the head, of which row i predicts token i+2.
 
-    Row i pairs the streams of token i with token i+1; the last row of a document has no pair, and
-    what stands there means nothing.
+    Row i pairs the streams of token i with token i+1; the last row of a document has no pair: what
+    stands there means nothing, and the report leaves it out.
     """
     batch, count = tokens.shape
     following = jnp.roll(tokens, -1, axis=1)
+    paired = None
+    if begin is not None:
+        paired = jnp.where(jnp.roll(begin, -1, axis=1) == begin, begin, -1)
     call = plan_call(model.layout, model.config, batch, count, decodes=False)
     rows = P("batch", "tokens")
     run = on_shards(
         functools.partial(_run_drafts, mode),
         model.layout,
         call.regime,
-        (WEIGHTS, rows, rows, rows, P("batch")),
+        (WEIGHTS, rows, rows, rows, rows, P("batch")),
         (rows, P()),
     )
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.mtp[0]
-    arrays = call.pad(streams), call.pad(following), _pad_begin(call, begin)
-    normed, report = run(weights, *arrays, end)
+    begins = _pad_begin(call, begin), _pad_begin(call, paired)
+    normed, report = run(weights, call.pad(streams), call.pad(following), *begins, end)
     return call.cut(normed), {"mtp.0.block": report}
 
 
-def _run_drafts(mode, weights, streams, following, begin, end):
+def _run_drafts(mode, weights, streams, following, begin, paired, end):
     embedding, mtp = weights
     layer = mtp.layer
     context = _make_context(following, begin, end, {layer.rope}, mode)
+    counted = dataclasses.replace(context, begin=paired, end=end - 1)
     embedded = embed(embedding, following, mtp.numerics)
 
     def run(mtp, streams, embedded):
         memory = full_sequence(mtp.config, mtp.numerics, layer, context)
         with observe.collecting() as seen:
             normed, _, _ = whole(mtp)(streams, embedded, context, memory)
-        return normed, measure(seen, mtp.config, layer, context, mode)
+        return normed, measure(seen, mtp.config, layer, counted, mode)
 
     return rematerialize(run, mode)(mtp, streams, embedded)
 
@@ -196,6 +199,8 @@ def measure(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict
     report = measure_router(
         seen["router_ids"], seen["router_scores"], config.n_routed_experts, context
     )
+    if layer.router is RouterKind.HASH:
+        del report["balance"]  # the load is the table's, no gradient of the scores changes it
     if mode.distill and layer.kind is LayerKind.CSA:
         report |= measure_indexer(seen, config, layer, context, mode)
     return report

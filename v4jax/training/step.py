@@ -73,7 +73,7 @@ def build_step(
     """
 
     def step(frozen, state, batches):
-        totals = count_totals(batches)
+        totals = count_totals(batches, frozen.config)
 
         def differentiate(batch):
             def run(weights):
@@ -112,18 +112,14 @@ def build_step(
 
 
 def _sum_over_batches(differentiate, batches):
-    """Sums gradients and parts; means over queries are averaged."""
+    """Returns the sums of gradients and of parts."""
     one = jax.tree.map(lambda x: x[0], batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, one))
 
     def add(sums, batch):
         return jax.tree.map(jnp.add, sums, differentiate(batch)), None
 
-    gradients, parts = jax.lax.scan(add, zeros, batches)[0]
-    for name in ("divergence", "recall"):
-        if name in parts:
-            parts[name] = parts[name] / batches.tokens.shape[0]
-    return gradients, parts
+    return jax.lax.scan(add, zeros, batches)[0]
 
 
 def move_biases(biases: dict, reports: dict, speed: float) -> dict:
