@@ -41,30 +41,15 @@ def abstract_state(
     state = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), weights, biases)
     if frozen.layout is None:
         return state
-    shapes = {name: tuple(value.shape) for name, value in (weights | biases).items()}
     specs = trained_specs(frozen)
 
     def place(path, leaf):
         # Wherever a leaf stands under the name of a weight, it is that weight or a moment of it.
-        names = [entry.key for entry in path if getattr(entry, "key", None) in shapes]
-        spec = _spec_for(leaf.shape, shapes[names[-1]], specs[names[-1]]) if names else P()
-        sharding = NamedSharding(frozen.layout.mesh, spec)
+        names = [entry.key for entry in path if getattr(entry, "key", None) in specs]
+        sharding = NamedSharding(frozen.layout.mesh, specs[names[-1]] if names else P())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def _spec_for(shape: tuple[int, ...], weight_shape: tuple[int, ...], spec: P) -> P:
-    """Returns the spec of a moment: the weight's; of one cut in groups, the groups' and the rest's.
-
-    Muon's moment of the grouped output projection is […, g, r, k] for a weight […, g·r, k].
-    """
-    if shape == weight_shape:
-        return spec
-    if len(shape) != len(weight_shape) + 1:
-        return P()
-    full = [*spec, *[None] * (len(weight_shape) - len(spec))]
-    return P(*full[:-1], None, full[-1])
 
 
 def batch_sharding(layout: Layout) -> NamedSharding:
