@@ -102,3 +102,8 @@ def test_a_record_nested_too_deeply_is_a_bad_one():
     data = DataConfig((config,), length=128, batch=1)
     with pytest.raises(DataError, match="data: here: maximum recursion depth exceeded"):
         Source(Deep(), config, data)[0]
+
+
+def test_many_bad_records_among_good_ones_go_on(tmp_path):
+    source = open_text(tmp_path, ["{torn", '{"text": "one"}'], on_bad_record="skip")
+    assert sum(len(source[i % 2]) for i in range(2400)) == 1200
