@@ -73,6 +73,9 @@ def read(model, tokens, begin):
     return tuple(matmul_float32(x, model.head[...]) for x in (read_normed(model, streams), drafts))
 
 
+read_jit = jax.jit(read)
+
+
 @jax.jit
 def run(model, tokens, weights, begin):
     """Returns `read`, the summed loss of both, and its gradients."""
@@ -136,7 +139,16 @@ def test_gradient_of_one_document_in_a_packing():
 def test_one_document_needs_no_begin():
     """A row that is one document gives the same bits with `begin` and without."""
     tokens = np.random.RandomState(0).randint(0, 256, (1, ROW))
-    with_begin, without = (
-        jax.jit(read)(make_model(), tokens, begin) for begin in (np.zeros((1, ROW), int), None)
-    )
+    begin = np.zeros((1, ROW), np.int32)
+    with_begin, without = (read_jit(make_model(), tokens, x) for x in (begin, None))
     jax.tree.map(np.testing.assert_array_equal, with_begin, without)
+
+
+def test_rows_split_over_devices():
+    """Shares of 384 tokens, the last of them padding: documents begin inside and reach across."""
+    (tokens, _, begin), _ = pack(PACKINGS["padding between"])
+    expected = read_jit(make_model(), tokens, begin)
+    on_mesh = models.on_mesh(make_model(), context=4, tensor=2)
+    for found, wanted in zip(read_jit(on_mesh, tokens, begin), expected, strict=True):
+        real = begin[0] >= 0
+        np.testing.assert_allclose(found[0][real], wanted[0][real], 0, LOGITS)

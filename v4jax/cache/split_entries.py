@@ -31,11 +31,14 @@ def select(
     count: int,
     begin: Int[Array, "b t"] | None = None,
 ) -> Int[Array, "b t k"]:
-    """See `v4jax.kernels.indexer.select`; ids count all entries of the sequence."""
+    """See `v4jax.kernels.indexer.select`; ids count all entries of the sequence.
+
+    Only rows that no cache holds have several documents, here and below.
+    """
     options = {"ratio": ratio, "count": count}
     if shares("read_entries") == 1:
         return indexer.select(queries, head_weights, keys, start, end, **options, begin=begin)
-    assert begin is None, "a cache holds one document per sequence"
+    assert begin is None
     first = first_here("read_entries", keys.capacity)
     before = first * ratio
     own = indexer.select(queries, head_weights, keys, start - before, end - before, **options)
@@ -57,11 +60,9 @@ def attend_selected(
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
     if shares("read_entries") == 1:
-        return sparse_attention.attend_with_mass(
-            *(queries, recent, sink, start),
-            **{"window": window, "entries": entries, "selected": selected, "begin": begin},
-        )
-    assert begin is None, "a cache holds one document per sequence"
+        options = {"window": window, "entries": entries, "selected": selected, "begin": begin}
+        return sparse_attention.attend_with_mass(queries, recent, sink, start, **options)
+    assert begin is None
     own = selected - first_here("read_entries", entries.capacity)
     own = jnp.where((selected >= 0) & (own >= 0) & (own < entries.capacity), own, -1)
     partial = sparse_attention.attend_with_mass(
@@ -90,11 +91,9 @@ def attend_all(
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """See `v4jax.kernels.dense_attention.attend`."""
     if shares("read_entries") == 1 or entries is None:
-        return dense_attention.attend(
-            *(queries, recent, sink, start, end),
-            **{"window": window, "entries": entries, "ratio": ratio, "begin": begin},
-        )
-    assert begin is None, "a cache holds one document per sequence"
+        options = {"window": window, "entries": entries, "ratio": ratio, "begin": begin}
+        return dense_attention.attend(queries, recent, sink, start, end, **options)
+    assert begin is None
     before = first_here("read_entries", entries.capacity) * ratio
     partial = dense_attention.attend(
         queries,
