@@ -25,7 +25,17 @@ from absl import flags
 from v4jax.errors import V4JaxError
 
 # In the order of a newcomer's interest; a verb appears once its module exists.
-_VERBS = ("generate", "batch", "train", "convert", "plan", "inspect", "bench", "serve")
+_VERBS = (
+    "generate",
+    "batch",
+    "train",
+    "evaluate",
+    "convert",
+    "plan",
+    "inspect",
+    "bench",
+    "serve",
+)
 _HELP = ("--help", "-help", "-h")
 _WIDTH = 96
 
