@@ -15,6 +15,8 @@ device runs them, and bounds the time of a step by the chip's published peaks. A
   v4jax plan --model=v4_flash --topology=v5p:4x4x8 --mesh=data=8,expert=16 --regime=train
     --context=4096 --batch=128
   v4jax plan --model=v4_flash --topology=v6e-16 --batch=4 --compile
+  v4jax plan --table                 compiles the cases of docs/planning.md that it lacks
+  v4jax plan --table flash_train_4k  compiles this one again
   v4jax plan --chips                 the figures of every chip and their sources
   v4jax plan --efficiency            cache and operations beside DeepSeek-V3.2's, by length
 
@@ -84,7 +86,19 @@ def define(flags: Any, values: Any) -> None:
         "compile",
         False,
         "Also compile the step with the TPU compiler (libtpu), which takes minutes, and print what "
-        "it says beside the plan. Decode and prefill.",
+        "it says beside the plan.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "table",
+        False,
+        "Compile the cases of a list, named or all that have no row yet, into a document's table.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "document",
+        "docs/planning.md",
+        "With --table: the document. Its rows are kept in the JSON file beside it.",
         flag_values=values,
     )
     flags.DEFINE_boolean("chips", False, "Print the table of chips.", flag_values=values)
@@ -106,9 +120,11 @@ def run(values: Any, positional: list[str]) -> int:
     """Prints the plan; exit status 1 where it does not fit."""
     from v4jax.errors import RequestError
 
-    if positional:
+    if positional and not values.table:
         raise RequestError(f"unexpected argument {positional[0]!r}; plan takes flags only")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave accelerators alone
+    if values.table:
+        return _print_table(values, positional)
     if values.chips:
         return _print_chips(values)
     if values.efficiency:
@@ -145,11 +161,29 @@ def _print_plan(values: Any) -> int:
     if values.compile:
         from v4jax.planning import compile as compiler
 
-        compiled = compiler.compile_step(work)
+        compiled = compiler.compile_step(work, _programs()[work.regime])
         data["compiled"] = dataclasses.asdict(compiled) | {"total": compiled.total}
         text += "\n\n" + compiler.as_text(compiled, plan.held)
     print(json.dumps(data, indent=2) if values.json else text)
     return 0 if plan.fits else 1
+
+
+def _print_table(values: Any, names: list[str]) -> int:
+    import pathlib
+
+    from v4jax.planning import table
+
+    rows = table.fill(pathlib.Path(values.document), names, _programs())
+    print(json.dumps(rows, indent=2) if values.json else table.as_markdown(rows))
+    return 0
+
+
+def _programs() -> dict[str, Any]:
+    """Returns what builds the program of each regime; planning knows no training."""
+    from v4jax.planning.compile import serving_program
+    from v4jax.training.program import planned_program
+
+    return {"decode": serving_program, "prefill": serving_program, "train": planned_program}
 
 
 def _print_efficiency(values: Any) -> int:

@@ -35,6 +35,16 @@ class DeviceBytes:
         """All bytes."""
         return sum(sum(getattr(self, field.name).values()) for field in dataclasses.fields(self))
 
+    @property
+    def arguments(self) -> int:
+        """Bytes that a step is given; the others it makes.
+
+        Where weights are trained, it is given them in float32, and makes what it computes with.
+        """
+        kept = sum(size for name, size in self.optimizer.items() if name != "gradients")
+        weights = 0 if "float32 weights" in self.optimizer else sum(self.weights.values())
+        return weights + sum(self.cache.values()) + kept
+
 
 def count_bytes(work: Workload, traced: bool = True) -> DeviceBytes:
     """Returns the bytes of one device by kind.

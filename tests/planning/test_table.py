@@ -1,0 +1,101 @@
+"""The table of compiled cases: what it plans, how it goes on, how it is shown. Nothing compiles."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from v4jax.errors import RequestError
+from v4jax.planning import table
+from v4jax.planning.collectives import Collective
+from v4jax.planning.compile import Compiled
+from v4jax.planning.memory import DeviceBytes
+
+GIB = 2**30
+CASES = {
+    "small": table.Case("nano", "v6e-4", "expert=4", "decode", 4096, 2),
+    "large": table.Case("nano", "tpu7x-8", "data=2,expert=4", "prefill", 8192, 2, 1024),
+    "trained": table.Case("nano", "v5p-8", "data=4", "train", 1024, 4),
+}
+TABLE = """\
+| case | chips | mesh | a step | arguments | temporaries | total | of | estimate | compiled in |
+|---|---|---|---|--:|--:|--:|--:|--:|--:|
+| small | 4 v6e | expert=4 | decode: 1 of 4 K tokens, 2 sequences | 6.0 | 1.5 | **7.5** | 31.2 \
+| 7.0 | 2.0 min, 3.0 of a core |
+| large | 4 tpu7x | data=2,expert=4 | prefill: 1,024 of 8 K tokens, 2 sequences | refused: \
+Out of memory: 40 GiB | | | 94.7 | 7.0 | |
+| trained | 4 v5p | data=4 | train: 1 K tokens, 4 sequences, adamw | 6.0 | 1.5 | **7.5** | 95.7 \
+| 7.0 | 2.0 min, 3.0 of a core |"""
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Puts `CASES` into the table, and in place of the compiler what notes the cases it is asked.
+
+    It refuses prefill.
+    """
+    asked = []
+
+    def compile_step(work, build):
+        asked.append(build)
+        if work.regime == "prefill":
+            raise jax.errors.JaxRuntimeError("Out of memory: 40 GiB\nlargest: …")
+        collectives = [Collective("all-gather", 1, 8)]
+        return Compiled(6 * GIB, 0, 3 * GIB // 2, 0, 1.0, collectives, 120.0, 180.0)
+
+    held = DeviceBytes({"fp4": 6 * GIB}, {}, {}, {"largest layer": GIB})
+    monkeypatch.setattr(table, "CASES", CASES)
+    monkeypatch.setattr(table, "compile_step", compile_step)
+    monkeypatch.setattr(table.memory, "count_bytes", lambda work: held)
+    return asked
+
+
+def fill(folder, *names):
+    """Returns the rows, and the document's text, after a run with the regimes as programs."""
+    document = folder / "page.md"
+    if not document.exists():
+        document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    programs = {regime: regime for regime in ("decode", "prefill", "train")}
+    return table.fill(document, names, programs), document.read_text()
+
+
+def test_all_cases(compiler, tmp_path):
+    rows, text = fill(tmp_path)
+    assert compiler == ["decode", "prefill", "train"]
+    assert text == f"before\n{table.BEGIN}\n{TABLE}\n{table.END}\nafter\n"
+    assert json.loads((tmp_path / "page.json").read_text()) == rows
+    assert rows["small"]["compiled"]["collectives"] == [
+        {"kind": "all-gather", "count": 1, "result_bytes": 8}
+    ]
+    assert rows["small"]["versions"].keys() == {"jax", "libtpu"}
+
+
+def test_goes_on_where_it_ended(compiler, tmp_path, monkeypatch):
+    fill(tmp_path, "trained")
+    fill(tmp_path)
+    assert compiler == ["train", "decode", "prefill"]
+    other = dataclasses.replace(CASES["small"], batch=4)
+    monkeypatch.setattr(table, "CASES", CASES | {"small": other})
+    fill(tmp_path)
+    assert compiler[3:] == ["decode"]
+    rows, _ = fill(tmp_path, "trained")
+    assert compiler[4:] == ["train"]
+    assert list(rows) == list(CASES)
+
+
+def test_bad_requests(compiler, tmp_path):
+    with pytest.raises(RequestError, match="no case 'tiny' in the table; it has small, large"):
+        fill(tmp_path, "tiny")
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(RequestError, match="must hold the lines"):
+        fill(tmp_path)
+    assert not compiler
+
+
+@pytest.mark.parametrize("case", table.CASES.values(), ids=table.CASES.keys())
+def test_cases_are_workloads(case):
+    work = case.workload()
+    assert work.topology.chip.platform == "tpu"
+    if case.regime == "train" and case.training == "adamw":
+        assert work.step_tokens == 1 << 19
