@@ -23,24 +23,33 @@ def table(entries_bwc):
     return EntryTable({"values": stored}, jnp.int32(1), stored_as)
 
 
-def window_seen(start, tokens, window):
+def begin_of(begin, b, t):
+    """Returns where the document of a query begins: [b, t], negative for padding; None: at 0."""
+    if begin is None:
+        return 0
+    return begin[b, t] if begin[b, t] >= 0 else np.inf
+
+
+def window_seen(start, tokens, window, begin=None):
     """Returns which of the `window` + `tokens` recent rows each query sees: [b, t, s]."""
     seen = np.zeros((len(start), tokens, window + tokens), bool)
     for b, first in enumerate(start):
         for t in range(tokens):
             for row in range(window + tokens):
                 position, query = first - window + row, first + t
-                seen[b, t, row] = position >= 0 and query - window < position <= query
+                lowest = max(query - window + 1, begin_of(begin, b, t))
+                seen[b, t, row] = lowest <= position <= query
     return seen
 
 
-def entries_seen(start, tokens, capacity, ratio):
-    """Returns which entries each query may see: those whose last token is not after it."""
+def entries_seen(start, tokens, capacity, ratio, begin=None):
+    """Returns which entries each query may see: its document's, whose last token has passed."""
     seen = np.zeros((len(start), tokens, capacity), bool)
     for b, first in enumerate(start):
         for t in range(tokens):
             for entry in range(capacity):
-                seen[b, t, entry] = entry * ratio + ratio - 1 <= first + t
+                first_token, last_token = entry * ratio, entry * ratio + ratio - 1
+                seen[b, t, entry] = begin_of(begin, b, t) <= first_token and last_token <= first + t
     return seen
 
 

@@ -24,7 +24,7 @@ def make(overlaps, windows=WINDOWS, seed=0):
     return values, 3 * gates, random.standard_normal((RATIO, width))
 
 
-def naive_pool(values, gates, bias, first_window, overlaps):
+def naive_pool(values, gates, bias, first_window, overlaps, begin=None):
     """Spec B.7 (one series) and B.8 (the first half of the channels speaks to the next window)."""
     entries = []
     for b in range(BATCH):
@@ -32,7 +32,7 @@ def naive_pool(values, gates, bias, first_window, overlaps):
             own = slice((w + overlaps) * RATIO, (w + overlaps + 1) * RATIO)
             series = slice(CHANNELS, None) if overlaps else slice(None)
             value, gate = values[b, own, series], gates[b, own, series] + bias[:, series]
-            if overlaps and first_window[b] + w > 0:
+            if overlaps and first_window[b] + w > (0 if begin is None else begin[b][w]):
                 before = slice(w * RATIO, (w + 1) * RATIO)
                 value = np.concatenate([values[b, before, :CHANNELS], value])
                 gate = np.concatenate([gates[b, before, :CHANNELS] + bias[:, :CHANNELS], gate])
@@ -52,6 +52,15 @@ def test_values(first, overlaps):
     expected = naive_pool(values, gates, bias, first, overlaps)
     pooled = pool(values, gates, bias, np.array(first), overlaps=overlaps)
     assert pooled.dtype == jnp.float32
+    np.testing.assert_allclose(pooled, expected, 0, naive.FLOAT32)
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["HCA", "CSA"])
+def test_several_documents(overlaps):
+    first, begin = np.array([0, 7]), np.array([[0, 0, 2, 2, 4], [5, 5, 9, 9, 9]])
+    values, gates, bias = make(overlaps)
+    expected = naive_pool(values, gates, bias, first, overlaps, begin)
+    pooled = pool(values, gates, bias, first, overlaps=overlaps, begin=begin)
     np.testing.assert_allclose(pooled, expected, 0, naive.FLOAT32)
 
 

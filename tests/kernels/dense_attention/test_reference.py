@@ -25,25 +25,24 @@ def small_tiles():
 
 
 @functools.partial(jax.jit, static_argnames="ratio")
-def attend(queries, recent, sink, start, end, entries, ratio):
+def attend(queries, recent, sink, start, end, entries, ratio, begin=None):
     stored = naive.table(entries) if ratio else None
-    return dense_attention.attend(
-        queries, recent, sink, start, end, window=WINDOW, entries=stored, ratio=ratio
-    )
+    options = {"window": WINDOW, "entries": stored, "ratio": ratio, "begin": begin}
+    return dense_attention.attend(queries, recent, sink, start, end, **options)
 
 
-def make(start, tokens=TOKENS, ratio=RATIO, seed=0):
+def make(start, tokens=TOKENS, ratio=RATIO, seed=0, begin=None):
     """Returns (arguments of `attend` up to the sink, entries, keys, mask) as float64 arrays."""
     random, batch = np.random.RandomState(seed), len(start)
     queries = random.standard_normal((batch, tokens, HEADS, CHANNELS))
     recent = random.standard_normal((batch, WINDOW + tokens, CHANNELS))
     entries = random.standard_normal((batch, CAPACITY, CHANNELS))
     sink = random.standard_normal(HEADS)
-    seen = naive.window_seen(start, tokens, WINDOW)
+    seen = naive.window_seen(start, tokens, WINDOW, begin)
     recent[~seen.any(1)] = naive.GARBAGE
     keys = recent
     if ratio:
-        visible = naive.entries_seen(start, tokens, CAPACITY, ratio)
+        visible = naive.entries_seen(start, tokens, CAPACITY, ratio, begin)
         entries[~visible.any(1)] = naive.GARBAGE
         keys, seen = np.concatenate([recent, entries], 1), np.concatenate([seen, visible], 2)
     return (queries, recent, sink), entries, keys, seen
@@ -96,14 +95,31 @@ def test_sink_takes_weight():
     assert (weight_sums(1e4) == 0).all(), "a sink far above all scores must not overflow"
 
 
-def test_gradients():
-    start, end = np.array([0, 14]), np.array([11, 25])
-    (queries, recent, sink), entries, _, seen = make(start)
+# Documents of two rows; padding is −1. The last tile of queries needs no entry before the fourth.
+BEGIN = np.array([[0, 0, 0, 0, 8, 8, -1, -1, 12, 12, 12], [4] * 3 + [20] * 8])
+# name: start of two sequences, begin.
+DOCUMENTS = {"one document": ([0, 14], None), "several documents": ([4, 17], BEGIN)}
+
+
+def test_several_documents():
+    start = np.array(DOCUMENTS["several documents"][0])
+    arguments, entries, keys, seen = make(start, begin=BEGIN)
+    expected = naive.attend(np, arguments[0], keys, seen, arguments[2])
+    attended = attend(*arguments, start, start + TOKENS, entries, RATIO, BEGIN)
+    for value, wanted in zip(attended, expected, strict=True):
+        np.testing.assert_allclose(value, wanted, 0, naive.FLOAT32)
+
+
+@pytest.mark.parametrize("start, begin", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_gradients(start, begin):
+    start = np.array(start)
+    end = start + TOKENS
+    (queries, recent, sink), entries, _, seen = make(start, begin=begin)
     inputs = tuple(jnp.asarray(x, jnp.float32) for x in (queries, recent, sink, entries))
     weight = jnp.asarray(np.random.RandomState(1).standard_normal(queries.shape), jnp.float32)
 
     def ours(queries, recent, sink, entries):
-        attended, log_mass = attend(queries, recent, sink, start, end, entries, RATIO)
+        attended, log_mass = attend(queries, recent, sink, start, end, entries, RATIO, begin)
         return (attended * weight).sum() + log_mass.sum()
 
     def theirs(queries, recent, sink, entries):

@@ -27,10 +27,9 @@ def small_tiles(request):
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def select(queries, weights, keys, start, end, count=COUNT):
-    chosen = indexer.select(
-        queries, weights, naive.table(keys), start, end, ratio=RATIO, count=count
-    )
+def select(queries, weights, keys, start, end, count=COUNT, begin=None):
+    options = {"ratio": RATIO, "count": count, "begin": begin}
+    chosen = indexer.select(queries, weights, naive.table(keys), start, end, **options)
     return jax.numpy.sort(chosen, axis=-1)
 
 
@@ -40,10 +39,10 @@ def scores_of(queries, weights, keys):
     return np.einsum("bti,btiw->btw", weights, np.maximum(products, 0))
 
 
-def best(scores, start, count):
+def best(scores, start, count, begin=None):
     """Returns the `count` best visible ids of each query in order, ties to the smaller id."""
     batch, tokens, capacity = scores.shape
-    visible = naive.entries_seen(start, tokens, capacity, RATIO)
+    visible = naive.entries_seen(start, tokens, capacity, RATIO, begin)
     chosen = np.full((batch, tokens, min(count, capacity)), -1)
     for place in np.ndindex(batch, tokens):
         ids = np.flatnonzero(visible[place])
@@ -104,6 +103,18 @@ def test_selection(kind, start):
     queries, weights, keys = draw(kind)
     chosen = select(queries, weights, keys, start, start + TOKENS)
     expected = best(scores_of(queries, weights, keys), start, COUNT)
+    np.testing.assert_array_equal(chosen, expected)
+
+
+@pytest.mark.parametrize("kind", ["reals", "integers with many ties"])
+def test_several_documents(kind):
+    """The first tile needs no block before the second; the last one's documents fit wholly."""
+    start = np.array([138, 131])
+    begin = np.array([[40] * 2 + [140] * 7 + [-1], [64] + [132] * 4 + [136] * 5])
+    queries, weights, keys = draw(kind)
+    expected = best(scores_of(queries, weights, keys), start, COUNT, begin)
+    keys[:, :8] = np.nan
+    chosen = select(queries, weights, keys, start, start + TOKENS, begin=begin)
     np.testing.assert_array_equal(chosen, expected)
 
 

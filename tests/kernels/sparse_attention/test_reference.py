@@ -22,7 +22,7 @@ def small_tiles():
 
 
 @jax.jit
-def attend(queries, recent, sink, start, entries, selected):
+def attend(queries, recent, sink, start, entries, selected, begin=None):
     return sparse_attention.attend(
         queries,
         recent,
@@ -31,16 +31,17 @@ def attend(queries, recent, sink, start, entries, selected):
         window=WINDOW,
         entries=naive.table(entries),
         selected=selected,
+        begin=begin,
     )
 
 
-def make(start, tokens=TOKENS, seed=0):
+def make(start, tokens=TOKENS, seed=0, begin=None):
     """Returns ((queries, recent, sink), entries, selected ids, keys, mask), values float64."""
     random, batch = np.random.RandomState(seed), len(start)
     queries = random.standard_normal((batch, tokens, HEADS, CHANNELS))
     recent = random.standard_normal((batch, WINDOW + tokens, CHANNELS))
     entries = random.standard_normal((batch, CAPACITY, CHANNELS))
-    visible = naive.entries_seen(start, tokens, CAPACITY, RATIO)
+    visible = naive.entries_seen(start, tokens, CAPACITY, RATIO, begin)
     selected = np.full((batch, tokens, COUNT), -1)
     chosen = np.zeros_like(visible)
     for place in np.ndindex(batch, tokens):
@@ -49,7 +50,7 @@ def make(start, tokens=TOKENS, seed=0):
         selected[place][random.permutation(COUNT)[: len(ids)]] = ids
         chosen[place][ids] = True
     entries[~chosen.any(1)] = naive.GARBAGE
-    seen = naive.window_seen(start, tokens, WINDOW)
+    seen = naive.window_seen(start, tokens, WINDOW, begin)
     recent[~seen.any(1)] = naive.GARBAGE
     sink = random.standard_normal(HEADS)
     keys, seen = np.concatenate([recent, entries], 1), np.concatenate([seen, chosen], 2)
@@ -71,6 +72,15 @@ def test_values(start):
     arguments, entries, selected, keys, seen = make(start)
     expected, _ = naive.attend(np, arguments[0], keys, seen, arguments[2])
     attended = attend(*arguments, start, entries, selected)
+    np.testing.assert_allclose(attended, expected, 0, naive.FLOAT32)
+
+
+def test_several_documents():
+    start = np.array([4, 17])
+    begin = np.array([[0, 0, 0, 0, 8, 8, -1, -1, 12, 12, 12], [4] * 3 + [20] * 8])
+    arguments, entries, selected, keys, seen = make(start, begin=begin)
+    expected, _ = naive.attend(np, arguments[0], keys, seen, arguments[2])
+    attended = attend(*arguments, start, entries, selected, begin)
     np.testing.assert_allclose(attended, expected, 0, naive.FLOAT32)
 
 
