@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from v4jax.config.run import LoraConfig
 from v4jax.parallel.weights import weight_spec
 from v4jax.planning.inventory import Weight, list_cache, list_weights
 from v4jax.planning.layer_trace import trace_layers
@@ -152,14 +153,18 @@ def activation_bytes(work: Workload) -> dict[str, int]:
 
 
 def trained_arrays(work: Workload) -> list[jax.ShapeDtypeStruct]:
-    """Returns the arrays that get gradients, as one device holds them."""
+    """Returns the arrays that get gradients, as one device holds them: those of a run's defaults.
+
+    Indexers are frozen then; adapters stand where `LoraConfig` says.
+    """
     weights = list_weights(work.config, work.storage)
     if work.training != "lora":
-        return [x for w in weights if w.trained for x in local_arrays(w, work)]
-    adapted = ("attention projections", "routed experts", "shared expert")
+        trained = [w for w in weights if w.trained and ".indexer." not in w.path]
+        return [x for weight in trained for x in local_arrays(weight, work)]
+    targets = [f".{target}." for target in LoraConfig().targets]
     arrays = []
     for weight in weights:
-        if weight.is_matrix and weight.component in adapted:
+        if weight.is_matrix and any(target in f".{weight.path}." for target in targets):
             values = local_arrays(weight, work)[0]
             if isinstance(weight.value, ScaledArray) and weight.value.is_fp4:
                 values = jax.ShapeDtypeStruct(
