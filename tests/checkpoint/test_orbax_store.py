@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from v4jax.checkpoint.leaves import name_leaves
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.loading import load_model_config
-from v4jax.errors import CheckpointError, ConfigError
+from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
 from v4jax.parallel import make_mesh
 from v4jax.quant.scaled_array import FP4_BLOCK, FP8_BLOCK, ScaledArray
 
@@ -173,6 +173,10 @@ def test_folder_that_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
     with pytest.raises(ConfigError, match="keep must be a positive integer, got 0"):
         Store(tmp_path, keep=0)
+    with pytest.raises(
+        UnsupportedError, match="s3://b/run: Orbax writes to a file system or to gs"
+    ):
+        Store("s3://b/run")
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from v4jax.errors import RequestError, UnsupportedError
+from v4jax.errors import RequestError
 from v4jax.inference.documents import (
     InputLine,
     build_document,
-    open_path,
     parse_line,
     read_lines,
 )
@@ -129,14 +128,6 @@ def test_bad_lines(folder, bad):
     with pytest.raises(RequestError) as error:
         build(data, folder)
     assert str(error.value).startswith(bad.message.replace("{folder}", folder))
-
-
-@pytest.mark.parametrize("path", ["gs://bucket/a.txt", "s3://bucket/a.txt"])
-def test_remote_paths(path):
-    with pytest.raises(UnsupportedError, match=f"{path}: reading from {path[:5]} is not supported"):
-        open_path(path)
-    with pytest.raises(UnsupportedError):
-        build(json.dumps({"path": path, "question": "q"}).encode(), "/here")
 
 
 def test_lines_keep_their_numbers(tmp_path):

@@ -12,6 +12,7 @@ from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.errors import CheckpointError, ConfigError
+from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import Dispatch, Layout, Regime, check_mesh
 from v4jax.parallel.weights import born
@@ -20,7 +21,7 @@ LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurati
 
 
 def load(
-    name_or_folder: str | pathlib.Path,
+    name_or_folder: str | pathlib.Path | RemotePath,
     numerics: str | Numerics = "float32",
     *,
     seed: int = 0,
@@ -31,8 +32,8 @@ def load(
     """Returns a model: read from a checkpoint folder, or made with random weights from a name.
 
     Args:
-      name_or_folder: a folder in the released or the transformers layout, or the name (or file) of
-        a configuration, such as "nano".
+      name_or_folder: a folder in the released or the transformers layout (also in gs:// or s3://),
+        or the name (or file) of a configuration, such as "nano".
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
         folder's weights stay in their stored formats whatever it is.
       seed: of random weights; a folder ignores it. On a mesh the same seed gives other weights.
@@ -47,16 +48,22 @@ def load(
       CheckpointError: the folder's files are.
     """
     numerics = get_numerics(numerics)
-    if not isinstance(name_or_folder, str | pathlib.Path):
+    if not isinstance(name_or_folder, str | pathlib.Path | RemotePath):
         raise ConfigError(
             "load takes a checkpoint folder or the name of a configuration, got "
             f"{type(name_or_folder).__name__}; Transformer(config, …) makes a model of a config"
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed must be an integer, got {seed!r}")
-    path = pathlib.Path(name_or_folder)
+    path = to_path(name_or_folder)
     layout = None if mesh is None else Layout(mesh, regime, dispatch or Dispatch())
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # of a bucket
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if is_remote(path) and not is_folder:
+        raise CheckpointError(f"{path} is no folder: nothing lies below it")
+    if is_folder:
         return read_model(path, numerics, layout=layout)
     config = load_model_config(name_or_folder)
     if layout is not None:

@@ -16,6 +16,7 @@ from v4jax.config.from_hf import model_config_from_hf
 from v4jax.config.json_keys import unique_keys
 from v4jax.config.loading import read_config_json
 from v4jax.errors import CheckpointError
+from v4jax.files import RemotePath, to_path
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -29,14 +30,14 @@ class Folder:
     indexed: {released name: file} of the index; empty without an index.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | RemotePath
     layout: Literal["released", "transformers"]
     config: ModelConfig
     tensors: dict[str, Tensor]
     indexed: dict[str, str]
 
     @property
-    def files(self) -> list[pathlib.Path]:
+    def files(self) -> list[pathlib.Path | RemotePath]:
         """The shards, in order."""
         return sorted({tensor.file for tensor in self.tensors.values()})
 
@@ -51,7 +52,7 @@ def open_folder(path: str | pathlib.Path) -> Folder:
       CheckpointError: a file or the index is missing or broken, or a tensor appears twice.
       ConfigError: `config.json` is broken.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")
     if not (path / CONFIG_NAME).exists():
@@ -105,12 +106,15 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is broken: it has no weight_map {{tensor: file}}")
+    present: dict[str, bool] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise CheckpointError(
                 f"{index}: tensor {name} must lie in a file beside it, got {file!r}"
             )
-        if not (path / file).exists():
+        if file not in present:
+            present[file] = (path / file).exists()  # asked once: a bucket takes its time
+        if not present[file]:
             raise CheckpointError(f"{index}: tensor {name} lies in {file}, which does not exist")
     return weight_map
 
@@ -118,7 +122,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 def _read_headers(path: pathlib.Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
     """Returns every tensor of the shards by its name in the files, checked against the index."""
     files = [path / file for file in sorted(set(weight_map.values()))]
-    files = files or sorted(path.glob("*.safetensors"))
+    files = files or sorted(f for f in path.iterdir() if f.name.endswith(".safetensors"))
     if not files:
         raise CheckpointError(f"{path} holds no *.safetensors file")
     found: dict[str, Tensor] = {}

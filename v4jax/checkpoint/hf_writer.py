@@ -32,6 +32,7 @@ from v4jax.checkpoint.safetensors_file import Tensor, write_header, write_tensor
 from v4jax.config import ModelConfig
 from v4jax.config.to_hf import model_config_to_hf
 from v4jax.errors import CheckpointError
+from v4jax.files import to_path
 from v4jax.model import Transformer
 from v4jax.quant import Recipe, ScaledArray, quantize_weight
 
@@ -98,8 +99,8 @@ def write_model(
         _write_json(target / "generation_config.json", _generation_config(model.config))
         _write_tensors(model, format, pieces, {tensor.name: tensor for tensor in tensors})
         for name in CARRIED_FILES:
-            if carry_from is not None and (pathlib.Path(carry_from) / name).is_file():
-                shutil.copyfile(pathlib.Path(carry_from) / name, target / name)
+            if carry_from is not None and (to_path(carry_from) / name).is_file():
+                (target / name).write_bytes((to_path(carry_from) / name).read_bytes())
         phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
 
 

@@ -36,7 +36,8 @@ from etils import epath
 from v4jax import log
 from v4jax.checkpoint.leaves import as_wanted, check_leaves, name_leaves, sharding_of
 from v4jax.config import ModelConfig
-from v4jax.errors import CheckpointError, ConfigError
+from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
+from v4jax.files import to_path
 
 # Orbax logs the traceback of every thread that fails; the error raised here says the same once.
 logging.getLogger("absl").addFilter(
@@ -68,11 +69,18 @@ class Store:
           CheckpointError: the folder cannot be made, read or written, or its checkpoints are those
             of another model; the message names the field that differs.
           ConfigError: `keep` or `every` is no positive integer.
+          UnsupportedError: the folder is in s3://, or the library for gs:// is not installed.
         """
         for name, value in (("keep", keep), ("every", every)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         text = os.fspath(folder)
+        if text.startswith("s3://"):
+            raise UnsupportedError(
+                f"{text}: Orbax writes to a file system or to gs://; mount the bucket, as with "
+                "mountpoint-s3"
+            )
+        to_path(text)  # a library that gs:// needs and that is missing is said at once
         self.folder = epath.Path(text if "://" in text else pathlib.Path(text).absolute())
         self.every, self.keep, self.read_only = every, keep, read_only
         self._model = None if model is None else _as_json(dataclasses.asdict(model))

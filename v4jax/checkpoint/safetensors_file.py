@@ -19,6 +19,7 @@ import numpy as np
 
 from v4jax.config.json_keys import unique_keys
 from v4jax.errors import CheckpointError
+from v4jax.files import RemotePath, open_bytes
 
 # Packed FP4 (I8) and e8m0 scales are bytes in memory.
 DTYPES = {
@@ -52,7 +53,7 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: pathlib.Path
+    file: pathlib.Path | RemotePath
     offset: int  # from the start of the file
 
     @property
@@ -61,15 +62,16 @@ class Tensor:
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
-def read_header(path: pathlib.Path) -> list[Tensor]:
+def read_header(path: pathlib.Path | RemotePath) -> list[Tensor]:
     """Returns the tensors of a file in the order of their bytes.
 
     Raises:
       CheckpointError: the file is unreadable, truncated, or its header contradicts itself.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_bytes(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -146,7 +148,7 @@ def read_into(tensor: Tensor, out: np.ndarray, box: tuple[slice, ...] | None = N
     assert out.flags.c_contiguous and out.nbytes == len(rows) * piece_bytes, (tensor, box)
     view = out.reshape(-1).view(np.uint8)
     try:
-        with open(tensor.file, "rb", buffering=0) as file:
+        with open_bytes(tensor.file) as file:
             if piece_bytes == row_bytes:
                 read_bytes(file, start, view)
             elif piece_bytes >= PAGE_BYTES or len(rows) == 1:

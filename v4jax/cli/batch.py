@@ -73,7 +73,7 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax.errors import RequestError
 
     model_flags.require(values, "model", "input", "output")
-    model_flags.refuse_remote(values, "model", "input", "output", "summary")
+    model_flags.refuse_remote(values, "output", "summary")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
     from v4jax.inference import BatchJob, Engine, EngineOptions, Shard, parse_shard, run_batch

@@ -47,7 +47,7 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax.errors import RequestError
 
     model_flags.require(values, "input", "output")
-    model_flags.refuse_remote(values, "input", "output")
+    model_flags.refuse_remote(values, "output")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; use --input=… and --output=…")
     if not values.shard_gib > 0:

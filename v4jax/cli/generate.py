@@ -33,7 +33,6 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax.errors import RequestError
 
     model_flags.require(values, "model", "prompt")
-    model_flags.refuse_remote(values, "model")
     if positional:
         raise RequestError(
             f"unexpected argument {positional[0]!r}; quote a prompt with spaces: --prompt='…'"

@@ -134,15 +134,15 @@ def require(values: Any, *names: str) -> None:
 
 
 def refuse_remote(values: Any, *names: str) -> None:
-    """Raises UnsupportedError for the first flag that names a file in remote storage."""
+    """Raises UnsupportedError for the first flag that would write to a bucket."""
     from v4jax.errors import UnsupportedError
 
     for name in names:
         value = getattr(values, name)
         if value and value.startswith(("gs://", "s3://")):
             raise UnsupportedError(
-                f"--{name}={value}: {value[:5]} is not supported yet; mount the bucket (gcsfuse, "
-                "mountpoint-s3) or copy the files, and name the local path"
+                f"--{name}={value}: writing to {value[:5]} is not supported; write to a disk and "
+                "copy, or mount the bucket (gcsfuse, mountpoint-s3) and name the local path"
             )
 
 

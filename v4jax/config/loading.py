@@ -25,6 +25,7 @@ from v4jax.config.from_hf import layer_kinds, model_config_from_hf, router_kinds
 from v4jax.config.json_keys import did_you_mean, unique_keys
 from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
+from v4jax.files import to_path
 
 PACKAGE = "configs"
 
@@ -37,7 +38,7 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
     Raises:
       ConfigError: nothing of that name exists, or the configuration breaks a rule.
     """
-    path = pathlib.Path(name_or_folder)
+    path = to_path(name_or_folder)
     name = str(name_or_folder)
     if name in packaged_names():
         config = importlib.import_module(f"{PACKAGE}.{name}").get_config()
@@ -104,7 +105,7 @@ def read_config_json(folder: pathlib.Path) -> dict:
     Raises:
       ConfigError: the file is missing, unreadable, or no JSON object.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = to_path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:

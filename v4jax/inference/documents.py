@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from v4jax.config.json_keys import unique_keys
-from v4jax.errors import RequestError, UnsupportedError
+from v4jax.errors import RequestError
+from v4jax.files import is_remote, to_path
 from v4jax.inference.request import Document, Question, SamplingOptions, describe
 
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingOptions))
 _FIELDS = ("id", "text", "path", "question", "questions", *_SAMPLING_FIELDS)
-_REMOTE = ("gs://", "s3://")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ def open_path(path: str) -> BinaryIO:
     """Opens a file for reading bytes: the one place that knows where files can be.
 
     Raises:
-      UnsupportedError: the path names remote storage.
+      UnsupportedError: the path names a bucket, and the library for it is not installed.
       RequestError: there is no such readable file.
     """
-    if path.startswith(_REMOTE):
-        raise UnsupportedError(
-            f"{path}: reading from {path[:5]} is not supported yet; copy the file to a local disk"
-        )
     try:
+        if is_remote(path):
+            return to_path(path).open()
         regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a pipe would wait for its other end
         if regular:
             return open(path, "rb")
@@ -142,7 +140,7 @@ def resolve_path(path: Any, folder: str) -> str:
     """Returns where a document's file is."""
     if not isinstance(path, str) or not path:
         raise RequestError(f"path must be a string, got {describe(path)}")
-    return path if path.startswith(_REMOTE) else os.path.join(folder, path)
+    return path if is_remote(path) else os.path.join(folder, path)
 
 
 def decode_utf8(data: bytes, what: str) -> str:

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from v4jax.errors import ConfigError
+from v4jax.files import to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
 from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -23,7 +24,7 @@ class Tokenizer(Vocabulary):
         import tokenizers
 
         try:
-            trusted = tokenizers.Tokenizer.from_file(str(path))
+            trusted = tokenizers.Tokenizer.from_str(to_path(path).read_text(encoding="utf-8"))
         except Exception as error:  # the library raises no narrower type
             raise ConfigError(
                 f"tokenizer: {path} is no readable tokenizer.json ({error}); fetch it again"
@@ -81,7 +82,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
         return ByteTokenizer()
     if source == "v4":
         return Tokenizer(_packaged_v4_file())
-    folder = Path(source)
+    folder = to_path(source)
     if not folder.is_dir():
         raise ConfigError(
             f'tokenizer: expected a checkpoint folder, "v4" or "byte", got {str(source)!r}'

@@ -1,0 +1,128 @@
+"""Buckets are read like folders: the model, its tokenizer, the documents of a batch."""
+
+import importlib
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+from inference.fake_model import make_engine
+
+import v4jax
+from v4jax.checkpoint import safetensors_file
+from v4jax.errors import CheckpointError, RequestError, UnsupportedError
+from v4jax.files import RemotePath, open_bytes, to_path
+from v4jax.inference import BatchJob, run_batch
+from v4jax.inference.documents import open_path, read_lines
+from v4jax.tokenizer import load_tokenizer
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def bucket():
+    """An empty bucket in the memory of this process; nothing here knows that it is none."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield "memory://bucket"
+    system.store.clear()
+
+
+def upload(folder, url):
+    """Copies a local folder's files."""
+    for file in folder.iterdir():
+        fsspec.filesystem("memory").pipe_file(f"{url}/{file.name}", file.read_bytes())
+
+
+def test_checkpoint(bucket, tmp_path, monkeypatch):
+    """The same model as from the disk, and only as many bytes asked for as are needed."""
+    made = v4jax.load("tiny", seed=3)
+    v4jax.save(made, tmp_path / "m", format="transformers")
+    upload(tmp_path / "m", f"{bucket}/m")
+    asked, read_range = [], RemotePath.read_range
+
+    def count(self, start, stop):
+        data = read_range(self, start, stop)
+        asked.append(len(data))
+        return data
+
+    monkeypatch.setattr(RemotePath, "read_range", count)
+    found = v4jax.load(f"{bucket}/m")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "m").iterdir()}
+    assert sum(asked) == sum(sizes.values()) - sizes["generation_config.json"]
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(v4jax.load(tmp_path / "m")), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+    assert found.folder == to_path(f"{bucket}/m")
+    assert load_tokenizer(found.folder).encode("ab") == [97, 98]
+
+
+def test_part_of_a_tensor(bucket, tmp_path):
+    values = np.arange(600, dtype=np.float32).reshape(20, 30)
+    (tensor,) = safetensors_file.write_header(tmp_path / "x", {"w": ("F32", values.shape)})
+    safetensors_file.write_tensor(tensor, values)
+    upload(tmp_path, bucket)
+    (tensor,) = safetensors_file.read_header(to_path(f"{bucket}/x"))
+    box = (slice(3, 9), slice(10, 20))
+    assert np.array_equal(safetensors_file.read_tensor(tensor, box), values[box])
+
+
+def test_documents(bucket):
+    system = fsspec.filesystem("memory")
+    system.pipe_file(f"{bucket}/docs.jsonl", b'{"path": "a.txt"}\n\n{"text": "b"}\n')
+    system.pipe_file(f"{bucket}/a.txt", b"read")
+    assert [line.number for line in read_lines(f"{bucket}/docs.jsonl")] == [1, 3]
+    with open_path(f"{bucket}/a.txt") as file:
+        assert file.read() == b"read"
+    with pytest.raises(RequestError, match=r"cannot read memory://bucket/none: "):
+        open_path(f"{bucket}/none")
+    with pytest.raises(CheckpointError, match="memory://bucket/none is no folder: nothing lies"):
+        v4jax.load(f"{bucket}/none")
+
+
+def test_batch(bucket, tmp_path):
+    """A job reads its input from the bucket, and a document beside it."""
+    system = fsspec.filesystem("memory")
+    line = json.dumps({"path": "a.txt", "question": "What?"}).encode()
+    system.pipe_file(f"{bucket}/in/docs.jsonl", line)
+    system.pipe_file(f"{bucket}/in/a.txt", b"A text that is read.")
+    output = tmp_path / "answers.jsonl"
+    summary = run_batch(BatchJob(f"{bucket}/in/docs.jsonl", str(output), {}), make_engine)
+    assert (summary.documents, summary.failed) == (1, 0)
+    answer = json.loads(output.read_text())
+    assert answer["line"] == 1 and answer["tokens"]["document"] == len("A text that is read.") + 2
+
+
+@pytest.mark.parametrize("scheme, extra, module", [("gs", "gcs", "gcsfs"), ("s3", "s3", "s3fs")])
+def test_missing_library(monkeypatch, scheme, extra, module):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
+    expected = f"{scheme}://b/m: reading from {scheme}:// needs the extra {extra}; pip install "
+    with pytest.raises(UnsupportedError, match=expected):
+        v4jax.load(f"{scheme}://b/m")
+
+
+def test_errors_of_a_cloud(bucket, monkeypatch):
+    """Whatever a library raises, say for want of credentials, says what was being read."""
+
+    def refuse(*_arguments, **_options):
+        raise RuntimeError("no credentials\nmore")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "isdir", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"bucket/m cannot be read: RuntimeError: no cred[a-z]*$"
+    ):
+        v4jax.load(f"{bucket}/m")
+
+
+def test_file_of_a_bucket(bucket):
+    fsspec.filesystem("memory").pipe_file(f"{bucket}/x", b"0123456789")
+    with open_bytes(f"{bucket}/x") as file:
+        assert file.seek(0, os.SEEK_END) == 10 and file.read(0) == b""
+        file.seek(4)
+        assert file.read(3) == b"456" and file.read() == b"789"
+    path = to_path(f"{bucket}/x")
+    assert (path.name, path.exists(), path.is_file(), path.is_dir()) == ("x", True, True, False)
+    assert to_path(bucket + "/").is_dir() and list(to_path(bucket).iterdir()) == [path]
