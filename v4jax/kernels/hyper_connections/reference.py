@@ -2,8 +2,13 @@
 
 The token axes come last while the n×n matrices are normalized: n is 4, and vector units want a long
 axis.
+
+What touches whole streams has its gradient written out. Autodiff would give it in one padded array
+per stream, and XLA on CPU would compute their sum anew, transposed, for every product it goes into:
+the barriers make it an array first.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -68,17 +73,47 @@ def expand(
     output: Float[Array, "b t d"], streams: Float[Array, "b t n d"], mixing: Mix
 ) -> Float[Array, "b t n d"]:
     """Returns the next streams X'_k = post_k · output + Σ_j residual[j, k] · X_j, rounded once."""
+    return _expand(output, streams, mixing.post, mixing.residual)
+
+
+@jax.custom_vjp
+def _expand(output, streams, post_btn, residual_btjk):
     n = streams.shape[2]
     sources = [streams[:, :, j].astype(jnp.float32) for j in range(n)]
     output = output.astype(jnp.float32)
     mixed = [
         sum(
-            (mixing.residual[:, :, j, k, None] * sources[j] for j in range(n)),
-            mixing.post[:, :, k, None] * output,
+            (residual_btjk[:, :, j, k, None] * sources[j] for j in range(n)),
+            post_btn[:, :, k, None] * output,
         )
         for k in range(n)
     ]
     return round_to(jnp.stack(mixed, axis=2), streams.dtype)
+
+
+def _expand_forward(output, streams, post_btn, residual_btjk):
+    kept = output, streams, post_btn, residual_btjk
+    return _expand(*kept), kept
+
+
+def _expand_backward(kept, grad_btnd):
+    output, streams, post_btn, residual_btjk = kept
+    n = streams.shape[2]
+    grad_btnd = jax.lax.optimization_barrier(grad_btnd)
+    grads = [grad_btnd[:, :, k].astype(jnp.float32) for k in range(n)]
+    to_output = sum(post_btn[:, :, k, None] * grads[k] for k in range(n))
+    to_streams = [
+        sum(residual_btjk[:, :, j, k, None] * grads[k] for k in range(n)) for j in range(n)
+    ]
+    to_streams = round_to(jnp.stack(to_streams, axis=2), streams.dtype)
+    to_post = _inner("btd,btkd->btk", output, grad_btnd)
+    to_residual = _inner("btjd,btkd->btjk", streams, grad_btnd)
+    return jax.lax.optimization_barrier(
+        (round_to(to_output, output.dtype), to_streams, to_post, to_residual)
+    )
+
+
+_expand.defvjp(_expand_forward, _expand_backward)
 
 
 def expand_mix(output, streams, mixing, fn, base, scale, **options):
@@ -106,16 +141,43 @@ def collapse(
     return weigh_streams(streams, jnp.moveaxis(pre_nbt, 0, -1))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project_streams(streams, fn, norm_eps):
     """Returns (fn · v) / rms(v) for the flattened streams v, float32 [o, b, t]."""
-    flat = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
+    projected_bto, inverse_rms_bt = _project(streams, fn, norm_eps)
+    return jnp.moveaxis(projected_bto, -1, 0) * inverse_rms_bt
+
+
+def _project(streams, fn, norm_eps):
+    flat = _flatten(streams)
     inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1) + norm_eps)
-    projected = jnp.einsum("btz,oz->bto", flat, fn.astype(jnp.float32), precision="highest")
     # The barrier keeps the transposition behind the product: XLA on CPU would rather transpose the
     # streams, at the price of the rest of the site.
-    return jnp.moveaxis(jax.lax.optimization_barrier(projected), -1, 0) * inverse_rms
+    return jax.lax.optimization_barrier(_inner("btz,oz->bto", flat, fn)), inverse_rms
 
 
+def _project_forward(streams, fn, norm_eps):
+    projected_bto, inverse_rms_bt = _project(streams, fn, norm_eps)
+    logits_obt = jnp.moveaxis(projected_bto, -1, 0) * inverse_rms_bt
+    return logits_obt, (streams, fn, projected_bto, inverse_rms_bt)
+
+
+def _project_backward(norm_eps, kept, grad_obt):
+    streams, fn, projected_bto, inverse_rms_bt = kept
+    flat = _flatten(streams)
+    grad_bto = jax.lax.optimization_barrier(jnp.moveaxis(grad_obt, 0, -1))
+    slope_bt = (grad_bto * projected_bto).sum(-1) * inverse_rms_bt**3 / flat.shape[-1]
+    grad_bto = grad_bto * inverse_rms_bt[..., None]
+    to_flat = _inner("bto,oz->btz", grad_bto, fn) - slope_bt[..., None] * flat
+    to_streams = round_to(to_flat.reshape(streams.shape), streams.dtype)
+    to_fn = _inner("bto,btz->oz", grad_bto, flat).astype(fn.dtype)
+    return jax.lax.optimization_barrier((to_streams, to_fn))
+
+
+project_streams.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
 def weigh_streams(streams, weights_btn):
     """Returns Σ_j weights_j · X_j, summed in float32 and rounded to the streams' dtype."""
     total = sum(
@@ -123,6 +185,31 @@ def weigh_streams(streams, weights_btn):
         for j in range(streams.shape[2])
     )
     return round_to(total, streams.dtype)
+
+
+def _weigh_forward(streams, weights_btn):
+    return weigh_streams(streams, weights_btn), (streams, weights_btn)
+
+
+def _weigh_backward(kept, grad_btd):
+    streams, weights_btn = kept
+    grad_btd = jax.lax.optimization_barrier(grad_btd)
+    to_streams = weights_btn[..., None] * grad_btd[:, :, None].astype(jnp.float32)
+    to_weights = _inner("btjd,btd->btj", streams, grad_btd)
+    return jax.lax.optimization_barrier((round_to(to_streams, streams.dtype), to_weights))
+
+
+weigh_streams.defvjp(_weigh_forward, _weigh_backward)
+
+
+def _flatten(streams):
+    return streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
+
+
+def _inner(subscripts, left, right):
+    """Returns a product of float32."""
+    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(subscripts, left, right, precision="highest")
 
 
 def sinkhorn(logits_jkbt, eps, iterations):
