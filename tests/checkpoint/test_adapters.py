@@ -1,0 +1,180 @@
+"""Adapters in PEFT's layout: names and shapes as documented, the same bits back, broken input."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from v4jax.checkpoint.adapters import read_adapters, write_adapters
+from v4jax.config import get_numerics
+from v4jax.config.loading import load_model_config
+from v4jax.errors import CheckpointError
+from v4jax.model import Transformer
+from v4jax.model.weights import read_weights, write_weights
+from v4jax.quant import LowRank
+
+RANK, SCALE = 3, 0.5
+CONFIG = load_model_config("tiny")
+# Of a prefix layer, of a scanned one, with experts, gate and up, and outside the layers.
+ADAPTED = (
+    "stack.prefix.0.attention.query_up",
+    "stack.period.0.attention.indexer.compressor.gate",
+    "stack.period.1.moe.experts.gate_up",
+    "stack.suffix.0.moe.shared.down",
+    "mtp.0.block.attention.output_down",
+    "head",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    numerics = get_numerics("bfloat16")
+    return Transformer(CONFIG, numerics, storage="released", rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    random, weights = np.random.RandomState(0), read_weights(model)
+
+    def adapt(base):
+        *lead, rows, columns = base.shape
+        down, up = (
+            jnp.asarray(random.standard_normal(shape).astype(np.float32))
+            for shape in ((*lead, RANK, columns), (*lead, rows, RANK))
+        )
+        return LowRank(base, down, up, SCALE, "bfloat16", rounds_inputs=False)
+
+    return write_weights(model, {name: adapt(weights[name]) for name in ADAPTED})
+
+
+# {module: (name of the weight, index of its leading axes)}.
+RELEASED = {
+    "layers.0.attn.wq_b": ("stack.prefix.0.attention.query_up", ()),
+    "layers.3.attn.indexer.compressor.wgate": (
+        "stack.period.0.attention.indexer.compressor.gate",
+        (1,),
+    ),
+    "layers.2.ffn.experts.7.w1": ("stack.period.1.moe.experts.gate_up", (0, 7, 0)),
+    "layers.4.ffn.experts.0.w3": ("stack.period.1.moe.experts.gate_up", (1, 0, 1)),
+    "layers.5.ffn.shared_experts.w2": ("stack.suffix.0.moe.shared.down", ()),
+    "mtp.0.attn.wo_a": ("mtp.0.block.attention.output_down", ()),
+    "head": ("head", ()),
+}
+TRANSFORMERS = {
+    "model.layers.0.self_attn.q_b_proj": RELEASED["layers.0.attn.wq_b"],
+    "model.layers.3.self_attn.compressor.indexer.gate_proj": RELEASED[
+        "layers.3.attn.indexer.compressor.wgate"
+    ],
+    "model.layers.2.mlp.experts.7.gate_proj": RELEASED["layers.2.ffn.experts.7.w1"],
+    "model.layers.4.mlp.experts.0.up_proj": RELEASED["layers.4.ffn.experts.0.w3"],
+    "model.layers.5.mlp.shared_experts.down_proj": RELEASED["layers.5.ffn.shared_experts.w2"],
+    "mtp.0.attn.wo_a": RELEASED["mtp.0.attn.wo_a"],
+    "lm_head": RELEASED["head"],
+}
+
+
+@pytest.mark.parametrize("modules", ["released", "transformers"])
+def test_files_and_back(tmp_path, model, adapted, modules):
+    write_adapters(adapted, tmp_path / "out", modules)
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # Two layers of eight experts with gate and up; two scanned indexers; four single matrices.
+    assert len(tensors) == 2 * (2 * 8 * 2 + 2 + 4)
+    values = read_weights(adapted)
+    for module, (name, index) in (RELEASED if modules == "released" else TRANSFORMERS).items():
+        value, prefix = values[name], f"base_model.model.{module}"
+        np.testing.assert_array_equal(tensors[prefix + ".lora_A.weight"], value.down[index])
+        np.testing.assert_array_equal(tensors[prefix + ".lora_B.weight"], value.up[index])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 1.5)
+    # PEFT matches the whole name of a module with the pattern.
+    for tensor in tensors:
+        module = re.fullmatch(r"base_model\.model\.(.*)\.lora_[AB]\.weight", tensor)[1]
+        assert re.fullmatch(config["target_modules"], module), module
+    for other in ("layers.0.attn.wkv", "model.layers.5.mlp.shared_experts.up_proj"):
+        assert not re.fullmatch(config["target_modules"], other)
+
+    again = read_adapters(model, tmp_path / "out")
+    assert jax.tree.structure(again) == jax.tree.structure(adapted)  # scale and dtype included
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(adapted), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    with pytest.raises(CheckpointError, match="has adapters already"):
+        read_adapters(adapted, tmp_path / "out")
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+EXPERT = "base_model.model.layers.2.ffn.experts.7.w1.lora_B.weight"
+BROKEN_TENSORS = {
+    "a factor is missing": (
+        lambda tensors: tensors.pop(EXPERT),
+        "has no layers.2.ffn.experts.7.w1.lora_B.weight, but adapters beside it",
+    ),
+    "another rank": (
+        lambda tensors: tensors.update({EXPERT: np.zeros((32, 4), np.float32)}),
+        "must have shape [32, 3], got [32, 4]",
+    ),
+    "another model": (
+        lambda tensors: tensors.update({EXPERT.replace(".7.", ".9."): tensors[EXPERT]}),
+        "fits no module of this model",
+    ),
+    "no LoRA": (
+        lambda tensors: tensors.update({"base_model.model.head.lora_magnitude": tensors[EXPERT]}),
+        "is no LoRA factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TENSORS.values(), ids=BROKEN_TENSORS.keys())
+def test_broken_tensors(tmp_path, model, adapted, case):
+    change, message = case
+    write_adapters(adapted, tmp_path / "out")
+    change_tensors(tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_adapters(model, tmp_path / "out")
+
+
+BROKEN_CONFIGS = {
+    "another kind of adapter": ({"use_dora": True}, "use_dora must be False, got True"),
+    "another scale": ({"use_rslora": True}, "use_rslora must be False"),
+    "ranks by module": ({"rank_pattern": {"wq_b": 8}}, "rank_pattern must be {}"),
+    "another method": ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+    "no rank": ({"r": None}, "r must be a positive integer"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS.keys())
+def test_broken_configs(tmp_path, model, adapted, case):
+    changes, message = case
+    write_adapters(adapted, tmp_path / "out")
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_adapters(model, tmp_path / "out")
+
+
+def test_what_cannot_be_written(tmp_path, model, adapted):
+    with pytest.raises(CheckpointError, match="no adapters to write"):
+        write_adapters(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="modules must be"):
+        write_adapters(adapted, tmp_path / "out", "peft")
+    value = dataclasses.replace(read_weights(adapted)["head"], scale=2.0)
+    with pytest.raises(CheckpointError, match="share one rank and one scale"):
+        write_adapters(write_weights(adapted, {"head": value}), tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        write_adapters(adapted, tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_adapters(model, tmp_path / "none")

@@ -1,0 +1,178 @@
+"""What a run trains, and that rounding on the way is what the exported model computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from v4jax.checkpoint import read_model
+from v4jax.config import get_numerics
+from v4jax.config.run import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
+from v4jax.errors import ConfigError
+from v4jax.model import abstract_transformer
+from v4jax.model.weights import read_weights, write_weights
+from v4jax.parallel import Layout, make_mesh, place
+from v4jax.quant import LowRank, Master, ScaledArray
+from v4jax.training.export import export, finish
+from v4jax.training.optimizer import build_optimizer
+from v4jax.training.step import init_state, join_model
+from v4jax.training.trainable import split_model, split_trained
+
+from . import tiny
+
+
+def config_of(**changes):
+    return TrainConfig("model", "output", None, **changes)  # data is not read here
+
+
+def abstract(config=tiny.CSA, numerics="float32"):
+    return abstract_transformer(config, get_numerics(numerics), storage="released")
+
+
+TWO_MTP = dataclasses.replace(
+    tiny.CSA,
+    num_nextn_predict_layers=2,
+    compress_ratios=(4, 4, 0, 0),
+    layer_types=(*tiny.CSA.layer_types, tiny.CSA.layer_types[-1]),
+)
+SILENT = LossConfig(mtp_weight=0.0, late_mtp_weight=0.0)
+# (model, changes of the run, prefixes of blocks with a part that is not trained).
+POLICIES = {
+    "indexer frozen": (tiny.CSA, {}, {"stack.period.0.attention.indexer"}),
+    "indexer distilled": (tiny.CSA, {"indexer": "distill"}, set()),
+    "no loss reaches the MTP block": (
+        tiny.CSA,
+        {"loss": SILENT, "indexer": "distill"},
+        {"mtp.0"},
+    ),
+    "an MTP loss in the end": (
+        tiny.CSA,
+        {"loss": LossConfig(mtp_weight=0.0), "indexer": "distill"},
+        set(),
+    ),
+    "the second MTP block": (TWO_MTP, {"indexer": "distill"}, {"mtp.1"}),
+}
+
+
+@pytest.mark.parametrize("case", POLICIES.values(), ids=POLICIES.keys())
+def test_what_is_trained(case):
+    """What is not trained has neither gradient, nor decay, nor moments: it is not in the state."""
+    model_config, changes, untrained = case
+    model, config = abstract(model_config), config_of(**changes)
+    frozen, weights, biases = split_trained(model, config)
+    optimizer = build_optimizer(config.optimizer, model_config, config.steps)
+    state = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), weights, biases)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    left = {name for name in read_weights(model) if name not in weights}
+    for prefix in untrained:
+        assert not any(prefix in path for path in paths)
+        assert any(name.startswith(prefix) for name in left)
+    assert all(name.startswith(tuple(untrained)) for name in left)
+    held = read_weights(frozen)
+    for name, value in read_weights(model).items():
+        assert jax.tree.leaves(held[name]) == (jax.tree.leaves(value) if name in left else []), name
+    # A router's bias moves where its router is trained.
+    routers = {name for name in weights if name.endswith("router.weight")}
+    assert biases.keys() == {name.removesuffix("weight") + "bias" for name in routers}
+    assert any("mtp.0" in name for name in biases) == ("mtp.0" not in untrained)
+
+
+LORA_ERRORS = {
+    "the indexer is frozen": (
+        {"lora": LoraConfig(targets=("indexer.query_up",))},
+        "names no matrix that may be trained",
+    ),
+    "nothing of the indexer is trained": (
+        {"lora": LoraConfig(), "indexer": "distill"},
+        "trains nothing with train.lora unless",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LORA_ERRORS.values(), ids=LORA_ERRORS.keys())
+def test_lora_errors(case):
+    changes, message = case
+    with pytest.raises(ConfigError, match=message):
+        split_trained(abstract(), config_of(**changes))
+
+
+def test_lora_trains_adapters_only():
+    lora = LoraConfig(rank=2, targets=("attention.indexer.query_up", "moe.experts"))
+    config = config_of(lora=lora, indexer="distill")
+    frozen, weights, biases = split_trained(abstract(), config)
+    parts = ("attention.indexer.query_up", "moe.experts.gate_up", "moe.experts.down")
+    names = {f"stack.period.0.{part}" for part in parts}
+    names |= {f"mtp.0.block.{part}" for part in parts[1:]}
+    assert weights.keys() == {f"{n}.{part}" for n in names for part in ("lora_down", "lora_up")}
+    assert not biases
+    held = read_weights(frozen)
+    assert {name for name, value in held.items() if isinstance(value, LowRank)} == names
+    assert not any(value is None for value in held.values())
+
+
+def test_masters_of_stored_weights():
+    """Training all of a released model starts from what its stored weights hold."""
+    model = tiny.released_model(tiny.WINDOWS, "bfloat16")
+    names = [name for name in read_weights(model) if "attention" in name]
+    frozen, weights, biases = split_model(model, names)
+    state = init_state(weights, biases, optax.sgd(1.0))
+    joined, finished = read_weights(join_model(frozen, state)), read_weights(finish(frozen, state))
+    for name in names:
+        value = read_weights(model)[name]
+        expected = value.dequantize() if isinstance(value, ScaledArray) else value
+        np.testing.assert_array_equal(state.weights[name], expected.astype(jnp.float32))
+        assert finished[name] is state.weights[name]
+        stays = name.endswith(("sink", "fn", "base", "scale"))
+        assert joined[name].dtype == (jnp.float32 if stays else jnp.bfloat16), name
+        np.testing.assert_array_equal(joined[name], expected.astype(joined[name].dtype))
+
+
+def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsys):
+    """Bit for bit under the released numerics, inputs of quantized weights rounded too.
+
+    The start is plain, so that the frozen indexer has to be rounded as well.
+    """
+    numerics = get_numerics("released")
+    model = tiny.float_model(tiny.CSA, "released")
+    config = config_of(quantization_aware=True, numerics="released")
+    frozen, weights, biases = split_trained(model, config)
+    held = read_weights(frozen)
+    formats = {name: value.format for name, value in held.items() if isinstance(value, Master)}
+    assert formats["stack.period.0.moe.experts.down"] == "fp4"
+    assert formats["mtp.0.stream_projection"] == "fp8" and formats["embed"] == "bfloat16"
+    indexer = held["stack.period.0.attention.indexer.query_up"]
+    assert isinstance(indexer, ScaledArray) and not indexer.is_fp4
+    state = init_state(weights, biases, optax.sgd(1.0))
+    logits = join_model(frozen, state)(tiny.IDS)
+    capsys.readouterr()
+    export(finish(frozen, state), tmp_path / "out")
+    assert "warning" not in capsys.readouterr().err  # nothing is rounded any more
+    again = read_model(tmp_path / "out", numerics)
+    np.testing.assert_array_equal(again(tiny.IDS), logits)
+    assert 0.5 < np.std(logits) < 5
+    # MTP, biases and what is float32 come back, too.
+    found, biases = read_weights(again), read_weights(again, buffers=True)
+    for name, value in read_weights(finish(frozen, state)).items():
+        pairs = zip(jax.tree.leaves(value), jax.tree.leaves(found[name]), strict=True)
+        assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs), name
+    for name, value in state.biases.items():
+        np.testing.assert_array_equal(biases[name], value)
+    assert (again.config.tokenizer, len(again.mtp)) == ("byte", 1)
+
+
+def test_a_mesh_that_splits_tiles_is_refused():
+    """Half of a 128×128 tile would be rounded by another scale."""
+    model = abstract(tiny.WINDOWS)
+    layout = Layout(make_mesh(data=4, tensor=2), "train")
+    plain = {
+        name: jax.ShapeDtypeStruct(value.shape, jnp.float32)
+        for name, value in read_weights(model).items()
+    }
+    model = place(write_weights(model, plain), layout)
+    model.layout = layout
+    split_trained(model, config_of(optimizer=OptimizerConfig()))
+    with pytest.raises(ConfigError, match=r"mesh\.tensor = 2 does not divide axis 'heads'"):
+        split_trained(model, config_of(quantization_aware=True))
