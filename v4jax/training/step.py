@@ -90,7 +90,7 @@ def build_step(
 
     def finish_step(state, gradients, parts):
         reports = parts.pop("reports")
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         clip = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
