@@ -2,7 +2,7 @@
 
 import pathlib
 
-from v4jax.checkpoint.hf_writer import Format, write_model
+from v4jax.checkpoint.hf_writer import SHARD_BYTES, Format, write_model
 from v4jax.model import Transformer
 from v4jax.model.weights import write_weights
 from v4jax.quant import LowRank, Master
@@ -27,7 +27,13 @@ def finish(frozen: Transformer, state: TrainState) -> Transformer:
     return write_weights(frozen, values | state.biases)
 
 
-def export(model: Transformer, folder: str | pathlib.Path, format: Format = "released") -> None:
+def export(
+    model: Transformer,
+    folder: str | pathlib.Path,
+    format: Format = "released",
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes a trained model as a checkpoint folder, adapters merged; the tokenizer goes along.
 
     What came quantized and was not trained, and what was rounded while it trained, is written as it
@@ -37,4 +43,5 @@ def export(model: Transformer, folder: str | pathlib.Path, format: Format = "rel
     Raises:
       CheckpointError: as `write_model`.
     """
-    write_model(merge(model, requantize=format == "released"), folder, format)
+    merged = merge(model, requantize=format == "released")
+    write_model(merged, folder, format, shard_bytes=shard_bytes)

@@ -43,7 +43,13 @@ from v4jax.training.evaluate import build_evaluation, evaluate_text
 from v4jax.training.export import export, finish
 from v4jax.training.metrics import Metrics, Speed, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
-from v4jax.training.placement import gather_json, make_state, put_batches, row_shares
+from v4jax.training.placement import (
+    abstract_state,
+    gather_json,
+    make_state,
+    put_batches,
+    row_shares,
+)
 from v4jax.training.step import TrainState, build_step
 from v4jax.training.trainable import split_trained
 
@@ -258,6 +264,27 @@ def load_model(config: TrainConfig) -> Transformer:
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
     return api.load(config.model, config.numerics, seed=config.seed, mesh=mesh, regime="train")
+
+
+def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
+    """Returns the model of a run's checkpoint (None: the newest), as `Trainer.finished_model`.
+
+    The run may go on meanwhile; its data is not opened. A run that started from a folder needs no
+    mesh here; random weights depend on the run's.
+
+    Raises:
+      ConfigError, CheckpointError: as `Trainer`, or there is no such checkpoint.
+    """
+    if pathlib.Path(config.model).is_dir():
+        model = api.load(config.model, config.numerics)
+    else:
+        model = load_model(config)
+    frozen, weights, biases = split_trained(model, config)
+    optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
+    state = abstract_state(frozen, weights, biases, optimizer)
+    folder = pathlib.Path(config.output) / "checkpoints"
+    with Store(folder, model=frozen.config, read_only=True) as store:
+        return finish(frozen, store.restore(step, state)[0])
 
 
 def _announce(state: TrainState, config: TrainConfig) -> None:
