@@ -1,27 +1,32 @@
-"""One model over all devices of a job: read, prefill, decode.
+"""One model over all devices of a job.
 
-python model_worker.py FOLDER OUTPUT    which process this is say the variables V4JAX_…
+python model_worker.py serve FOLDER OUTPUT    reads, prefills, decodes; process 0 writes the logits
+python model_worker.py train FOLDER RUN       one step, and a checkpoint that is read again
 
-Every process makes the same calls. Process 0 writes what came out; `run` is also what a single
-process with as many devices does.
+Which process this is say the variables V4JAX_…. Every process makes the same calls; `serve` and
+`train` are also what a single process with as many devices does.
 """
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
 import v4jax
 from v4jax.checkpoint import safetensors_file
+from v4jax.config.data import DataConfig, SourceConfig
+from v4jax.config.run import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from v4jax.parallel import make_mesh
 from v4jax.parallel.hosts import find_hosts, start_hosts
+from v4jax.training.trainer import Trainer
 
 MESH = dict(data=2, expert=2, context=2)  # of two processes with four devices, `data` spans both
 CALLS = ((512, (512, 389)), (1, (1, 1)), (1, (1, 0)))  # tokens of a call, real ones per sequence
 IDS = np.random.RandomState(0).randint(0, 256, (2, 600))
 
 
-def run(folder: str) -> dict[str, np.ndarray]:
+def serve(folder: str) -> dict[str, np.ndarray]:
     """Returns the logits of every call's real tokens, by call and sequence."""
     from jax.experimental import multihost_utils
 
@@ -38,8 +43,35 @@ def run(folder: str) -> dict[str, np.ndarray]:
     return found
 
 
+def train(folder: str, run: str) -> Trainer:
+    """Returns the trainer after one step, whose checkpoint gives the same state again."""
+    text = Path(folder).with_name("text.txt")  # lies beside the model
+    config = TrainConfig(
+        model=folder,
+        output=run,
+        data=DataConfig((SourceConfig("text", (str(text),)),), length=256, batch=2, shuffle=False),
+        steps=1,
+        numerics="float32",
+        # A large epsilon: the first step of Adam is else the sign of each gradient, however small.
+        optimizer=OptimizerConfig(kind="adamw", warmup_steps=0, epsilon=0.01),
+        loss=LossConfig(mtp_weight=0.0),
+        remat="none",
+        mesh=MeshConfig(**MESH),
+    )
+    trainer = Trainer(config)
+    trainer.run()
+    trainer.close()
+    again = Trainer(config)
+    assert again.step == 1
+    for a, b in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(again.state), strict=True):
+        for share, other in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            assert np.array_equal(share.data, other.data)
+    again.close()
+    return trainer
+
+
 def main() -> None:
-    """Joins the others, runs, and writes on process 0."""
+    """Joins the others, and does what the command line says."""
     start_hosts(find_hosts(), timeout_seconds=60)
     read, read_bytes = 0, safetensors_file.read_bytes
 
@@ -49,10 +81,15 @@ def main() -> None:
         read_bytes(file, offset, out)
 
     safetensors_file.read_bytes = count
-    found = run(sys.argv[1])
+    what, folder, output = sys.argv[1:]
+    if what == "train":
+        train(folder, output)
+        print("trained")
+        return
+    found = serve(folder)
     print(f"read {read} bytes of the checkpoint")
     if jax.process_index() == 0:
-        np.savez(sys.argv[2], **found)
+        np.savez(output, **found)
 
 
 if __name__ == "__main__":

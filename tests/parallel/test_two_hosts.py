@@ -13,6 +13,8 @@ from flax import nnx
 
 import v4jax
 from v4jax.checkpoint.hf_folder import open_folder
+from v4jax.checkpoint.leaves import name_leaves
+from v4jax.checkpoint.orbax_store import Store
 from v4jax.config import LayerKind, RouterKind, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.model import Transformer
@@ -24,22 +26,18 @@ ROOT = Path(__file__).parents[2]
 # Between processes a sum is made in another order than within one. Logits are below 1 here.
 TOLERANCE = 1e-5
 
-# One layer, so that little is compiled; CSA has everything that meets other devices.
-CONFIG = dataclasses.replace(
-    load_model_config("tiny"),
-    num_hidden_layers=1,
-    num_nextn_predict_layers=0,
-    compress_ratios=(4,),
-    layer_types=(LayerKind.CSA,),
-    mlp_layer_types=(RouterKind.TOPK,),
-)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint with random weights."""
-    made = Transformer(CONFIG, get_numerics("float32"), storage="float32", rngs=nnx.Rngs(2))
-    folder = tmp_path_factory.mktemp("model") / "folder"
+def write_checkpoint(folder: Path, kind: LayerKind, ratio: int) -> Path:
+    """Writes a checkpoint with random weights, of one layer: little is to be compiled."""
+    config = dataclasses.replace(
+        load_model_config("tiny"),
+        num_hidden_layers=1,
+        num_nextn_predict_layers=0,
+        compress_ratios=(ratio,),
+        layer_types=(kind,),
+        mlp_layer_types=(RouterKind.TOPK,),
+    )
+    made = Transformer(config, get_numerics("float32"), storage="float32", rngs=nnx.Rngs(2))
     v4jax.save(made, folder, format="transformers")
     return folder
 
@@ -76,15 +74,33 @@ def run_two(*arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_prefill_and_decode(folder, tmp_path):
+def test_prefill_and_decode(tmp_path):
     """Both read their own shares, and together compute what one process does."""
-    said = run_two(str(folder), str(tmp_path / "found.npz"))
+    folder = write_checkpoint(tmp_path / "model", LayerKind.CSA, 4)
+    said = run_two("serve", str(folder), str(tmp_path / "found.npz"))
     tensors = open_folder(folder).tensors.values()
     stored = sum(tensor.nbytes for tensor in tensors)
     experts = sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)
     # `data` spans the processes and splits the experts; all else is whole on either.
     assert said == [f"read {stored - experts // 2} bytes of the checkpoint"] * 2
     found = np.load(tmp_path / "found.npz")
-    for name, expected in model_worker.run(str(folder)).items():
+    for name, expected in model_worker.serve(str(folder)).items():
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=TOLERANCE, err_msg=name)
         assert np.abs(expected).max(initial=1.0) > 0.1
+
+
+@pytest.mark.slow
+def test_train_and_checkpoint(tmp_path):
+    """One step of both, whose checkpoint one process reads, equals one step of one process."""
+    folder = write_checkpoint(tmp_path / "model", LayerKind.WINDOW, 0)
+    (tmp_path / "text.txt").write_text("One sentence follows another. " * 60)
+    assert run_two("train", str(folder), str(tmp_path / "two")) == ["trained"] * 2
+    expected = model_worker.train(str(folder), str(tmp_path / "one")).state
+    with Store(tmp_path / "two" / "checkpoints", read_only=True) as store:
+        found, _ = store.restore(1, expected)
+    before = v4jax.load(folder)
+    assert not np.array_equal(found.weights["embed"], before.embed.get_value())
+    for name, a in name_leaves(found).items():
+        b = name_leaves(expected)[name]
+        assert a.sharding == b.sharding, name
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE, err_msg=name)
