@@ -21,7 +21,8 @@ class CompressorRows(NamedTuple):
     completed [b]: how many of the windows are complete; the rest pool padding and must not become
       entries.
     begin [b, w]: where rows hold several documents, the index of the first window of each own
-      window's document.
+      window's document (or stretch, where positions are left out); nothing before it is pooled.
+    positions [b, w]: of each own window's first token; goes with `begin`.
     """
 
     values: Float[Array, "b s z"]
@@ -29,6 +30,7 @@ class CompressorRows(NamedTuple):
     first_window: Int[Array, "b"]
     completed: Int[Array, "b"]
     begin: Int[Array, "b w"] | None = None
+    positions: Int[Array, "b w"] | None = None
 
 
 @runtime_checkable

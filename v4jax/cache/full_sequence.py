@@ -20,7 +20,7 @@ class FullSequence:
     Where a sequence lies on several devices, in shares of whole windows, `start` is that of this
     device's share, and the rows before it are the left neighbour's last. `begin` [b, t] is the row
     index of the first token of each token's document, negative for padding; None: rows are single
-    documents.
+    documents. `stretch` and `skipped`: see `model.Context`.
     """
 
     layer: Layer
@@ -30,6 +30,8 @@ class FullSequence:
     start: jax.Array
     end: jax.Array
     begin: jax.Array | None = None
+    stretch: jax.Array | None = None
+    skipped: jax.Array | None = None
 
     def append_window(self, key_values):
         """See `LayerMemory.append_window`; rows before position 0 are masked."""
@@ -46,12 +48,20 @@ class FullSequence:
             rows = prepend(rows[:, :whole], before)
             return jnp.pad(rows, [(0, 0), (0, before + whole - rows.shape[1]), (0, 0)])
 
-        begin = self.begin
-        if begin is not None:
-            # Documents begin with a window, so its first token says whose it is.
-            begin = jnp.maximum(begin[:, :whole:ratio], 0) // ratio
         first, completed = self.start // ratio, self.end // ratio
-        return CompressorRows(cut(values), cut(gates), first, completed, begin), self
+
+        def of_windows(array):
+            # Documents and stretches begin with a window, so its first token says whose it is.
+            return None if array is None else jnp.maximum(array[:, :whole:ratio], 0)
+
+        own = self.begin if self.stretch is None else self.stretch
+        rows = CompressorRows(cut(values), cut(gates), first, completed)
+        if own is not None:
+            moved = of_windows(self.skipped)
+            place = first[:, None] + jnp.arange(whole // ratio)
+            positions = place * ratio - of_windows(self.begin) + (0 if moved is None else moved)
+            rows = rows._replace(begin=of_windows(own) // ratio, positions=positions)
+        return rows, self
 
     def append_entries(self, which, vectors, rows):
         """See `LayerMemory.append_entries`; rounded, but not packed: gradients pass."""

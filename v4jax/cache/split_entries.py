@@ -57,12 +57,12 @@ def attend_selected(
     entries: EntryTable,
     selected: Int[Array, "b t k"],
     begin: Int[Array, "b t"] | None = None,
+    stretch: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
-    if shares("read_entries") == 1:
+    """See `v4jax.kernels.sparse_attention.attend_with_mass`; windows begin at `stretch`."""
+    if shares("read_entries") == 1 and stretch is None:
         options = {"window": window, "entries": entries, "selected": selected, "begin": begin}
         return sparse_attention.attend_with_mass(queries, recent, sink, start, **options)
-    assert begin is None
     own = selected - first_here("read_entries", entries.capacity)
     own = jnp.where((selected >= 0) & (own >= 0) & (own < entries.capacity), own, -1)
     partial = sparse_attention.attend_with_mass(
@@ -74,7 +74,7 @@ def attend_selected(
         entries=entries,
         selected=own,
     )
-    return _join_window(queries, recent, sink, start, end, window, partial)
+    return _join_window(queries, recent, sink, start, end, window, partial, stretch)
 
 
 def attend_all(
@@ -88,12 +88,14 @@ def attend_all(
     entries: EntryTable | None,
     ratio: int,
     begin: Int[Array, "b t"] | None = None,
+    stretch: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """See `v4jax.kernels.dense_attention.attend`."""
-    if shares("read_entries") == 1 or entries is None:
+    """See `v4jax.kernels.dense_attention.attend`; windows begin at `stretch`."""
+    if stretch is not None and entries is None:
+        begin = stretch
+    if entries is None or (shares("read_entries") == 1 and stretch is None):
         options = {"window": window, "entries": entries, "ratio": ratio, "begin": begin}
         return dense_attention.attend(queries, recent, sink, start, end, **options)
-    assert begin is None
     before = first_here("read_entries", entries.capacity) * ratio
     partial = dense_attention.attend(
         queries,
@@ -104,15 +106,16 @@ def attend_all(
         window=0,
         entries=entries,
         ratio=ratio,
+        begin=begin,
     )
-    return _join_window(queries, recent, sink, start, end, window, partial)
+    return _join_window(queries, recent, sink, start, end, window, partial, stretch)
 
 
-def _join_window(queries, recent, sink, start, end, window, partial):
+def _join_window(queries, recent, sink, start, end, window, partial, stretch):
     """Joins attention over window and sink with that over all devices' entries; both results."""
     entries_bthc, entry_mass = merge_partials(*partial)
     window_bthc, window_mass = dense_attention.attend(
-        queries, recent, sink, start, end, window=window
+        queries, recent, sink, start, end, window=window, begin=stretch
     )
     mass = jnp.logaddexp(entry_mass, window_mass)
     joined = entries_bthc * jnp.exp(entry_mass - mass)[..., None]

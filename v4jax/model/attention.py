@@ -81,6 +81,7 @@ class Attention(nnx.Module):
         arguments = queries_bthc, recent_bsc, self.sink[...], context.start, context.end
         window = self.config.sliding_window
         options = {"window": window, "entries": entries, "begin": context.begin}
+        options["stretch"] = context.stretch
         if self.layer.kind is LayerKind.CSA and not context.dense:
             with jax.named_scope("sparse_attention"):
                 attended_bthc, log_mass_bth = split_entries.attend_selected(

@@ -52,8 +52,9 @@ class Compressor(nnx.Module):
             begin=rows.begin,
         )
         normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
-        windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
-        if rows.begin is not None:
-            windows = windows - rows.begin
-        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, windows * self.layer.ratio))
+        positions = rows.positions
+        if positions is None:
+            windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
+            positions = windows * self.layer.ratio
+        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, positions))
         return memory.append_entries(self.which, entries_bwc, rows)

@@ -22,6 +22,9 @@ class Context:
     begin [b, t]: where rows hold several documents, the row index of the first token of each
       token's document, negative for padding; start and end then count from the row's first token,
       rotations from the document's.
+    stretch [b, t]: where positions are left out inside documents, the row index of the first token
+      after the last such gap; windows begin there. None: where documents do.
+    skipped [b, t]: positions left out before each token; goes with `stretch`.
     dense: CSA layers attend to every visible entry, as in training before selection is introduced.
     """
 
@@ -30,6 +33,8 @@ class Context:
     end: Int[Array, "b"]
     rotations: dict[Rope, tuple[jax.Array, jax.Array]]
     begin: Int[Array, "b t"] | None = None
+    stretch: Int[Array, "b t"] | None = None
+    skipped: Int[Array, "b t"] | None = None
     dense: bool = False
 
     @property
@@ -46,11 +51,15 @@ def make_context(
     ropes: set[Rope],
     *,
     begin: Array | None = None,
+    stretch: Array | None = None,
+    skipped: Array | None = None,
     dense: bool = False,
 ) -> Context:
     """Returns the context of a call on tokens at positions start, start+1, …"""
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     if begin is not None:
         positions = positions - jnp.maximum(begin, 0)
+    if skipped is not None:
+        positions = positions + skipped
     rotations = {rope: rotation(rope, positions) for rope in ropes}
-    return Context(tokens, start, end, rotations, begin, dense)
+    return Context(tokens, start, end, rotations, begin, stretch, skipped, dense)

@@ -140,4 +140,6 @@ def full_sequence(
         context.start,
         context.end,
         context.begin,
+        context.stretch,
+        context.skipped,
     )

@@ -65,6 +65,7 @@ def run_rows(
     tokens: Int[Array, "b t"],
     begin: Int[Array, "b t"] | None = None,
     mode: Mode = Mode(),
+    skipped: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t n d"], dict]:
     """Returns the streams after the last layer, and the report of every block by its path.
 
@@ -74,22 +75,25 @@ def run_rows(
     entry.
 
     Args:
-      begin: see `training.Batch`; None: each row is one document.
+      begin, skipped: see `training.Batch`; None: each row is one document, without gaps.
     """
     batch, count = tokens.shape
     call = plan_call(model.layout, model.config, batch, count, decodes=False)
-    inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
+    rows = P("batch", "tokens")
+    inputs = (WEIGHTS, rows, rows, rows, P("batch"))
     run = functools.partial(_run_rows, mode)
-    run = on_shards(run, model.layout, call.regime, inputs, (P("batch", "tokens"), P()))
+    run = on_shards(run, model.layout, call.regime, inputs, (rows, P()))
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.stack
-    streams, reports = run(weights, call.pad(tokens), _pad_begin(call, begin), end)
+    places = _pad_begin(call, begin), _find_gaps(call, begin, skipped)
+    streams, reports = run(weights, call.pad(tokens), *places, end)
     return call.cut(streams), reports
 
 
-def _run_rows(mode, weights, tokens, begin, end):
+def _run_rows(mode, weights, tokens, begin, gaps, end):
     embedding, stack = weights
-    context = _make_context(tokens, begin, end, {layer.rope for layer in stack.config.layers}, mode)
+    ropes = {layer.rope for layer in stack.config.layers}
+    context = _make_context(tokens, begin, gaps, end, ropes, mode)
     x = embed(embedding, tokens, stack.numerics)
     streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
 
@@ -125,6 +129,7 @@ def run_drafts(
     tokens: Int[Array, "b t"],
     begin: Int[Array, "b t"] | None = None,
     mode: Mode = Mode(),
+    skipped: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t d"], dict]:
     """Returns the first MTP block's vectors for the head, of which row i predicts token i+2.
 
@@ -142,20 +147,20 @@ def run_drafts(
         functools.partial(_run_drafts, mode),
         model.layout,
         call.regime,
-        (WEIGHTS, rows, rows, rows, rows, P("batch")),
+        (WEIGHTS, rows, rows, rows, rows, rows, P("batch")),
         (rows, P()),
     )
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.mtp[0]
-    begins = _pad_begin(call, begin), _pad_begin(call, paired)
-    normed, report = run(weights, call.pad(streams), call.pad(following), *begins, end)
+    places = _pad_begin(call, begin), _pad_begin(call, paired), _find_gaps(call, begin, skipped)
+    normed, report = run(weights, call.pad(streams), call.pad(following), *places, end)
     return call.cut(normed), {"mtp.0.block": report}
 
 
-def _run_drafts(mode, weights, streams, following, begin, paired, end):
+def _run_drafts(mode, weights, streams, following, begin, paired, gaps, end):
     embedding, mtp = weights
     layer = mtp.layer
-    context = _make_context(following, begin, end, {layer.rope}, mode)
+    context = _make_context(following, begin, gaps, end, {layer.rope}, mode)
     counted = dataclasses.replace(context, begin=paired, end=end - 1)
     embedded = embed(embedding, following, mtp.numerics)
 
@@ -168,9 +173,22 @@ def _run_drafts(mode, weights, streams, following, begin, paired, end):
     return rematerialize(run, mode)(mtp, streams, embedded)
 
 
-def _make_context(tokens, begin, end, ropes, mode):
+def _make_context(tokens, begin, gaps, end, ropes, mode):
     start = own_start(jnp.zeros_like(end), tokens.shape[1])
-    return make_context(tokens, start, end, ropes, begin=begin, dense=mode.dense)
+    stretch, skipped = (None, None) if gaps is None else (gaps[..., 0], gaps[..., 1])
+    options = {"begin": begin, "stretch": stretch, "skipped": skipped, "dense": mode.dense}
+    return make_context(tokens, start, end, ropes, **options)
+
+
+def _find_gaps(call, begin, skipped):
+    """Returns stretch and skipped positions of every token [b, t, 2]; None without gaps."""
+    if skipped is None:
+        return None
+    assert begin is not None
+    row = jnp.arange(skipped.shape[1])
+    changes = (jnp.roll(skipped, 1, axis=1) != skipped) | (jnp.roll(begin, 1, axis=1) != begin)
+    stretch = jax.lax.cummax(jnp.where(changes, row, 0), axis=1)
+    return call.pad(jnp.stack([stretch, skipped], axis=-1))
 
 
 def _pad_begin(call, begin):

@@ -162,6 +162,8 @@ def merge_partials(
     With log masses ℓ_i, the union's is ℓ = log Σ exp ℓ_i and its output Σ exp(ℓ_i − ℓ) · o_i.
     """
     axes = split_axes("read_entries")
+    if not axes:
+        return attended.astype(jnp.float32), log_mass
     largest = jax.lax.pmax(log_mass, axes)
     scale = jnp.exp(log_mass - largest)
     mass = jax.lax.psum(scale, axes)

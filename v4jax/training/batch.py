@@ -19,8 +19,12 @@ class Batch:
       of a document. Row i of the logits predicts token i+1, so it is weights[:, i+1] that counts.
     begin [b, t]: row index of the first token of the document a token belongs to; `PADDING` where
       it belongs to none. None: every row is one document from its first token to its last.
+    skipped [b, t]: positions left out in front of a token, inside its document: it then stands at
+      its row index − begin + skipped, and windows end where `skipped` changes, at multiples of 128
+      tokens of the row. So a short row shows the distances of a long document. None: nowhere.
     """
 
     tokens: Int[Array, "b t"]
     weights: Float[Array, "b t"]
     begin: Int[Array, "b t"] | None = None
+    skipped: Int[Array, "b t"] | None = None

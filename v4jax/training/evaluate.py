@@ -56,10 +56,10 @@ def build_evaluation(frozen: Transformer):
 
     def evaluate(frozen: Transformer, state: TrainState, batch: Batch):
         model = join_model(frozen, state)
-        streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"))
+        streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"), batch.skipped)
         nll, _ = score_targets(model, read_normed(model, streams), shift(batch.tokens, 1))
         weights = target_weights(batch, 1)
-        _, reports = run_rows(model, batch.tokens, batch.begin, _FULL)
+        _, reports = run_rows(model, batch.tokens, batch.begin, _FULL, batch.skipped)
         begin = 0 if batch.begin is None else jnp.maximum(batch.begin, 0)
         positions = jnp.arange(batch.tokens.shape[1]) - begin + jnp.zeros_like(batch.tokens)
         group = jnp.searchsorted(jnp.asarray(POSITION_GROUPS), positions, side="right") - 1

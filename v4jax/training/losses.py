@@ -84,7 +84,7 @@ def compute_losses(
       for an even load; with `mode.distill`, `divergence` and `recall`, means over queries and CSA
       layers; `reports`, one per block (see `training_pass.run_rows`).
     """
-    streams, reports = run_rows(model, batch.tokens, batch.begin, mode)
+    streams, reports = run_rows(model, batch.tokens, batch.begin, mode, batch.skipped)
     normed = read_normed(model, streams)
     nll, right = score_targets(model, normed, shift(batch.tokens, 1))
     weights = target_weights(batch, 1)
@@ -94,7 +94,9 @@ def compute_losses(
     }
     total = parts["loss"]
     if config.mtp_weight and model.mtp:
-        drafts, draft_report = run_drafts(model, streams, batch.tokens, batch.begin, mode)
+        drafts, draft_report = run_drafts(
+            model, streams, batch.tokens, batch.begin, mode, batch.skipped
+        )
         reports |= draft_report
         nll, _ = score_targets(model, drafts, shift(batch.tokens, 2))
         parts["mtp_loss"] = (nll * target_weights(batch, 2)).sum() / totals.drafts
