@@ -12,7 +12,9 @@ from inference.fake_model import make_engine
 
 import v4jax
 from v4jax.checkpoint import safetensors_file
-from v4jax.errors import CheckpointError, RequestError, UnsupportedError
+from v4jax.config.data import DataConfig, SourceConfig
+from v4jax.config.run import TrainConfig
+from v4jax.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
 from v4jax.files import RemotePath, open_bytes, to_path
 from v4jax.inference import BatchJob, run_batch
 from v4jax.inference.documents import open_path, read_lines
@@ -126,3 +128,9 @@ def test_file_of_a_bucket(bucket):
     path = to_path(f"{bucket}/x")
     assert (path.name, path.exists(), path.is_file(), path.is_dir()) == ("x", True, True, False)
     assert to_path(bucket + "/").is_dir() and list(to_path(bucket).iterdir()) == [path]
+
+
+def test_run_in_a_bucket():
+    data = DataConfig((SourceConfig("text", ("a.txt",)),), length=128, batch=1)
+    with pytest.raises(ConfigError, match=r"train.output must be on a disk .*, got 'gs://b/run'"):
+        TrainConfig(model="tiny", output="gs://b/run", data=data)

@@ -5,6 +5,8 @@ import pytest
 
 import v4jax
 from v4jax.checkpoint.census import model_variables
+from v4jax.checkpoint.hf_folder import open_folder
+from v4jax.checkpoint.safetensors_file import read_tensor
 from v4jax.errors import ConfigError
 from v4jax.parallel import make_mesh
 from v4jax.quant import ScaledArray
@@ -13,8 +15,8 @@ from . import folders
 
 
 def test_folder(tmp_path):
-    """Every array equals that of one device; a device has only its share of the experts."""
-    folder = folders.write(tmp_path)
+    """Arrays equal those of one device, split by experts; saved, they give the files' bytes."""
+    folder = folders.write(tmp_path / "in")
     whole = folders.stored_tensors(v4jax.load(folder))
     made = v4jax.load(folder, mesh=make_mesh(expert=4, context=2))
     for name, array in folders.stored_tensors(made).items():
@@ -24,6 +26,10 @@ def test_folder(tmp_path):
     for array in (experts.values, experts.scales):
         assert array.shape[0] == 4 and array.addressable_shards[0].data.shape[0] == 1
     assert made.layout.mesh.shape["expert"] == 4
+    v4jax.save(made, tmp_path / "out")
+    written = {tensor.name: tensor for tensor in open_folder(tmp_path / "out").tensors.values()}
+    for name, tensor in open_folder(folder).tensors.items():
+        assert folders.same_bytes(read_tensor(written[name]), read_tensor(tensor)), name
 
 
 @pytest.mark.slow

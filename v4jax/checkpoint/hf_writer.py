@@ -31,7 +31,7 @@ from v4jax.checkpoint.names import Place, Stored
 from v4jax.checkpoint.safetensors_file import Tensor, write_header, write_tensor
 from v4jax.config import ModelConfig
 from v4jax.config.to_hf import model_config_to_hf
-from v4jax.errors import CheckpointError
+from v4jax.errors import CheckpointError, UnsupportedError
 from v4jax.files import to_path
 from v4jax.model import Transformer
 from v4jax.quant import Recipe, ScaledArray, quantize_weight
@@ -79,6 +79,7 @@ def write_model(
       CheckpointError: the folder holds something already or cannot be written, and nothing is left;
         or the model has adapters.
       ConfigError: the transformers layout cannot express the configuration.
+      UnsupportedError: the model lies over several hosts.
     """
     if format not in FORMATS:
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
@@ -87,6 +88,7 @@ def write_model(
             "the model is in training: its weights have adapters or are rounded on the way; "
             "merge adapters (training.lora.merge), or write them alone (write_adapters)"
         )
+    _check_here(model)
     check_new(folder)
     pieces = plan_pieces(model, format)
     _warn_of_rounding(model, pieces)
@@ -102,6 +104,17 @@ def write_model(
             if carry_from is not None and (to_path(carry_from) / name).is_file():
                 (target / name).write_bytes((to_path(carry_from) / name).read_bytes())
         phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
+
+
+def _check_here(model: Transformer) -> None:
+    """Raises where a part of the model lies on other hosts."""
+    for path, variable in model_variables(model).items():
+        for leaf in jax.tree.leaves(variable.get_value()):
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                raise UnsupportedError(
+                    f"{path} lies over several hosts, from which no model can be written yet; its "
+                    "training checkpoint can be restored on one host, and the model saved there"
+                )
 
 
 def _warn_of_rounding(model: Transformer, pieces: dict[Place, list[Piece]]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from v4jax.config.data import DataConfig
 from v4jax.errors import ConfigError
+from v4jax.files import is_remote
 
 
 def require(holds: bool, field: str, rule: str, value: object) -> None:
@@ -206,6 +207,8 @@ class TrainConfig:
             value = getattr(self, field)
             require(value >= 1, field, "must be at least 1", value)
         require(self.dense_steps >= 0, "dense_steps", "must not be negative", self.dense_steps)
+        rule = "must be on a disk of this machine (mount the bucket)"
+        require(not is_remote(self.output), "output", rule, self.output)
         if self.lora and self.quantization_aware:
             raise ConfigError(
                 "train.quantization_aware rounds weights that are trained; with train.lora the "
