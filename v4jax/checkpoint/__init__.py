@@ -7,6 +7,7 @@ Read `names.py` first (the one table: tensor name ↔ place in a module), then `
     hf_sources.py        which tensors make up which parameter, and whether they may
     hf_reader.py         folder → Transformer
     hf_writer.py         Transformer → folder
+    adapters.py          adapters (LoRA) ↔ folder, in PEFT's layout
     safetensors_file.py  the container format
     census.py            parameter counts and bytes, from shapes alone
     orbax_store.py       checkpoints of a training run; imported by itself, as Orbax loads slowly

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -189,4 +190,4 @@ def as_float32(value) -> jax.Array:
     """Returns a new float32 array of a weight, however it is stored."""
     if isinstance(value, ScaledArray):
         return value.dequantize()
-    return jax.numpy.array(value, "float32", copy=True)
+    return jnp.array(value, jnp.float32, copy=True)
