@@ -74,6 +74,7 @@ class DataConfig:
       length: tokens of a row; a multiple of 128.
       batch: rows of a batch, of all hosts together.
       packing: several documents in a row, each seeing only itself; False: one document a row.
+      gaps: batches say which positions documents leave out (`needles.Needles.gaps`).
       lookahead: documents that wait for a row they fit into, for each row of the batch.
       shuffle: in a new order every epoch; False: in the order of the files.
       seed: of shuffling, 0 to 2³² − 1.
@@ -86,6 +87,7 @@ class DataConfig:
     length: int
     batch: int
     packing: bool = True
+    gaps: bool = False
     lookahead: int = 64
     shuffle: bool = True
     seed: int = 0

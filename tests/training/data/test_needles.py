@@ -6,10 +6,12 @@ import re
 import numpy as np
 import pytest
 
+from v4jax.config import DataConfig, SourceConfig
 from v4jax.errors import DataError
 from v4jax.inference.prompt import Frame
 from v4jax.tokenizer import encode_messages, load_tokenizer
-from v4jax.training.data.needles import WORDS, Needles, ask, draw_names, hide, make_document
+from v4jax.training.data import Loader
+from v4jax.training.data.needles import END, WORDS, Needles, ask, draw_names, hide, make_document
 
 BYTE = load_tokenizer("byte")
 SETTINGS = Needles(tokens=(400, 900), needles=(2, 6), distractors=(1, 4), questions=(1, 4))
@@ -112,3 +114,37 @@ def test_a_folder_of_text(tmp_path):
 def test_bad_settings(field, value, message):
     with pytest.raises(DataError, match=message):
         Needles(**{field: value})
+
+
+def test_gaps_lie_between_stretches_and_before_the_questions():
+    settings = Needles(
+        tokens=(128, 640), needles=(1, 3), distractors=(0, 2), questions=(1, 3), gaps=1.0,
+        gap_tokens=(256, 1 << 16),
+    )  # fmt: skip
+    for index in range(60):
+        document = make_document(2, index, settings)
+        changes = np.flatnonzero(np.diff(document.skipped)) + 1
+        assert changes.tolist() == list(range(128, len(document), 128))
+        sizes = np.diff(document.skipped)[changes - 1]
+        assert (sizes % 128 == 0).all() and sizes.min() >= 256 and sizes.max() <= 1 << 16
+        text = bytes(t for t in document.tokens.tolist() if t < 256)
+        # BOS and the user's role stand in front of the text, one token each.
+        assert (text.index(END.encode() + b"What is") + 2 + len(END)) % 128 == 0
+        answered = document.tokens[document.weights == 1.0]
+        assert answered.size % 6 == 0 and answered.size  # five digits and the end, each time
+
+
+def test_a_row_says_what_its_documents_leave_out():
+    settings = dict(tokens=(128, 128), gaps=1.0, needles=(1, 1), questions=(1, 1))
+    source = SourceConfig("needles", settings=settings)
+    config = DataConfig((source,), length=512, batch=2, gaps=True, prefetch=0)
+    batch = next(Loader(config, BYTE))
+    moved = (batch.skipped > 0) & (batch.begin >= 0)
+    assert moved.any() and (batch.skipped[batch.begin < 0] == 0).all()
+    rows = np.arange(512) - batch.begin
+    assert (rows[moved] >= 128).all()
+    without = dataclasses.replace(config, gaps=False)
+    with pytest.raises(
+        DataError, match=r"data\.gaps is False, but a document leaves positions out"
+    ):
+        next(Loader(without, BYTE))

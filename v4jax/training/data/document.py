@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 
 
@@ -14,6 +15,8 @@ class Document:
     Attributes:
       tokens: int32 [n], n ≥ 1; any sequence of ids becomes that.
       weights: float32 [n], finite and ≥ 0; the first is 0, because nothing predicts it.
+      skipped: int32 [n], positions left out in front of each token: 0 first, growing where it
+        changes, at multiples of 128 tokens; None: none are (`Batch.skipped`).
 
     Raises:
       DataError: a shape, an id or a weight breaks these rules.
@@ -21,6 +24,7 @@ class Document:
 
     tokens: np.ndarray
     weights: np.ndarray
+    skipped: np.ndarray | None = None
 
     def __post_init__(self):
         tokens, weights = np.asarray(self.tokens), np.asarray(self.weights, np.float32)
@@ -45,6 +49,19 @@ class Document:
                 "document.weights[0] must be 0, because no token predicts the first, got "
                 f"{weights[0]}"
             )
+        if self.skipped is not None:
+            skipped = np.asarray(self.skipped, np.int32)
+            steps = np.diff(skipped, prepend=0)
+            if skipped.shape != tokens.shape or steps.min() < 0 or skipped[0]:
+                raise DataError(
+                    f"document.skipped must begin with 0 and never fall, over {tokens.size} tokens"
+                )
+            if steps[np.arange(tokens.size) % ALIGN != 0].any():
+                raise DataError(
+                    f"document.skipped may change at multiples of {ALIGN} tokens only, so that "
+                    "compression windows are whole"
+                )
+            object.__setattr__(self, "skipped", skipped)
         object.__setattr__(self, "tokens", tokens.astype(np.int32, copy=False))
         object.__setattr__(self, "weights", weights)
 

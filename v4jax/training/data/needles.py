@@ -9,6 +9,7 @@ The first turn holds the ids that `v4jax batch` makes of a document and its ques
 question is a turn of its own. Names asked for in training and in tests share words, never pairs.
 """
 
+import dataclasses
 import functools
 import itertools
 import sysconfig
@@ -16,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 from v4jax.tokenizer import ByteTokenizer, encode_messages
 from v4jax.training.data.document import Document
 
 DIGITS = 5
+END = "\n\n"  # between the text and the first question
 LINE = 70  # bytes of text between two places where a sentence may stand, about
 TEST_SHARE = 8  # one in so many pairs of words is kept for tests
 
@@ -74,6 +77,9 @@ class Needles:
       needles: sentences that give a code; at least one fits, whatever the length.
       distractors: sentences that look like one.
       questions: how many of the codes are asked for, at most those there are.
+      gaps: probability that positions are left out in front of each 128 tokens behind the first,
+        the questions' included: so short documents have the distances of long ones.
+      gap_tokens: range of the positions left out, any power of two as likely as any other.
       text_weight: how much a token that is no answer counts as a target.
       split: which pairs of words make names.
       folder: files whose text surrounds the sentences, searched for *.txt, *.md, *.rst and *.py;
@@ -87,12 +93,14 @@ class Needles:
     needles: tuple[int, int] = (1, 8)
     distractors: tuple[int, int] = (0, 4)
     questions: tuple[int, int] = (1, 4)
+    gaps: float = 0.0
+    gap_tokens: tuple[int, int] = (128, 1 << 20)
     text_weight: float = 0.1
     split: Literal["train", "test"] = "train"
     folder: str | None = None
 
     def __post_init__(self):
-        least = dict(tokens=64, needles=1, distractors=0, questions=1)
+        least = dict(tokens=64, needles=1, distractors=0, questions=1, gap_tokens=ALIGN)
         for field, smallest in least.items():
             low, high = getattr(self, field)
             if not smallest <= low <= high:
@@ -100,10 +108,20 @@ class Needles:
                     f"needles.{field} must be a range (low, high) with {smallest} ≤ low ≤ high, "
                     f"got {(low, high)}"
                 )
+        if not 0 <= self.gaps <= 1:
+            raise DataError(f"needles.gaps must be a probability, got {self.gaps}")
         if self.text_weight < 0:
             raise DataError(f"needles.text_weight must not be negative, got {self.text_weight}")
         if self.split not in ("train", "test"):
             raise DataError(f"needles.split must be 'train' or 'test', got {self.split!r}")
+
+
+class Sentence(NamedTuple):
+    """One sentence; `name` and `number` are empty unless it gives a code."""
+
+    text: str
+    name: str = ""
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,10 +140,51 @@ class Haystack:
 def make_document(seed: int, index: int, settings: Needles) -> Document:
     """Returns document `index` of the task: the same for the same arguments and text."""
     generator = np.random.default_rng((seed, index))
-    haystack = hide(generator, settings)
+    haystack = (hide_in_stretches if settings.gaps else hide)(generator, settings)
     count = int(generator.integers(*settings.questions, endpoint=True))
     asked = [str(name) for name in generator.permutation(list(haystack.codes))[:count]]
-    return write_turns(haystack.text, [(name, haystack.codes[name]) for name in asked], settings)
+    answers = [(name, haystack.codes[name]) for name in asked]
+    document = write_turns(haystack.text, answers, settings)
+    if settings.gaps:
+        skipped = draw_gaps(generator, len(document), settings)
+        document = dataclasses.replace(document, skipped=skipped)
+    return document
+
+
+def draw_gaps(generator: np.random.Generator, tokens: int, settings: Needles) -> np.ndarray:
+    """Returns `Document.skipped` of that many tokens."""
+    stretches = -(-tokens // ALIGN)
+    sizes = np.exp2(generator.uniform(*np.log2(settings.gap_tokens), stretches))
+    sizes = (sizes // ALIGN * ALIGN).astype(np.int64)
+    sizes = np.where(generator.uniform(size=stretches) < settings.gaps, sizes, 0)
+    sizes[0] = 0
+    return np.repeat(np.cumsum(sizes), ALIGN)[:tokens].astype(np.int32)
+
+
+def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Haystack:
+    """As `hide`, where no sentence reaches over a multiple of 128 tokens of the document.
+
+    The text ends so that the questions begin at such a multiple too; it is ASCII, a byte a token.
+    """
+    size = int(generator.integers(*settings.tokens, endpoint=True))
+    count = max(round(size / ALIGN), 1)
+    around = len(ByteTokenizer().encode(render_turn(first=True)[0])) + len(END)
+    needles = int(generator.integers(*settings.needles, endpoint=True))
+    distractors = int(generator.integers(*settings.distractors, endpoint=True))
+    sentences = draw_sentences(generator, needles, distractors, settings.split)
+    places = generator.integers(count, size=len(sentences))
+    texts, codes = [], {}
+    for stretch in range(count):
+        room = ALIGN - (around - len(END) if stretch == 0 else 0)
+        room -= len(END) if stretch == count - 1 else 0
+        # The first needle always fits: it comes first in its stretch.
+        mine = [s for s, place in zip(sentences, places, strict=True) if place == stretch]
+        part = _join(generator, *_fit(mine, room), settings.folder)
+        texts.append(part.text.encode("ascii", "replace").decode().ljust(room))
+        codes |= part.codes
+    text = "".join(texts)
+    depths = {name: text.index(f"The code of {name} is") / len(text) for name in codes}
+    return Haystack(text, codes, depths)
 
 
 def hide(generator: np.random.Generator, settings: Needles) -> Haystack:
@@ -133,24 +192,37 @@ def hide(generator: np.random.Generator, settings: Needles) -> Haystack:
     size = int(generator.integers(*settings.tokens, endpoint=True))
     needles = int(generator.integers(*settings.needles, endpoint=True))
     distractors = int(generator.integers(*settings.distractors, endpoint=True))
-    names = draw_names(generator, needles + distractors, settings.split)
-    codes = dict(zip(names[:needles], draw_numbers(generator, needles), strict=True))
-    sentences = [(name, f"The code of {name} is {code}.") for name, code in codes.items()]
-    for name, number in zip(names[needles:], draw_numbers(generator, distractors), strict=True):
-        form = DISTRACTORS[generator.integers(len(DISTRACTORS))]
-        sentences.append(("", form.format(name=name, number=number)))
-    sentences = [sentences[i] for i in generator.permutation(len(sentences))]
-    # Needles that do not fit are left out, but never the first.
-    sentences.sort(key=lambda sentence: sentence[0] != names[0])
-    room, kept = size, []
-    for name, sentence in sentences:
-        if not kept or len(sentence) + 1 <= room:
-            kept.append((name, sentence))
-            room -= len(sentence) + 1
-    return _join(generator, kept, max(room, 0), codes, settings.folder)
+    sentences = draw_sentences(generator, needles, distractors, settings.split)
+    return _join(generator, *_fit(sentences, size), settings.folder)
 
 
-def _join(generator, sentences, room: int, codes, folder) -> Haystack:
+def draw_sentences(generator, needles: int, distractors: int, split: str) -> list[Sentence]:
+    """Returns needles and distractors in any order, but a needle first."""
+    names = draw_names(generator, needles + distractors, split)
+    numbers = draw_numbers(generator, needles + distractors)
+    sentences = []
+    for i, (name, number) in enumerate(zip(names, numbers, strict=True)):
+        if i < needles:
+            sentences.append(Sentence(f"The code of {name} is {number}.", name, number))
+        else:
+            form = DISTRACTORS[generator.integers(len(DISTRACTORS))]
+            sentences.append(Sentence(form.format(name=name, number=number)))
+    return [sentences[0], *(sentences[i + 1] for i in generator.permutation(len(sentences) - 1))]
+
+
+def _fit(sentences: Sequence[Sentence], room: int) -> tuple[list[Sentence], int]:
+    """Returns the sentences that fit into a text of `room` bytes, a first needle always, and the
+    room they leave.
+    """
+    kept: list[Sentence] = []
+    for sentence in sentences:
+        if not kept or len(sentence.text) + 1 <= room:
+            kept.append(sentence)
+            room -= len(sentence.text) + 1
+    return kept, max(room, 0)
+
+
+def _join(generator, sentences: Sequence[Sentence], room: int, folder) -> Haystack:
     """Puts sentences between pieces of one stretch of text, at any depth."""
     text = read_text(folder)
     first = int(generator.integers(len(text) - room))
@@ -159,17 +231,17 @@ def _join(generator, sentences, room: int, codes, folder) -> Haystack:
     cuts = sorted(
         _next_gap(filler, int(i)) for i in generator.integers(0, len(filler) + 1, order.size)
     )
-    parts, found = [], {}
+    parts, codes, depths = [], {}, {}
     for start, end, place in zip([0, *cuts], [*cuts, len(filler)], [*order, None], strict=True):
         parts.append(filler[start:end])
         if place is not None:
-            name, sentence = sentences[place]
-            if name:
-                found[name] = sum(map(len, parts))
-            parts.append(f" {sentence}")
+            sentence = sentences[place]
+            if sentence.name:
+                codes[sentence.name] = sentence.number
+                depths[sentence.name] = sum(map(len, parts))
+            parts.append(f" {sentence.text}")
     whole = "".join(parts)
-    depths = {name: place / len(whole) for name, place in found.items()}
-    return Haystack(whole, {name: codes[name] for name in found}, depths)
+    return Haystack(whole, codes, {name: place / len(whole) for name, place in depths.items()})
 
 
 def _next_gap(text: str, place: int) -> int:
@@ -194,7 +266,7 @@ def write_turns(text: str, answers: Sequence[tuple[str, str]], settings: Needles
         before, after = render_turn(first=turn == 0)
         add(tokenizer.encode(before), settings.text_weight)
         if turn == 0:
-            add(tokenizer.encode(text + "\n\n", specials=False), settings.text_weight)
+            add(tokenizer.encode(text + END, specials=False), settings.text_weight)
         add(tokenizer.encode(ask(name), specials=False), settings.text_weight)
         add(tokenizer.encode(after), settings.text_weight)
         add([*tokenizer.encode(number, specials=False), tokenizer.eos_id], 1.0)

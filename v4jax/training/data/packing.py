@@ -68,6 +68,7 @@ class Lane:
         length: int,
         *,
         packing: bool = True,
+        gaps: bool = False,
         lookahead: int = 64,
         pad_id: int = 0,
     ):
@@ -77,11 +78,13 @@ class Lane:
           read: the documents of the lane's record k, none where it is bad; None behind the last.
           length: tokens of a row; a multiple of 128.
           packing: False gives every document a row of its own.
+          gaps: rows have `skipped`, which documents with gaps need.
           lookahead: documents in line, at most.
           pad_id: the token where no document is.
         """
         self._read, self._length = read, length
-        self._packing, self._lookahead, self._pad_id = packing, lookahead, pad_id
+        self._packing, self._gaps = packing, gaps
+        self._lookahead, self._pad_id = lookahead, pad_id
         self._restart(0, 0, [], Counts())
 
     def _restart(self, record: int, part: int, line: list[_Waiting], counts: Counts) -> None:
@@ -94,7 +97,7 @@ class Lane:
         self._fill_line()
         if not self._line:
             return None
-        row = empty_row(self._length, self._pad_id)
+        row = empty_row(self._length, self._pad_id, gaps=self._gaps)
         begin, chosen = 0, 0
         while chosen is not None:
             document = self._line.pop(chosen).document
@@ -102,6 +105,12 @@ class Lane:
             row.tokens[0, begin:end] = document.tokens
             row.weights[0, begin:end] = document.weights
             row.begin[0, begin:end] = begin
+            if document.skipped is not None:
+                if row.skipped is None:
+                    raise DataError(
+                        "data.gaps is False, but a document leaves positions out; set data.gaps"
+                    )
+                row.skipped[0, begin:end] = document.skipped
             self._counts.documents += 1
             self._counts.tokens += len(document)
             begin = round_up(end, ALIGN)
@@ -177,6 +186,13 @@ def split_document(document: Document, length: int) -> list[Document]:
     Each part begins anew: it sees nothing of those before, and its first token is no target. A part
     without any target is left out, since nothing would be learned from it.
     """
+    if document.skipped is not None and len(document) > length:
+        raise DataError(
+            f"data.length = {length} is too short for a document of {len(document)} tokens with "
+            "gaps, which cannot be cut; make rows longer, or documents shorter"
+        )
+    if document.skipped is not None:
+        return [document]
     parts = []
     for begin in range(0, len(document), length):
         weights = document.weights[begin : begin + length].copy()
@@ -186,10 +202,11 @@ def split_document(document: Document, length: int) -> list[Document]:
     return parts
 
 
-def empty_row(length: int, pad_id: int) -> Batch:
-    """Returns a row of padding, a batch of one."""
+def empty_row(length: int, pad_id: int, *, gaps: bool = False) -> Batch:
+    """Returns a row of padding, a batch of one; with `gaps` it has `skipped`."""
     return Batch(
         tokens=np.full((1, length), pad_id, np.int32),
         weights=np.zeros((1, length), np.float32),
         begin=np.full((1, length), PADDING, np.int32),
+        skipped=np.zeros((1, length), np.int32) if gaps else None,
     )

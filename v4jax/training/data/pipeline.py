@@ -116,14 +116,15 @@ class _BatchIterator(grain.DatasetIterator):
     ):
         super().__init__()
         self._config, self._pad_id = config, pad_id
-        options = dict(packing=config.packing, lookahead=config.lookahead, pad_id=pad_id)
+        options = dict(packing=config.packing, gaps=config.gaps, lookahead=config.lookahead)
+        options["pad_id"] = pad_id
         self._lanes = {str(i): Lane(open_lane(i), config.length, **options) for i in lanes}
 
     def __next__(self) -> Batch:
         rows = [lane.next_row() for lane in self._lanes.values()]
         if all(row is None for row in rows):
             raise StopIteration
-        padding = empty_row(self._config.length, self._pad_id)
+        padding = empty_row(self._config.length, self._pad_id, gaps=self._config.gaps)
         rows = [padding if row is None else row for row in rows]
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
 
