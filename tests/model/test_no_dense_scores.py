@@ -7,13 +7,21 @@ The same call is traced at a length and at twice that length. An array that hold
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import v4jax
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import BFLOAT16, RELEASED
+from v4jax.config.run import LossConfig
 from v4jax.kernels import dispatch
 from v4jax.model import abstract_transformer, transformer
+from v4jax.model.training_pass import Mode
+from v4jax.model.weights import read_weights
+from v4jax.training.batch import Batch
+from v4jax.training.losses import LOGIT_ELEMENTS
+from v4jax.training.step import build_step, init_state
+from v4jax.training.trainable import split_model
 
 # So long that what is bounded has reached its bound.
 LENGTHS = (524_288, 1_048_576)
@@ -26,17 +34,21 @@ def model():
     return v4jax.load("tiny")
 
 
-def array_sizes(jaxpr) -> list[int]:
-    """Returns the size of every array a program computes, in order, inner programs included."""
-    sizes = []
+def array_shapes(jaxpr) -> list[tuple[int, ...]]:
+    """Returns the shape of every array a program computes, in order, inner programs included."""
+    shapes = []
     for equation in jaxpr.eqns:
-        sizes += [int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")]
+        shapes += [v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape")]
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    sizes += array_sizes(inner)
-    return sizes
+                    shapes += array_shapes(inner)
+    return shapes
+
+
+def array_sizes(jaxpr) -> list[int]:
+    return [int(np.prod(shape)) for shape in array_shapes(jaxpr)]
 
 
 def forward(model, length):
@@ -44,17 +56,20 @@ def forward(model, length):
     return jax.make_jaxpr(transformer._forward)(model, tokens)
 
 
-def train(model, length):
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+def train(model, length, dense=False):
+    """A whole step on packed rows that trains the indexer too."""
+    frozen, weights, biases = split_model(model, read_weights(model))
+    optimizer = optax.sgd(0.1)  # holds no array that grows with the tokens, whichever it is
+    state = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), weights, biases)
+    rows = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
+    batches = Batch(rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows)
+    step = build_step(LossConfig(), optimizer, Mode(dense=dense, distill=True), 1.0)
+    return jax.make_jaxpr(step)(frozen, state, batches)
 
-    def loss(leaves, tokens):
-        floats = iter(leaves)
-        merged = [x if x.dtype == jnp.int32 else next(floats) for x in jax.tree.leaves(model)]
-        rebuilt = jax.tree.unflatten(jax.tree.structure(model), merged)
-        return transformer._forward(rebuilt, tokens).mean()
 
-    leaves = [x for x in jax.tree.leaves(model) if x.dtype != jnp.int32]
-    return jax.make_jaxpr(jax.grad(loss))(leaves, tokens)
+def train_dense(model, length):
+    """The stage before selection, whose indexer learns from all visible entries."""
+    return train(model, length, dense=True)
 
 
 def extend(model, length, tokens):
@@ -82,12 +97,20 @@ def largest_growth(program, model) -> float:
     return max(b / max(a, 1) for a, b in zip(small, large, strict=True))
 
 
-@pytest.mark.parametrize("program", [forward, prefill, decode, train])
+@pytest.mark.parametrize("program", [forward, prefill, decode, train, train_dense])
 def test_nothing_grows_with_queries_times_keys(model, program):
     growth = largest_growth(program, model)
     assert growth <= LARGEST_GROWTH, f"an array grows {growth:.1f} times"
     # And the test can see growth at all: logits, streams or cache double.
     assert growth >= 1.9
+
+
+def test_training_holds_no_logits_of_all_tokens(model):
+    """Only those of a tile, forward and backward."""
+    vocabulary = model.config.vocab_size
+    shapes = array_shapes(train(model, LENGTHS[0]).jaxpr)
+    largest = max(int(np.prod(shape)) for shape in shapes if shape and shape[-1] == vocabulary)
+    assert LOGIT_ELEMENTS / 2 < largest <= LOGIT_ELEMENTS
 
 
 @pytest.mark.slow
