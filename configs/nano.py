@@ -22,8 +22,8 @@ def get_config():
     config.num_hidden_layers = 6
     config.num_attention_heads = 8
     config.head_dim = 64
-    # A quarter of the channels, and half of an index head: what is far away is found by content, and
-    # rotated channels have an arbitrary phase there. With 32 an index key would have nothing else.
+    # A quarter of the channels, and half of an index head: what is far away is found by content,
+    # and rotated channels have an arbitrary phase there. With 32 an index key had nothing else.
     config.qk_rope_head_dim = 16
     config.q_lora_rank = 96
     config.o_groups = 2

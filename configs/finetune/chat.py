@@ -1,0 +1,30 @@
+"""Fine-tunes all weights on conversations; the loss is on what the assistant wrote.
+
+    v4jax train --config=configs/finetune/chat.py --set=model=/models/v4 --set=output=out/chat \
+        --set='data.sources=[{"kind": "chat", "paths": ["talks.jsonl"]}]'
+
+A line of the file is {"messages": [{"role": "user", "content": "…"}, …]}; `docs/training_data.md`
+has the whole format. As it stands it trains nano on the example beside this file, on a CPU.
+"""
+
+import pathlib
+
+import ml_collections
+
+EXAMPLE = pathlib.Path(__file__).with_name("example_chat.jsonl")
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.model = "nano"
+    config.output = "out/chat"
+    config.numerics = "float32"
+    config.steps = 100
+    config.data = dict(
+        sources=(dict(kind="chat", paths=(str(EXAMPLE),)),),
+        length=512,
+        batch=4,
+    )
+    config.optimizer = dict(rate=0.003, last_rate=0.0003, warmup_steps=10, decay_steps=50)
+    config.checkpoint = dict(every=50)
+    return config

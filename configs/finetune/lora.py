@@ -1,0 +1,18 @@
+"""Fine-tunes adapters only; the base stays as it is stored (FP4 experts, FP8 the rest).
+
+    v4jax train --config=configs/finetune/lora.py --set=model=/models/v4 --set=output=out/lora
+
+Adapters stand beside attention and every expert; `OUTPUT/adapters` has them in PEFT's layout and
+`OUTPUT/model` merged. As it stands it adapts nano on the example beside this file, on a CPU.
+"""
+
+from configs.finetune import chat
+
+
+def get_config():
+    config = chat.get_config()
+    config.output = "out/lora"
+    config.lora = dict(rank=8, alpha=16.0)
+    config.optimizer = dict(kind="adamw", rate=0.002, last_rate=0.0002, warmup_steps=10)
+    config.optimizer.update(weight_decay=0.0, decay_steps=50)
+    return config

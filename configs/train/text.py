@@ -1,0 +1,25 @@
+"""Continues the pre-training of a checkpoint on plain text, or starts from random weights.
+
+    v4jax train --config=configs/train/text.py --set=model=/models/v4 --set=output=out/more
+    v4jax train --config=configs/train/text.py        # nano, on this repository's own texts: a CPU
+
+All weights are trained but the indexer's, which no loss of the language model reaches.
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.model = "nano"
+    config.output = "out/text"
+    config.numerics = "float32"
+    config.steps = 200
+    config.data = dict(
+        sources=(dict(kind="text", paths=("docs", "README.md")),),
+        length=1024,
+        batch=4,
+    )
+    config.optimizer = dict(rate=0.003, last_rate=0.0003, warmup_steps=20, decay_steps=100)
+    config.checkpoint = dict(every=50)
+    return config
