@@ -84,9 +84,13 @@ def load_run(
             *parents, field = name.split(".")
             place = config
             for parent in parents:
-                place = place.setdefault(parent, ml_collections.ConfigDict())
+                if parent not in place:
+                    place[parent] = ml_collections.ConfigDict()
+                place = place[parent]
                 if not isinstance(place, ml_collections.ConfigDict):
                     raise ConfigError(f"{name} cannot be set: {parent} holds a value, no fields")
+            if field in place:
+                del place[field]  # a ConfigDict would insist on the old value's type
             place[field] = value
     return build(dataclass_type, config)
 

@@ -1,0 +1,62 @@
+"""Runs from files: changed by dotted paths, and refused with the field that is wrong."""
+
+import pathlib
+
+import pytest
+
+import configs
+from v4jax.config import TrainConfig
+from v4jax.config.loading import load_model_config, load_run
+from v4jax.errors import ConfigError
+
+PACKAGED = sorted(
+    str(path)
+    for folder in ("train", "finetune")
+    for path in pathlib.Path(configs.__file__).parent.joinpath(folder).glob("[a-z]*.py")
+)
+CHAT = next(path for path in PACKAGED if path.endswith("chat.py"))
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: pathlib.Path(path).stem)
+def test_packaged_runs_are_valid(path):
+    config = load_run(TrainConfig, path)
+    assert config.steps >= config.optimizer.warmup_steps + config.optimizer.decay_steps
+    assert load_model_config(path) == load_model_config(config.model)
+
+
+def test_changes_by_path():
+    changes = {
+        "steps": 70,
+        "optimizer.rate": 1,
+        "loss.mtp_weight": 0.0,
+        "data.sources": [{"kind": "chat", "paths": ["talks.jsonl"]}],
+    }
+    config = load_run(TrainConfig, CHAT, changes)
+    assert (config.steps, config.optimizer.rate, config.loss.mtp_weight) == (70, 1.0, 0.0)
+    assert config.data.sources[0].paths == ("talks.jsonl",)
+    assert config.optimizer.warmup_steps == 10  # as in the file
+
+
+BAD = {
+    "unknown": ({"optimiser.rate": 1.0}, "optimiser is no field of TrainConfig"),
+    "below a value": ({"steps.more": 1}, "steps.more cannot be set: steps holds a value"),
+    "type": ({"steps": "many"}, "steps must be int, got 'many'"),
+    "rule": ({"optimizer.beta1": 1.0}, "train.optimizer.beta1 must be in [0, 1), got 1.0"),
+    "schedule": ({"steps": 20}, "warmup_steps + decay_steps must not exceed train.steps = 20"),
+    "both": (
+        {"lora": {}, "quantization_aware": True}, "the base is quantized already",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_changes(case):
+    changes, message = BAD[case]
+    with pytest.raises(ConfigError) as error:
+        load_run(TrainConfig, CHAT, changes)
+    assert message in str(error.value)
+
+
+def test_no_such_file():
+    with pytest.raises(ConfigError, match="must be a Python file with get_config"):
+        load_run(TrainConfig, "configs/finetune/talk.py")
