@@ -15,7 +15,8 @@ from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
 from v4jax.model.weights import read_weights, write_weights
 from v4jax.parallel import Layout, make_mesh, place
-from v4jax.quant import LowRank, Master, ScaledArray
+from v4jax.parallel.weights import move
+from v4jax.quant import LowRank, Master, ScaledArray, quantize_weight
 from v4jax.training.export import export, finish
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.step import init_state, join_model
@@ -161,6 +162,19 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
     for name, value in state.biases.items():
         np.testing.assert_array_equal(biases[name], value)
     assert (again.config.tokenizer, len(again.mtp)) == ("byte", 1)
+
+
+def test_frozen_weights_are_rounded_where_they_lie():
+    """On a mesh, too: a tile of 128×128 is on one device, whatever lay split before."""
+    layout = Layout(make_mesh(data=8), "train")
+    model = move(tiny.float_model(tiny.CSA), layout)
+    model.layout = layout
+    frozen, _, _ = split_trained(model, config_of(quantization_aware=True))
+    name = "stack.period.0.attention.indexer.query_up"
+    value, plain = read_weights(frozen)[name], read_weights(tiny.float_model(tiny.CSA))[name]
+    expected = quantize_weight(plain, "fp8")
+    assert value.values.sharding.is_fully_replicated and value.block == (128, 128)
+    np.testing.assert_array_equal(value.dequantize(), expected.dequantize())
 
 
 def test_a_mesh_that_splits_tiles_is_refused():

@@ -160,9 +160,9 @@ def count_bytes(frozen: Transformer, state) -> dict[str, int]:
     trained: the weights of the optimizer, in float32. optimizer: its moments. On a mesh these are
     bytes of all devices together.
 
-    From shapes, in GiB: Flash with rank 16 on attention and experts under AdamW keeps fp4 140.3, fp8
-    5.6, bfloat16 2.6, float32 0.1, trained 12.6, optimizer 25.2; with attention alone trained 0.2
-    and optimizer 0.4.
+    From shapes, in GiB: Flash with rank 16 on attention and experts under AdamW keeps fp4 140.3,
+    fp8 5.6, bfloat16 2.6, float32 0.1, trained 12.6, optimizer 25.2; with attention alone trained
+    0.2 and optimizer 0.4.
     """
     kinds: dict[str, int] = {}
 

@@ -23,7 +23,7 @@ from v4jax.config import TrainConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
-from v4jax.parallel.weights import spec_of, split_parts, weight_spec
+from v4jax.parallel.weights import place, spec_of, split_parts, weight_spec
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.lora import add_adapters
 
@@ -55,22 +55,25 @@ def split_trained(model: Transformer, config: TrainConfig) -> tuple[Transformer,
 
 def round_weights(model: Transformer, formats: Mapping[str, str]) -> Transformer:
     """Returns the model with weights in stored formats; what is stored so already is untouched."""
-    rounded = {}
+    held, rounded = variables(model), {}
     for name, fmt in formats.items():
-        variable = variables(model)[name]
-        value = variable.get_value()
-        if isinstance(value, ScaledArray) or value.dtype == fmt:
+        value = held[name].get_value()
+        if isinstance(value, ScaledArray) or str(value.dtype) == fmt:
             continue
         master = Master(value, fmt, "float32", rounds_inputs=False)
-        if isinstance(value, jax.ShapeDtypeStruct):
-            rounded[name] = jax.eval_shape(Master.store, master)
-            continue
-        stored = store(master)
-        if model.layout is not None:
-            sharding = NamedSharding(model.layout.mesh, spec_of(variable))
-            stored = jax.tree.map(lambda array, to=sharding: jax.device_put(array, to), stored)
-        rounded[name] = stored
-    return write_weights(model, rounded)
+        abstract = isinstance(value, jax.ShapeDtypeStruct)
+        rounded[name] = jax.eval_shape(Master.store, master) if abstract else store(master)
+    model = write_weights(model, rounded)
+    if model.layout is None or not rounded:
+        return model
+    model = place(model, model.layout)  # anew, as no tile may be split
+    if abstract:
+        return model
+    held, mesh = variables(model), model.layout.mesh
+    shardings = {name: NamedSharding(mesh, spec_of(held[name])) for name in rounded}
+    return write_weights(
+        model, {name: jax.device_put(value, shardings[name]) for name, value in rounded.items()}
+    )
 
 
 store = jax.jit(Master.store)
