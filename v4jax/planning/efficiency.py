@@ -6,6 +6,7 @@ counts twice and FP4 × FP4 half (spec C.4: a reconstruction that gives the prin
 """
 
 import dataclasses
+from typing import Any
 
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
@@ -171,20 +172,27 @@ def plot(rows: list[Row], path: str) -> None:
     Raises:
       UnsupportedError: matplotlib is not installed.
     """
+    draw(rows).savefig(path, dpi=120)
+
+
+def draw(rows: list[Row]) -> Any:
+    """Returns both comparisons over length as a matplotlib figure.
+
+    Raises:
+      UnsupportedError: matplotlib is not installed.
+    """
     from v4jax.errors import UnsupportedError
 
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError(
             "--plot needs matplotlib: pip install matplotlib; without --plot the table ends in "
             "text bars"
         ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     before, lengths = Predecessor(), sorted({row.tokens for row in rows})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     curves = [("V3.2", [(before.cache_bytes(n), before.flops(n)) for n in lengths])]
     for model, name in (("v4_pro", "V4-Pro"), ("v4_flash", "V4-Flash")):
         mine = sorted((row for row in rows if row.model == model), key=lambda row: row.tokens)
@@ -198,8 +206,7 @@ def plot(rows: list[Row], path: str) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def _by_length(rows: list[Row]) -> list[tuple[int, Row, Row]]:
