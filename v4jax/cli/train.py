@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import pathlib
 from typing import Any
 
 from v4jax.cli import host_flags
@@ -15,7 +16,8 @@ ctrl-C end it in order.
   v4jax train --config=configs/train/nano.py
   v4jax train --config=configs/finetune/chat.py --set=model=/models/v4-flash --set=data.batch=16
 
-The output folder gets checkpoints/, metrics.jsonl, and in the end model/, which every verb takes:
+The output folder gets checkpoints/, metrics.jsonl, in the end run.png, a picture of the run (at any
+time: v4jax train --plot=OUTPUT), and model/, which every verb takes:
 
   v4jax generate --model=out/nano/model --prompt="What is the code of quiet-river?"
 
@@ -53,6 +55,13 @@ def define(flags: Any, values: Any) -> None:
     flags.DEFINE_boolean(
         "dry_run", False, "Print the run as configured, and stop.", flag_values=values
     )
+    flags.DEFINE_string(
+        "plot",
+        None,
+        "Only draw the metrics of a run, finished or not, given its output folder, to run.png "
+        "there (needs matplotlib).",
+        flag_values=values,
+    )
     host_flags.define_host_flags(flags, values)
 
 
@@ -64,6 +73,11 @@ def run(values: Any, positional: list[str]) -> int:
 
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; see v4jax train --help")
+    if values.plot:
+        from v4jax.training.plots import plot_run
+
+        print(plot_run(pathlib.Path(values.plot) / "metrics.jsonl"))
+        return 0
     if not values.config:
         raise RequestError("--config is required; --help shows examples")
     changes = dict(_parse_change(text) for text in values.set)
@@ -72,6 +86,7 @@ def run(values: Any, positional: list[str]) -> int:
     config = load_run(TrainConfig, values.config, changes)
     if values.dry_run:
         _show(config)
+        _show_size(config)
         return 0
     host_flags.start_hosts(values)
 
@@ -79,14 +94,44 @@ def run(values: Any, positional: list[str]) -> int:
 
     trainer = Trainer(config)
     try:
+        if values.export:
+            _check_export(trainer)
         ended = trainer.run()
+        _draw(trainer.metrics.path)
         if ended == "stopped":
             return STOPPED
         if values.export:
-            print(trainer.export())
+            exported = trainer.folder / "model"
+            print(exported if exported.exists() else trainer.export())
     finally:
         trainer.close()
     return 0
+
+
+def _check_export(trainer: Any) -> None:
+    """Refuses to train what cannot be exported: a model of fewer steps is there already."""
+    from v4jax.errors import RequestError
+
+    folder = trainer.folder / "model"
+    if folder.exists() and trainer.step < trainer.config.steps:
+        raise RequestError(
+            f"{folder} exists, and the run goes on from step {trainer.step} to "
+            f"{trainer.config.steps}: move it away, or give --noexport"
+        )
+
+
+def _draw(metrics: pathlib.Path) -> None:
+    """Draws the run; a run is no less finished without its picture."""
+    from v4jax import log
+    from v4jax.errors import V4JaxError
+    from v4jax.training.plots import plot_run
+
+    if not log.speaks():
+        return
+    try:
+        log.info(f"train: drawn in {plot_run(metrics)}")
+    except V4JaxError as error:
+        log.info(f"train: not drawn: {error}")
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
@@ -110,3 +155,18 @@ def _show(config: Any, indent: str = "") -> None:
             _show(value, indent + "  ")
         else:
             print(f"{indent}{field.name}: {value!r}")
+
+
+def _show_size(config: Any) -> None:
+    """Prints what the run amounts to, without reading weights or data."""
+    from v4jax.config.loading import load_model_config
+    from v4jax.planning import flops
+
+    model, data = load_model_config(config.model), config.data
+    tokens = data.batch * data.length * config.optimizer.accumulate
+    row = flops.total(flops.count_training(model, data.length, remat=False))
+    work = row / data.length * tokens * config.steps
+    print(
+        f"\n{config.steps:,} steps of {tokens:,} tokens: {config.steps * tokens:,} tokens, "
+        f"{work:.3g} FLOPs (at most: as if every row were one document)"
+    )

@@ -3,14 +3,16 @@
 `metrics.jsonl` has the fields of `compute_losses`, `grad_norm`, `rate`, `tokens_per_second`,
 `model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
 included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
-expert over the mean, one number for each layer.
+expert over the mean, one number for each layer. Speeds leave out compiling and evaluating.
 """
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.config import ModelConfig
-from v4jax.errors import ConfigError
+from v4jax.errors import ConfigError, TrainingError
 from v4jax.planning import flops
 from v4jax.planning.hardware import peak_flops
 
@@ -27,25 +29,42 @@ class Metrics:
     """Writes metrics by step; on process 0 only."""
 
     def __init__(self, folder: pathlib.Path, receivers: Sequence[str], *, first_step: int):
-        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future.
-
-        Raises:
-          ConfigError: a receiver's package is not installed.
-        """
+        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future."""
         self.path = folder / "metrics.jsonl"
         self._writers = [_open_receiver(name, folder) for name in receivers] if log.speaks() else []
         if log.speaks():
             _cut(self.path, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line and passes the numbers on."""
+        """Appends one line and passes the numbers on.
+
+        Raises:
+          TrainingError: the line cannot be written, as on a full disk.
+        """
         if not log.speaks():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written: {error.strerror or error}; make room, and the "
+                "same command goes on from the newest checkpoint"
+            ) from error
+        numbers = name_numbers(values)
         for writer in self._writers:
             writer(step, numbers)
+
+
+def check_receivers(names: Sequence[str]) -> None:
+    """Raises ConfigError if the package of a receiver is not installed."""
+    packages = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+    for name in names:
+        if importlib.util.find_spec(packages[name]) is None:
+            raise ConfigError(
+                f"train.report_to has {name!r}, which is not installed; pip install "
+                f'"v4jax[{name}]", or leave it out: metrics.jsonl is written anyway'
+            )
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -59,6 +78,20 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     return lines
 
 
+def name_numbers(values: Any, name: str = "") -> dict[str, float]:
+    """Returns every number of nested metrics by its path: `imbalance/stack.period.1/0`."""
+    if isinstance(values, int | float):
+        return {name: values}
+    if isinstance(values, Mapping):
+        pairs = values.items()
+    else:
+        pairs = enumerate(values) if isinstance(values, list | tuple) else ()
+    found: dict[str, float] = {}
+    for key, value in pairs:
+        found |= name_numbers(value, f"{name}/{key}" if name else str(key))
+    return found
+
+
 def _cut(path: pathlib.Path, first_step: int) -> None:
     if not path.exists():
         return
@@ -69,28 +102,21 @@ def _cut(path: pathlib.Path, first_step: int) -> None:
 
 
 def _open_receiver(name: str, folder: pathlib.Path):
-    try:
-        if name == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-
-            def write(step, numbers):
-                for key, value in numbers.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
-
-            return write
+    if name == "wandb":
         import wandb
 
         run = wandb.init(dir=str(folder), project="v4jax", name=folder.name, resume="allow")
-        return lambda step, numbers: run.log(dict(numbers), step=step)
-    except ModuleNotFoundError as error:
-        package = "tensorboardX" if name == "tensorboard" else "wandb"
-        raise ConfigError(
-            f"train.report_to has {name!r}, which needs {package}; pip install {package}, or leave "
-            "it out: metrics.jsonl is written anyway"
-        ) from error
+        return lambda step, numbers: run.log(numbers, step=step)
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(step, numbers):
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
 
 
 class Speed:
@@ -109,6 +135,13 @@ class Speed:
     def add(self, tokens: int) -> None:
         """Counts tokens of rows, padding included: they are computed like others."""
         self._tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of what is no training: compiling, evaluating."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
         """Returns the speed since the last reading."""

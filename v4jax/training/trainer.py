@@ -19,8 +19,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import signal
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from v4jax.checkpoint import api
 from v4jax.checkpoint.adapters import write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
+from v4jax.config.loading import load_model_config
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
 from v4jax.model import Transformer
@@ -41,7 +41,7 @@ from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
 from v4jax.training.evaluate import build_evaluation, evaluate_text
 from v4jax.training.export import export, finish
-from v4jax.training.metrics import Metrics, Speed, flatten
+from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import (
     abstract_state,
@@ -51,6 +51,7 @@ from v4jax.training.placement import (
     row_shares,
 )
 from v4jax.training.step import TrainState, build_step
+from v4jax.training.stopping import AskedToEnd, others_asked
 from v4jax.training.trainable import split_trained
 
 
@@ -66,6 +67,14 @@ class Trainer:
         """
         self.config = config
         self.folder = pathlib.Path(config.output)
+        check_receivers(config.report_to)
+        checkpoint = config.checkpoint
+        self.store = Store(
+            self.folder / "checkpoints",
+            keep=checkpoint.keep,
+            every=checkpoint.every,
+            model=load_model_config(config.model),
+        )
         model = load_model(config)
         self.model_config = model.config
         self.frozen, weights, biases = split_trained(model, config)
@@ -76,15 +85,12 @@ class Trainer:
         _announce(self.state, config)
         self.tokenizer = load_tokenizer(self.frozen.folder or self.model_config.tokenizer)
         self.loader = self._open_data(config.data)
-        checkpoint = config.checkpoint
-        self.store = Store(
-            self.folder / "checkpoints",
-            keep=checkpoint.keep,
-            every=checkpoint.every,
-            model=self.model_config,
-        )
         self._resume()
         self.metrics = Metrics(self.folder, config.report_to, first_step=self.step + 1)
+        self._steps: dict[tuple[Mode, LossConfig], Callable] = {}  # compiled
+        self._skipped = int(self.state.skipped)
+        self._step_tokens = config.data.batch * config.data.length * config.optimizer.accumulate
+        self._speed = Speed(self.model_config, config.data.length, config.remat == "layers")
 
     @property
     def step(self) -> int:
@@ -98,31 +104,35 @@ class Trainer:
         machines send, or ctrl-C); it then resumes with the same command.
 
         Raises:
-          TrainingError: `max_skipped` steps in a row had a loss or gradient that is not finite.
+          TrainingError: `max_skipped` steps in a row had a loss or gradient that is not finite; the
+            data ended; metrics could not be written.
           CheckpointError: a checkpoint could not be written; the older ones are untouched.
           DataError: a record is bad and bad records are fatal.
         """
         config = self.config
-        speed = Speed(self.model_config, config.data.length, config.remat == "layers")
-        row_tokens = config.data.batch * config.data.length * config.optimizer.accumulate
-        with _asked_to_end() as asked, log.Progress("train", config.steps, "steps") as progress:
-            step = self.step
+        step = self.step
+        with AskedToEnd() as asked, log.Progress("train", config.steps, "steps") as progress:
+            computing = None  # the step that the device may still compute while the host goes on
             while step < config.steps:
-                batches = self._next_batches()
-                self.state, found = self._compiled(self._phase(step))(
-                    self.frozen, self.state, batches
-                )
+                try:
+                    batches = self._next_batches()
+                except StopIteration:
+                    self._settle(computing, progress)
+                    raise self._data_ended(step) from None
+                found = self._make_step(step, batches)
+                self._settle(computing, progress)
                 step += 1
-                speed.add(row_tokens)
-                found = jax.device_get(found)
-                self._check_finite(step, found)
-                if step % config.log_every == 0 or step in (1, config.steps):
-                    self._log(step, found, speed.read(), progress)
-                if config.evaluation and step % config.evaluation.every == 0:
-                    self.evaluate()
-                self._save(step)
-                if asked.is_set() or _others_asked(step):
-                    self._save(step, force=True)
+                computing = step, found
+                evaluates = config.evaluation and step % config.evaluation.every == 0
+                stops = asked.is_set() or others_asked(step)
+                if evaluates or stops or step % self.store.every == 0 or step == config.steps:
+                    self._settle(computing, progress)
+                    computing = None
+                if evaluates:
+                    with self._speed.paused():
+                        self.evaluate()
+                self._save(step, force=stops)
+                if stops:
                     self.store.wait()
                     log.info(
                         f"train: stopped at step {step} with a checkpoint; the same command goes on"
@@ -179,13 +189,6 @@ class Trainer:
             loss = dataclasses.replace(loss, mtp_weight=loss.late_mtp_weight)
         return mode, loss
 
-    @functools.cache  # noqa: B019 (a trainer lives as long as its process)
-    def _compiled(self, phase: tuple[Mode, LossConfig]):
-        mode, loss = phase
-        log.info(f"train: compiling a step ({'dense' if mode.dense else 'sparse'} attention)")
-        step = build_step(loss, self.optimizer, mode, self.config.optimizer.clip_norm)
-        return jax.jit(step, donate_argnums=1)
-
     @functools.cached_property
     def _evaluation(self):
         return build_evaluation(self.frozen)
@@ -195,49 +198,74 @@ class Trainer:
         return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
     def _next_batches(self) -> Batch:
-        batches = [self._next_batch() for _ in range(self.config.optimizer.accumulate)]
+        batches = [next(self.loader) for _ in range(self.config.optimizer.accumulate)]
         return put_batches(jax.tree.map(lambda *x: np.stack(x), *batches), self.frozen.layout)
 
-    def _next_batch(self) -> Batch:
-        try:
-            return next(self.loader)
-        except StopIteration:
-            raise TrainingError(
-                f"train.data ended at step {self.step} of {self.config.steps}: every record was "
-                f"read data.epochs = {self.config.data.epochs} times. The newest checkpoint is "
-                f"{self._newest()}; lower train.steps, or leave data.epochs out"
-            ) from None
+    def _data_ended(self, step: int) -> TrainingError:
+        """Keeps what was trained, and returns the error."""
+        if step:
+            self._save(step, force=True)
+        return TrainingError(
+            f"train.data ended at step {step} of {self.config.steps}: every record was read "
+            f"data.epochs = {self.config.data.epochs} times. The newest checkpoint is "
+            f"{self._newest()}; lower train.steps, or leave data.epochs out"
+        )
+
+    def _make_step(self, step: int, batches: Batch) -> dict:
+        """Begins the step after `step`, and returns its metrics, which may not be there yet."""
+        phase = self._phase(step)
+        if phase in self._steps:
+            self.state, found = self._steps[phase](self.frozen, self.state, batches)
+            return found
+        mode, loss = phase
+        kind = "dense" if mode.dense else "sparse"
+        with self._speed.paused(), log.phase("train") as report:
+            log.info(f"train: compiling a step ({kind} attention)")
+            self._steps[phase] = self._build_step(mode, loss)
+            self.state, found = self._steps[phase](self.frozen, self.state, batches)
+            report.note("compiled")
+        return found
+
+    def _build_step(self, mode: Mode, loss: LossConfig):
+        step = build_step(loss, self.optimizer, mode, self.config.optimizer.clip_norm)
+        return jax.jit(step, donate_argnums=1)
+
+    def _settle(self, computing: tuple[int, dict] | None, progress: log.Progress) -> None:
+        """Waits for a step and looks at it: is it finite, what is logged."""
+        if computing is None:
+            return
+        step, found = computing
+        self._check_finite(step, found)
+        self._speed.add(self._step_tokens)
+        if step % self.config.log_every == 0 or step in (1, self.config.steps):
+            self._log(step, jax.device_get(found), progress)
 
     def _check_finite(self, step: int, found: dict) -> None:
         if found["finite"]:
+            self._skipped = 0
             return
-        skipped = int(self.state.skipped)
+        self._skipped += 1
         log.warning(
             f"train: step {step} has loss {float(found['loss'])} and gradient norm "
-            f"{float(found['grad_norm'])}; skipped ({skipped} in a row)"
+            f"{float(found['grad_norm'])}; skipped ({self._skipped} in a row)"
         )
-        if skipped >= self.config.max_skipped:
+        if self._skipped >= self.config.max_skipped:
             raise TrainingError(
-                f"train.max_skipped = {skipped} steps in a row had a loss or gradient that is not "
-                f"finite, up to step {step}; the last good checkpoint is {self._newest()}. Lower "
-                "the rate, or look at the data of these steps"
+                f"train.max_skipped = {self._skipped} steps in a row had a loss or gradient that "
+                f"is not finite, up to step {step}; the last good checkpoint is {self._newest()}. "
+                "Lower the rate, or look at the data of these steps"
             )
 
     def _newest(self) -> str:
         newest = self.store.latest()
         return "none" if newest is None else f"step {newest} in {self.store.folder}"
 
-    def _log(self, step: int, found: dict, speed: dict, progress: log.Progress) -> None:
+    def _log(self, step: int, found: dict, progress: log.Progress) -> None:
+        speed = self._speed.read()
         values = flatten(found) | {"rate": float(self.rate(step - 1))} | speed
         self.metrics.write(step, values)
-        tokens = speed["tokens_per_second"]
-        row_tokens = self.config.data.batch * self.config.data.length
-        row_tokens *= self.config.optimizer.accumulate
-        progress.update(
-            step,
-            seconds_left=(self.config.steps - step) * row_tokens / tokens,
-            note=_describe(step, values),
-        )
+        left = (self.config.steps - step) * self._step_tokens / speed["tokens_per_second"]
+        progress.update(step, seconds_left=left, note=_describe(step, values))
 
     def _save(self, step: int, *, force: bool = False) -> None:
         if force or step % self.store.every == 0:
@@ -303,37 +331,3 @@ def _describe(step: int, values: dict[str, Any]) -> str:
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     return ", ".join(parts)
-
-
-class _asked_to_end:
-    """While it lasts, SIGTERM and ctrl-C set an event instead of ending the process.
-
-    A second ctrl-C interrupts as usual.
-    """
-
-    def __enter__(self) -> threading.Event:
-        self.event, self.before = threading.Event(), {}
-        if threading.current_thread() is threading.main_thread():
-            # In a job of several processes JAX itself listens for SIGTERM (`_others_asked`).
-            alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
-            for number in (signal.SIGINT, *alone):
-                self.before[number] = signal.signal(number, self._ask)
-        return self.event
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.event.set()
-
-
-def _others_asked(step: int) -> bool:
-    """Says whether any process of the job was asked to end; all get the same answer."""
-    if jax.process_count() == 1:
-        return False
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,127 @@
+"""A picture of a run, from its metrics: loss, rate, speed, load of the experts, evaluation.
+
+plot_run("out/nano/metrics.jsonl")     # → out/nano/run.png
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from v4jax.errors import TrainingError, UnsupportedError
+from v4jax.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One diagram over steps. read: a line of metrics → values by curve, none where it has none."""
+
+    title: str
+    read: Callable[[dict], dict[str, float]]
+    logarithmic: bool = False
+
+
+def _fields(*names: str) -> Callable[[dict], dict[str, float]]:
+    return lambda line: {name: line[name] for name in names if name in line}
+
+
+def _fullest(line: dict) -> dict[str, float]:
+    """Returns the imbalance of every layer, scanned ones by their number."""
+    found = {}
+    for path, loads in line.get("imbalance", {}).items():
+        for i, load in enumerate(loads):
+            found[path if len(loads) == 1 else f"{path}, {i}"] = load
+    return found
+
+
+def _perplexities(line: dict) -> dict[str, float]:
+    return line.get("eval_perplexity", {})
+
+
+PANELS = (
+    Panel("loss, nats a token", _fields("loss", "mtp_loss", "eval_loss")),
+    Panel("perplexity of held-out text, by position", _perplexities, logarithmic=True),
+    Panel("fullest expert over the mean, by layer", _fullest),
+    Panel("norm of the gradient", _fields("grad_norm"), logarithmic=True),
+    Panel("rate", _fields("rate")),
+    Panel("tokens a second", _fields("tokens_per_second")),
+    Panel("indexer: recall", _fields("recall", "eval_recall")),
+)
+_MOST_NAMES = 8  # of curves in a legend
+
+
+def curves(lines: Sequence[dict], panel: Panel) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns steps and values of each curve of a panel."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for name, value in panel.read(line).items():
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(line["step"])
+            values.append(value)
+    return found
+
+
+def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
+    """Writes `run.png` beside a `metrics.jsonl`, and returns its path.
+
+    Panels without values are left out; steps that were skipped are marked in the loss.
+
+    Raises:
+      UnsupportedError: matplotlib is not installed.
+      TrainingError: the file is missing or has no line yet, or the picture cannot be written.
+    """
+    pyplot = _import_pyplot()
+    path = pathlib.Path(metrics)
+    try:
+        lines = read_metrics(path)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {error.strerror or error}") from error
+    panels = [(panel, found) for panel in PANELS if (found := curves(lines, panel))]
+    if not panels:
+        raise TrainingError(f"{path} has no line of metrics yet; wait for the first steps")
+    rows = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(12, 3.2 * rows), squeeze=False)
+    for place, (panel, found) in zip(axes.flat, panels, strict=False):
+        _draw(place, panel, found)
+    for place in list(axes.flat)[len(panels) :]:
+        place.set_axis_off()
+    for step in (line["step"] for line in lines if line.get("finite") is False):
+        axes.flat[0].axvline(step, color="red", linewidth=0.8)
+    figure.tight_layout()
+    picture = path.with_name("run.png")
+    try:
+        figure.savefig(picture, dpi=100)
+    except OSError as error:
+        raise TrainingError(
+            f"{picture} cannot be written: {error.strerror or error}; make room"
+        ) from error
+    finally:
+        pyplot.close(figure)
+    return picture
+
+
+def _draw(place: Any, panel: Panel, found: dict) -> None:
+    for name, (steps, values) in found.items():
+        place.plot(steps, values, label=name, marker="." if len(steps) < 50 else None)
+    if panel.logarithmic:
+        place.set_yscale("log")
+    place.set_title(panel.title)
+    place.set_xlabel("step")
+    place.grid(alpha=0.3)
+    if 1 < len(found) <= _MOST_NAMES:
+        place.legend(fontsize="small")
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            'the picture of a run needs matplotlib: pip install "v4jax[plots]"; metrics.jsonl has '
+            "the same numbers"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
