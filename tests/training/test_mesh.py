@@ -40,7 +40,6 @@ MESHES = [
     pytest.param(dict(data=2, tensor=4), id="data_tensor", marks=pytest.mark.slow),
 ]
 OPTIMIZER = OptimizerConfig(kind="adamw", rate=1e-3, warmup_steps=1)
-RATE_ERROR = 0.05  # of the rate: AdamW's first update is the sign of a gradient, however small
 
 
 @functools.cache
@@ -68,11 +67,9 @@ def run(sizes):
     return state, after, jax.device_get(metrics), compiled.as_text()
 
 
-def first_moments(state):
-    adam = next(
-        part for part in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(part)
-    )
-    return {name: np.asarray(x) for name, x in adam.mu.items()}
+def find_adam(state):
+    parts = jax.tree.leaves(state.optimizer, is_leaf=_is_adam)
+    return next(part for part in parts if _is_adam(part))
 
 
 def _is_adam(node):
@@ -81,7 +78,7 @@ def _is_adam(node):
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_step_equals_one_device(sizes):
-    _, wanted, wanted_metrics, _ = run(())
+    wanted_start, wanted, wanted_metrics, _ = run(())
     _, found, metrics, _ = run(tuple(sizes.items()))
     for name in ("loss", "accuracy", "mtp_loss", "balance", "divergence", "recall", "grad_norm"):
         assert metrics[name] == pytest.approx(wanted_metrics[name], rel=LOSSES, abs=LOSSES), name
@@ -89,13 +86,27 @@ def test_step_equals_one_device(sizes):
     # Counts of assignments and what follows from them are equal, not only close.
     jax.tree.map(np.testing.assert_array_equal, metrics["load"], wanted_metrics["load"])
     jax.tree.map(np.testing.assert_array_equal, found.biases, wanted.biases)
-    gradients = first_moments(found)
-    for name, gradient in first_moments(wanted).items():
-        error = np.linalg.norm(gradients[name] - gradient)
+    gradients = find_adam(found).mu
+    for name, gradient in find_adam(wanted).mu.items():
+        error = np.linalg.norm(np.asarray(gradients[name]) - np.asarray(gradient))
         assert error <= GRADIENTS * np.linalg.norm(gradient), f"{name}: {error}"
-    for name, weight in wanted.weights.items():
-        moved = np.asarray(found.weights[name]) - np.asarray(weight)
-        assert np.sqrt((moved**2).mean()) <= RATE_ERROR * OPTIMIZER.rate, name
+    check_update(found, wanted_start.weights)
+
+
+def check_update(state, weights):
+    """The first update is AdamW's of the state's own moments.
+
+    It is the sign of each gradient, and those of a first site, whose streams are all equal, are
+    nothing but rounding: so weights are not compared with one device's.
+    """
+    adam, rate = find_adam(state), OPTIMIZER.rate
+    for name, weight in weights.items():
+        first, second = (np.asarray(x[name]) for x in (adam.mu, adam.nu))
+        update = first / (1 - OPTIMIZER.beta1)
+        update /= np.sqrt(second / (1 - OPTIMIZER.beta2)) + np.float32(OPTIMIZER.epsilon)
+        decay = 0 if "router" in name or "indexer" in name else OPTIMIZER.weight_decay
+        wanted = np.asarray(weight) - rate * (update + decay * np.asarray(weight))
+        np.testing.assert_allclose(state.weights[name], wanted, 1e-6, 1e-4 * rate, err_msg=name)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
