@@ -38,4 +38,4 @@ def test_runs(name):
     client.execute(env=os.environ | flags)  # raises on the first error of a cell
     assert all(cell.execution_count for cell in cells)
     shown = [kind for cell in cells for output in cell.outputs for kind in output.get("data", {})]
-    assert shown.count("image/png") >= 2
+    assert "image/png" in shown
