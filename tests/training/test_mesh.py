@@ -37,7 +37,6 @@ MESHES = [
     pytest.param(
         dict(data=2, expert=2, context=2), id="data_expert_context", marks=pytest.mark.slow
     ),
-    pytest.param(dict(data=2, tensor=4), id="data_tensor", marks=pytest.mark.slow),
 ]
 OPTIMIZER = OptimizerConfig(kind="adamw", rate=1e-3, warmup_steps=1)
 
