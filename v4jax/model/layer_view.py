@@ -11,7 +11,7 @@ from v4jax.errors import ConfigError
 from v4jax.model import observe
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
-from v4jax.model.transformer import Transformer, embed
+from v4jax.model.transformer import Transformer, open_streams
 
 
 def view_layers(
@@ -50,8 +50,7 @@ def _run(model: Transformer, tokens, dense: bool) -> dict[str, dict[str, Any]]:
     start, end = jnp.zeros(batch, jnp.int32), jnp.full(batch, count, jnp.int32)
     ropes = {layer.rope for layer in stack.config.layers}
     context = make_context(tokens, start, end, ropes, dense=dense)
-    x = embed(model.embed, tokens, stack.numerics)
-    streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+    streams = open_streams(model.embed, tokens, stack)
 
     def run_layer(block, streams, layer):
         memory = full_sequence(stack.config, stack.numerics, layer, context)

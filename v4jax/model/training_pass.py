@@ -21,7 +21,7 @@ from v4jax.model import distillation, observe
 from v4jax.model.block import BLOCK_TAGS
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
-from v4jax.model.transformer import Transformer, embed
+from v4jax.model.transformer import Transformer, embed, open_streams
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
 from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
 from v4jax.parallel.weights import whole
@@ -94,8 +94,7 @@ def _run_rows(mode, weights, tokens, begin, gaps, end):
     embedding, stack = weights
     ropes = {layer.rope for layer in stack.config.layers}
     context = _make_context(tokens, begin, gaps, end, ropes, mode)
-    x = embed(embedding, tokens, stack.numerics)
-    streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+    streams = open_streams(embedding, tokens, stack)
 
     def run_layer(block, streams, layer):
         def run(block, streams):
@@ -208,8 +207,9 @@ def rematerialize(function, mode: Mode):
             offload_src="device",
             offload_dst="pinned_host",
         )
-    # Inside a scan nothing can be merged across iterations, so nothing need be prevented.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    # Layers outside the scan need `prevent_cse`, its default: XLA would merge what is computed
+    # again with the first time, and so keep it.
+    return jax.checkpoint(function, policy=policy)
 
 
 def measure(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict:

@@ -241,8 +241,7 @@ def _run_layers(weights, tokens, start, end, cache):
     embedding, stack = weights
     start = own_start(start, tokens.shape[1])
     context = make_context(tokens, start, end, {layer.rope for layer in stack.config.layers})
-    x = embed(embedding, tokens, stack.numerics)
-    streams = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+    streams = open_streams(embedding, tokens, stack)
     if cache is None:
         return stack(streams, context), None
     return stack.extend(streams, context, cache)
@@ -251,6 +250,12 @@ def _run_layers(weights, tokens, start, end, cache):
 def embed(embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
     """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
     return look_up(whole(embedding)[...], tokens).astype(numerics.activation_dtype)
+
+
+def open_streams(embedding: nnx.Param, tokens, stack: Stack) -> Float[Array, "b t n d"]:
+    """Returns the residual streams before the first layer: the embeddings, once for each."""
+    x = embed(embedding, tokens, stack.numerics)
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
 
 
 def read_logits(model: Transformer, streams) -> Float[Array, "b t v"]:
