@@ -28,6 +28,7 @@ from v4jax.kernels import table
 from v4jax.kernels.table import EntryTable
 from v4jax.parallel.context_parallel import rows_before
 from v4jax.parallel.shard import first_here, gather, shares
+from v4jax.parallel.weights import name_of
 from v4jax.quant import EntryFormat
 from v4jax.shapes import ceil_div, round_up
 
@@ -151,7 +152,7 @@ def _describe(cache: HybridCache) -> dict[str, str]:
         "index format": f"{cache.index_format.kind} of {cache.index_format.channels}",
     }
     arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+        name_of(path): f"{x.dtype}{list(x.shape)}"
         for path, x in jax.tree_util.tree_leaves_with_path(cache)
     }
     return static | arrays

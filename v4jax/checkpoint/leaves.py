@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.errors import CheckpointError
+from v4jax.parallel.weights import name_of
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def name_leaves(tree: Any) -> dict[str, Any]:
     """
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "state"
+        name = name_of(path) or "state"
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
             raise CheckpointError(
                 f"{name} must be a jax array to be stored, got {type(leaf).__name__}; "

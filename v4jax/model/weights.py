@@ -11,14 +11,9 @@ import jax
 from flax import nnx
 
 from v4jax.model.parameters import Buffer
-from v4jax.parallel.weights import is_variable
+from v4jax.parallel.weights import is_variable, name_of
 
 Module = TypeVar("Module", bound=nnx.Module)
-
-
-def name_of(path) -> str:
-    """Returns the name of the variable at a path of the module's tree."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def variables(module: nnx.Module) -> dict[str, nnx.Variable]:

@@ -28,6 +28,11 @@ def is_variable(node) -> bool:
     return isinstance(node, nnx.Variable)
 
 
+def name_of(path) -> str:
+    """Returns the name of what stands at a path of a pytree, such as "stack.period.0.moe"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def place(module: Module, layout: Layout) -> Module:
     """Returns the module, its arrays unmoved, with the spec of every variable as its metadata.
 
@@ -37,7 +42,7 @@ def place(module: Module, layout: Layout) -> Module:
     """
 
     def describe(path, variable):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = name_of(path)
         spec = weight_spec(name, variable.get_value(), variable.get_metadata()["axes"], layout)
         return variable.copy(spec=spec)
 
