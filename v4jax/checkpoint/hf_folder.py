@@ -5,7 +5,6 @@ of the tensors' bytes has been touched by then, so a bad folder fails within a s
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Literal
 
@@ -13,7 +12,7 @@ from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors_file import Tensor, read_header
 from v4jax.config import ModelConfig
 from v4jax.config.from_hf import model_config_from_hf
-from v4jax.config.json_keys import unique_keys
+from v4jax.config.json_keys import parse_json
 from v4jax.config.loading import read_config_json
 from v4jax.errors import CheckpointError
 from v4jax.files import RemotePath, to_path
@@ -100,8 +99,8 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     if not index.exists():
         return {}
     try:
-        raw = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
+        raw = parse_json(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index} is broken: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

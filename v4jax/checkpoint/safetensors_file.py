@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from v4jax.config.json_keys import unique_keys
+from v4jax.config.json_keys import parse_json
 from v4jax.errors import CheckpointError
 from v4jax.files import RemotePath, open_bytes
 
@@ -82,8 +82,8 @@ def read_header(path: pathlib.Path | RemotePath) -> list[Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        entries = json.loads(header, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(header)
+    except ValueError as error:
         raise CheckpointError(f"{path} has a broken header: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} has a broken header: it is no JSON object")

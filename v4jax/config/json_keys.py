@@ -1,8 +1,10 @@
 """Reads a JSON object key by key, so that no key goes unused and no value has the wrong type."""
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from v4jax.errors import ConfigError
 
@@ -77,8 +79,19 @@ class JsonKeys:
         return None if raw is None else JsonKeys(raw, f"{self.path}: {key}")
 
 
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """Returns a JSON object, for `object_pairs_hook`; a repeated key is an error."""
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a JSON text says.
+
+    Raises:
+      ValueError: it is no JSON, too deeply nested, or repeats a key in one object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result = {}
     for key, value in pairs:
         if key in result:

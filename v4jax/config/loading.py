@@ -11,7 +11,6 @@ import dataclasses
 import enum
 import importlib
 import importlib.util
-import json
 import pathlib
 import pkgutil
 import types
@@ -22,7 +21,7 @@ from typing import Any
 import ml_collections
 
 from v4jax.config.from_hf import layer_kinds, model_config_from_hf, router_kinds
-from v4jax.config.json_keys import did_you_mean, unique_keys
+from v4jax.config.json_keys import did_you_mean, parse_json
 from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.files import to_path
@@ -111,10 +110,10 @@ def read_config_json(folder: pathlib.Path) -> dict:
     """
     path = to_path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")

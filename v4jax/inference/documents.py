@@ -15,14 +15,13 @@ other.
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from v4jax.config.json_keys import unique_keys
+from v4jax.config.json_keys import parse_json
 from v4jax.errors import RequestError
 from v4jax.files import is_remote, to_path
 from v4jax.inference.request import Document, Question, SamplingOptions, describe
@@ -83,9 +82,7 @@ def parse_line(line: InputLine) -> dict[str, Any]:
     """Returns the JSON object of a line, its field names checked."""
     text = decode_utf8(line.data, "the line")
     try:
-        fields = json.loads(text, object_pairs_hook=unique_keys)
-    except RecursionError as error:
-        raise RequestError("the line is not JSON: nested too deeply") from error
+        fields = parse_json(text)
     except ValueError as error:
         raise RequestError(f"the line is not JSON: {error}") from error
     if not isinstance(fields, dict):

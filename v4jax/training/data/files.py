@@ -6,7 +6,6 @@
 No corpus is ever read as a whole.
 """
 
-import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from v4jax import log
-from v4jax.config.json_keys import unique_keys
+from v4jax.config.json_keys import parse_json
 from v4jax.errors import ConfigError, DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -112,9 +111,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """
     text = decode(data)
     try:
-        fields = json.loads(text, object_pairs_hook=unique_keys)
-    except RecursionError as error:
-        raise DataError("is no JSON: nested too deeply") from error
+        fields = parse_json(text)
     except ValueError as error:
         raise DataError(f"is no JSON: {error}") from error
     if not isinstance(fields, dict):
