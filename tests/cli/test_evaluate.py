@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,13 @@ def test_right_answers_are_counted_by_depth(texts, tmp_path):
     picture = tmp_path / "grid.png"
     needle_grid.plot_cells(cells, DEPTHS, "grid", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_read(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(needle_grid, "draw_texts", lambda *arguments: pytest.fail("too late"))
+    assert main.run(["evaluate", "--model=tiny", "--plot=grid.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 def test_a_cell_without_questions_has_no_accuracy():

@@ -52,6 +52,7 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax import log
     from v4jax.cli import needle_grid
     from v4jax.errors import RequestError
+    from v4jax.pictures import make_figure
 
     model_flags.require(values, "model")
     if positional:
@@ -66,6 +67,8 @@ def run(values: Any, positional: list[str]) -> int:
     per_length = dict(zip(lengths, questions * len(lengths), strict=False))
     if values.depths < 1:
         raise RequestError(f"--depths must be at least 1, got {values.depths}")
+    if values.plot:
+        make_figure(needle_grid.MISSING)  # said before anything is read
     texts = needle_grid.draw_texts(
         lengths, values.depths, per_length.__getitem__, values.seed, values.folder
     )

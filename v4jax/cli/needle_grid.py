@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from v4jax.pictures import make_figure
+
 NEEDLES = 8  # in the shortest text …
 BYTES_PER_NEEDLE = 2048  # … and one for each of these in longer ones, up to
 MOST_NEEDLES = 96
 MAX_NEW_TOKENS = 8  # five digits, the end, and room to be wrong
+MISSING = '--plot needs matplotlib: pip install "v4jax[plots]"; without it the table is printed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +122,19 @@ def ask_texts(
 
 
 def plot_cells(cells: Sequence[Cell], depths: int, title: str, path: str) -> None:
-    """Writes the grid as a PNG: lengths from left to right, depths from top to bottom."""
-    import matplotlib
+    """Writes the grid as a PNG: lengths from left to right, depths from top to bottom.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Raises:
+      UnsupportedError: matplotlib is not installed.
+    """
     lengths = sorted({cell.length for cell in cells})
     share = np.full((depths, len(lengths)), np.nan)
     for cell in cells:
         if cell.asked:
             share[cell.depth, lengths.index(cell.length)] = 100 * cell.accuracy
-    figure, axes = pyplot.subplots(figsize=(1.6 + 1.1 * len(lengths), 1.4 + 0.6 * depths))
+    size = 1.6 + 1.1 * len(lengths), 1.4 + 0.6 * depths
+    figure = make_figure(MISSING, figsize=size, layout="tight")
+    axes = figure.subplots()
     picture = axes.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     for (row, column), value in np.ndenumerate(share):
         if np.isfinite(value):
@@ -141,9 +145,7 @@ def plot_cells(cells: Sequence[Cell], depths: int, title: str, path: str) -> Non
     axes.set_ylabel("depth of the needle")
     axes.set_title(title)
     figure.colorbar(picture, label="answers right, %")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def name_length(length: int) -> str:

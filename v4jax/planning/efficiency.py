@@ -10,6 +10,7 @@ from typing import Any
 
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.pictures import make_figure
 from v4jax.planning import flops
 from v4jax.planning.inventory import list_cache
 
@@ -181,17 +182,13 @@ def draw(rows: list[Row]) -> Any:
     Raises:
       UnsupportedError: matplotlib is not installed.
     """
-    from v4jax.errors import UnsupportedError
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            "--plot needs matplotlib: pip install matplotlib; without --plot the table ends in "
-            "text bars"
-        ) from error
     before, lengths = Predecessor(), sorted({row.tokens for row in rows})
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = make_figure(
+        "--plot needs matplotlib: pip install matplotlib; without --plot the table ends in text "
+        "bars",
+        figsize=(10, 4),
+        layout="constrained",
+    )
     left, right = figure.subplots(1, 2)
     curves = [("V3.2", [(before.cache_bytes(n), before.flops(n)) for n in lengths])]
     for model, name in (("v4_pro", "V4-Pro"), ("v4_flash", "V4-Flash")):

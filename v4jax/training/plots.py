@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from v4jax.errors import TrainingError, UnsupportedError
+from v4jax.errors import TrainingError
+from v4jax.pictures import make_figure
 from v4jax.training.metrics import read_metrics
 
 
@@ -49,6 +50,10 @@ PANELS = (
     Panel("indexer: recall", _fields("recall", "eval_recall")),
 )
 _MOST_NAMES = 8  # of curves in a legend
+MISSING = (
+    'the picture of a run needs matplotlib: pip install "v4jax[plots]"; metrics.jsonl has the same '
+    "numbers"
+)
 
 
 def curves(lines: Sequence[dict], panel: Panel) -> dict[str, tuple[list[int], list[float]]]:
@@ -71,7 +76,7 @@ def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
       UnsupportedError: matplotlib is not installed.
       TrainingError: the file is missing or has no line yet, or the picture cannot be written.
     """
-    pyplot = _import_pyplot()
+    make_figure(MISSING)  # said before the file is looked at
     path = pathlib.Path(metrics)
     try:
         lines = read_metrics(path)
@@ -81,14 +86,14 @@ def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
     if not panels:
         raise TrainingError(f"{path} has no line of metrics yet; wait for the first steps")
     rows = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(12, 3.2 * rows), squeeze=False)
+    figure = make_figure(MISSING, figsize=(12, 3.2 * rows), layout="tight")
+    axes = figure.subplots(rows, 2, squeeze=False)
     for place, (panel, found) in zip(axes.flat, panels, strict=False):
         _draw(place, panel, found)
     for place in list(axes.flat)[len(panels) :]:
         place.set_axis_off()
     for step in (line["step"] for line in lines if line.get("finite") is False):
         axes.flat[0].axvline(step, color="red", linewidth=0.8)
-    figure.tight_layout()
     picture = path.with_name("run.png")
     try:
         figure.savefig(picture, dpi=100)
@@ -96,8 +101,6 @@ def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
         raise TrainingError(
             f"{picture} cannot be written: {error.strerror or error}; make room"
         ) from error
-    finally:
-        pyplot.close(figure)
     return picture
 
 
@@ -111,17 +114,3 @@ def _draw(place: Any, panel: Panel, found: dict) -> None:
     place.grid(alpha=0.3)
     if 1 < len(found) <= _MOST_NAMES:
         place.legend(fontsize="small")
-
-
-def _import_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            'the picture of a run needs matplotlib: pip install "v4jax[plots]"; metrics.jsonl has '
-            "the same numbers"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
