@@ -1,30 +1,21 @@
 """Mini: two layers, CSA with hash routing and HCA with learned routing; compiles in seconds."""
 
-import ml_collections
+from configs import tiny
 
 
 def get_config():
-    config = ml_collections.ConfigDict()
-    config.tokenizer = "byte"
-    config.vocab_size = 320
-    config.bos_token_id = 256
-    config.eos_token_id = 257
+    config = tiny.get_config()
     config.hidden_size = 32
     config.num_hidden_layers = 2
     config.num_attention_heads = 2
     config.head_dim = 16
     config.qk_rope_head_dim = 8
     config.q_lora_rank = 16
-    config.o_groups = 2
     config.o_lora_rank = 8
     config.n_routed_experts = 4
-    config.num_experts_per_tok = 2
     config.moe_intermediate_size = 16
     config.index_n_heads = 2
-    config.index_head_dim = 32
     config.index_topk = 8
-    config.routed_scaling_factor = 1.5
     config.compress_ratios = (4, 128)
-    config.num_hash_layers = 1
     config.num_nextn_predict_layers = 0
     return config

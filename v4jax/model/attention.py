@@ -79,9 +79,12 @@ class Attention(nnx.Module):
             with jax.named_scope("compressor"):
                 entries, memory = self.compressor(x, memory)
         arguments = queries_bthc, recent_bsc, self.sink[...], context.start, context.end
-        window = self.config.sliding_window
-        options = {"window": window, "entries": entries, "begin": context.begin}
-        options["stretch"] = context.stretch
+        options = {
+            "window": self.config.sliding_window,
+            "entries": entries,
+            "begin": context.begin,
+            "stretch": context.stretch,
+        }
         if self.layer.kind is LayerKind.CSA and not context.dense:
             with jax.named_scope("sparse_attention"):
                 attended_bthc, log_mass_bth = split_entries.attend_selected(

@@ -21,7 +21,8 @@ class Batch:
       it belongs to none. None: every row is one document from its first token to its last.
     skipped [b, t]: positions left out in front of a token, inside its document: it then stands at
       its row index − begin + skipped, and windows end where `skipped` changes, at multiples of 128
-      tokens of the row. So a short row shows the distances of a long document. None: nowhere.
+      tokens of the row. So a short row shows the distances of a long document. Goes with `begin`;
+      None: nowhere.
     """
 
     tokens: Int[Array, "b t"]

@@ -3,7 +3,8 @@
 `metrics.jsonl` has the fields of `compute_losses`, `grad_norm`, `rate`, `tokens_per_second`,
 `model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
 included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
-expert over the mean, one number for each layer. Speeds leave out compiling and evaluating.
+expert over the mean, one number for each layer. Speeds leave out compiling and evaluating. Once
+attention is sparse `recall` is 1 by construction; `eval_recall` compares with full attention.
 """
 
 import contextlib
