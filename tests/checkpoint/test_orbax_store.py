@@ -211,6 +211,27 @@ def test_disk_full(tmp_path, capfd, no_room):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_store_opened_right_after_a_failed_save(tmp_path, no_room):
+    """Two stores that clear away the same leftovers at once would fail one time in two."""
+    state = {f"w{i}": jnp.arange(60_000.0) + i for i in range(12)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        no_room()
+        with Store(folder) as store:
+            store.save(3, state)
+            store.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            with pytest.raises(CheckpointError, match="step 6 was not written"):
+                store.save(6, state)
+                store.wait()
+        no_room()
+        with Store(folder) as store:
+            assert store.save(6, state)
+            store.wait()
+            assert store.steps() == [3, 6]
+
+
 def test_damaged_file(tmp_path):
     with Store(tmp_path) as store:
         store.save(1, {"x": jnp.arange(1000)})

@@ -90,7 +90,7 @@ class Store:
         elif not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is no folder; give that of a training run")
         with self._reading("opened"):
-            self._manager = self._open()
+            self._manager = self._open(cleans=not read_only)
         if self.steps():
             self.read_extra()  # compares the model
 
@@ -209,13 +209,13 @@ class Store:
             self._check_model(content["model"])
         return content["extra"]
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, *, cleans: bool) -> ocp.CheckpointManager:
         registry = ocp.handlers.create_default_handler_registry(
             state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler()
         )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if self.read_only else self.keep,
-            cleanup_tmp_directories=not self.read_only,
+            cleanup_tmp_directories=cleans,
             read_only=self.read_only,
             create=False,
         )
@@ -266,16 +266,18 @@ class Store:
             ) from error
 
     def _recover(self) -> None:
-        """Opens the folder anew after a failed save, which removes what it left behind.
+        """Opens the folder anew after a failed save.
 
-        Among several processes the others may not have failed and would not come along.
+        What the save left behind stays until the step is saved again or the folder is next opened:
+        Orbax clears it away in a thread that nothing waits for, and which the next store's own
+        would meet. Among several processes the others may not have failed and would not come along.
         """
         if jax.process_count() > 1:
             return
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             self._manager.close()
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            self._manager = self._open()
+            self._manager = self._open(cleans=False)
 
 
 def _check_writable(folder: epath.Path) -> None:
