@@ -101,6 +101,11 @@ BAD = {
     "no model": (["--lengths=4096"], "--model is required"),
     "no number": (["--model=tiny", "--lengths=4K"], "--lengths takes whole numbers"),
     "too short": (["--model=tiny", "--lengths=8"], "--lengths must be at least 512"),
+    "answers nowhere": (
+        ["--model=tiny", "--answers=nowhere/a.jsonl"],
+        "cannot write --answers=nowhere/a.jsonl; name a file in a folder that exists",
+    ),
+    "plot in a bucket": (["--model=tiny", "--plot=gs://b/a.png"], "writing to gs:// is not"),
     "counts": (
         ["--model=tiny", "--lengths=512,1024,2048", "--questions=1,2"],
         "--questions takes one number, or one for each of 3 lengths, got 2",

@@ -122,12 +122,7 @@ def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
     for name, path in others.items():
         if os.path.realpath(summary) == os.path.realpath(path):
             raise RequestError(f"--summary and --{name} are the same file, {summary}")
-    folder = os.path.dirname(os.path.abspath(summary))
-    if os.path.isdir(summary) or not os.access(folder, os.W_OK):
-        raise RequestError(
-            f"cannot write --summary={summary}; name a file in a folder that exists and can be "
-            "written"
-        )
+    model_flags.check_writable("summary", summary)
 
 
 def _check_alone(values: Any) -> None:

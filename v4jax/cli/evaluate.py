@@ -67,8 +67,13 @@ def run(values: Any, positional: list[str]) -> int:
     per_length = dict(zip(lengths, questions * len(lengths), strict=False))
     if values.depths < 1:
         raise RequestError(f"--depths must be at least 1, got {values.depths}")
+    # All of this is said before anything is read, which may take long.
+    model_flags.refuse_remote(values, "answers", "plot")
+    for name in ("answers", "plot"):
+        if getattr(values, name):
+            model_flags.check_writable(name, getattr(values, name))
     if values.plot:
-        make_figure(needle_grid.MISSING)  # said before anything is read
+        make_figure(needle_grid.MISSING)
     texts = needle_grid.draw_texts(
         lengths, values.depths, per_length.__getitem__, values.seed, values.folder
     )
@@ -100,15 +105,15 @@ def run(values: Any, positional: list[str]) -> int:
                 pathlib.Path(values.answers).write_text("".join(written), encoding="utf-8")
 
         cells = needle_grid.ask_texts(engine, texts, values.depths, on_text, on_tokens)
-    if values.plot:
-        title = f"{values.model}: codes found"
-        needle_grid.plot_cells(cells, values.depths, title, values.plot)
-        log.info(f"evaluate: wrote {values.plot}")
     if values.json:
         rows = [dataclasses.asdict(cell) | {"accuracy": cell.accuracy} for cell in cells]
         print(json.dumps({"model": values.model, "depths": values.depths, "cells": rows}, indent=2))
     else:
         _print_table(values.model, cells, values.depths)
+    if values.plot:
+        title = f"{values.model}: codes found"
+        needle_grid.plot_cells(cells, values.depths, title, values.plot)
+        log.info(f"evaluate: wrote {values.plot}")
     return 0
 
 

@@ -146,6 +146,21 @@ def refuse_remote(values: Any, *names: str) -> None:
             )
 
 
+def check_writable(name: str, path: str) -> None:
+    """Raises RequestError now, and not after hours of work, if a flag's file could not be written.
+
+    Args:
+      name: of the flag.
+    """
+    from v4jax.errors import RequestError
+
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise RequestError(
+            f"cannot write --{name}={path}; name a file in a folder that exists and can be written"
+        )
+
+
 def identify_model(values: Any) -> str:
     """Returns a name for the model that does not depend on the working directory."""
     return os.path.realpath(values.model) if os.path.isdir(values.model) else values.model
