@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from v4jax.errors import TrainingError, UnsupportedError
+from v4jax.training.metrics import Metrics, read_metrics
 from v4jax.training.plots import PANELS, curves, plot_run
 
 LINES = [
@@ -48,3 +49,18 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnsupportedError, match=r'pip install "v4jax\[plots\]"; metrics.jsonl has'):
         plot_run(tmp_path / "metrics.jsonl")
+
+
+def test_a_skipped_step_leaves_valid_lines(tmp_path):
+    metrics = Metrics(tmp_path, (), first_step=1)
+    metrics.write(1, {"loss": 2.0, "grad_norm": 1.0, "finite": True})
+    metrics.write(2, {"loss": float("nan"), "grad_norm": float("inf"), "finite": False})
+    lines = metrics.path.read_text().splitlines()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert json.loads(lines[1], parse_constant=refuse)["loss"] is None
+    loss = next(panel for panel in PANELS if panel.title.startswith("loss"))
+    assert curves(read_metrics(metrics.path), loss) == {"loss": ([1], [2.0])}
+    assert plot_run(metrics.path).is_file()

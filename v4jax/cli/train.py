@@ -109,9 +109,19 @@ def run(values: Any, positional: list[str]) -> int:
 
 
 def _check_export(trainer: Any) -> None:
-    """Refuses to train what cannot be exported: a model of fewer steps is there already."""
-    from v4jax.errors import RequestError
+    """Refuses to train what cannot be exported at the end.
 
+    A model of fewer steps is there already, or the model lies over several hosts.
+    """
+    import jax
+
+    from v4jax.errors import RequestError, UnsupportedError
+
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(trainer.state.weights)):
+        raise UnsupportedError(
+            "a model that lies over several hosts cannot be written at the end yet: give "
+            "--noexport, and afterwards v4jax convert --input=OUTPUT --run=CONFIG on one host"
+        )
     folder = trainer.folder / "model"
     if folder.exists() and trainer.step < trainer.config.steps:
         raise RequestError(

@@ -10,6 +10,7 @@ attention is sparse `recall` is 1 by construction; `eval_recall` compares with f
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import time
@@ -37,7 +38,7 @@ class Metrics:
             _cut(self.path, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line and passes the numbers on.
+        """Appends one line and passes the numbers on; JSON has null for what is not finite.
 
         Raises:
           TrainingError: the line cannot be written, as on a full disk.
@@ -46,7 +47,8 @@ class Metrics:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                line = json.dumps(_finite_or_none({"step": step, **values}), allow_nan=False)
+                file.write(line + "\n")
         except OSError as error:
             raise TrainingError(
                 f"{self.path} cannot be written: {error.strerror or error}; make room, and the "
@@ -91,6 +93,14 @@ def name_numbers(values: Any, name: str = "") -> dict[str, float]:
     for key, value in pairs:
         found |= name_numbers(value, f"{name}/{key}" if name else str(key))
     return found
+
+
+def _finite_or_none(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _finite_or_none(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite_or_none(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _cut(path: pathlib.Path, first_step: int) -> None:

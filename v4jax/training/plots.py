@@ -61,6 +61,8 @@ def curves(lines: Sequence[dict], panel: Panel) -> dict[str, tuple[list[int], li
     found: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
         for name, value in panel.read(line).items():
+            if value is None:  # of a skipped step
+                continue
             steps, values = found.setdefault(name, ([], []))
             steps.append(line["step"])
             values.append(value)
