@@ -3,8 +3,9 @@
 #
 #   bash launch/demo.sh [TOKENS]      default 65536; text, question and answer together
 #
-# Reads documentation and sources of Python's standard library with the packaged configuration nano,
-# on the CPU unless JAX_PLATFORMS says otherwise. Leaves its files in out/demo.
+# Hides codes in documentation and sources of Python's standard library, reads them with the packaged
+# model nano, asks for ten of the codes and says which answers are right. On the CPU unless
+# JAX_PLATFORMS says otherwise. Leaves its files in out/demo.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_environment
@@ -14,8 +15,6 @@ folder=out/demo
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" # the same everywhere; nano gains nothing from a GPU
 
 python launch/demo_text.py write "$folder/documents.jsonl" --tokens "$tokens"
-say "demo: nano has RANDOM weights. Its answers are noise; what the demo shows is that documents of"
-say "demo: this length are read, how fast, in how much memory, and that every question is answered."
 v4jax batch --model=nano --input="$folder/documents.jsonl" --output="$folder/answers.jsonl" \
-  --summary="$folder/summary.json" --max_new_tokens=48 --overwrite
-python launch/demo_text.py show "$folder/answers.jsonl"
+  --summary="$folder/summary.json" --max_new_tokens=8 --overwrite
+python launch/demo_text.py show "$folder/documents.jsonl" "$folder/answers.jsonl"

@@ -29,12 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import v4jax
-from launch.demo_text import sample_text
 from tests.benchmarks import bench_indexer
 from v4jax.cache import init_cache
 from v4jax.config import LayerKind
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import FLOAT32
+from v4jax.training.data.needles import read_text
 
 MODEL = "nano"
 ANSWER_TOKENS = 8
@@ -75,7 +75,7 @@ def read_document(folder: pathlib.Path, tokens: int, capacity: int | None):
     """Returns the summary of the job and the largest resident memory of its process in bytes."""
     text, lines = folder / "document.txt", folder / "documents.jsonl"
     size = tokens if tokens == MILLION else tokens - FRAME_TOKENS
-    text.write_text(sample_text(size), encoding="utf-8", newline="")
+    text.write_bytes(read_text(None)[:size].decode(errors="ignore").encode())
     lines.write_text(json.dumps({"path": text.name, "question": QUESTION}) + "\n")
     command = [sys.executable, "-m", "v4jax.cli.main", "batch", f"--model={MODEL}", "--overwrite"]
     command += [f"--input={lines}", f"--output={folder / 'answers.jsonl'}"]

@@ -18,25 +18,28 @@ from v4jax.parallel import Dispatch, Layout, Regime, check_mesh
 from v4jax.parallel.weights import born
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
+PRETRAINED = pathlib.Path(__file__).parent.parent / "pretrained"  # folders of packaged weights
 
 
 def load(
     name_or_folder: str | pathlib.Path | RemotePath,
     numerics: str | Numerics = "float32",
     *,
-    seed: int = 0,
+    seed: int | None = None,
     mesh: Mesh | None = None,
     regime: Regime = "prefill",
     dispatch: Dispatch | None = None,
 ) -> Transformer:
-    """Returns a model: read from a checkpoint folder, or made with random weights from a name.
+    """Returns a model: read from a checkpoint folder, or of a packaged name.
 
     Args:
       name_or_folder: a folder in the released or the transformers layout (also in gs:// or s3://),
-        or the name (or file) of a configuration, such as "nano".
+        or the name (or file) of a configuration. "nano" has trained weights in the package
+        (`v4jax/pretrained`); other configurations get random ones.
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
         folder's weights stay in their stored formats whatever it is.
-      seed: of random weights; a folder ignores it. On a mesh the same seed gives other weights.
+      seed: makes random weights, also for a name with trained ones; None: 0 where there are none.
+        A folder ignores it. On a mesh the same seed gives other weights.
       mesh: devices to lie on (`parallel.make_mesh`); None: the default device.
       regime: "prefill" and "decode" serve (their weights lie alike); "train" splits weights further
         and gathers them where they are used. See `parallel/axes.py`.
@@ -53,8 +56,10 @@ def load(
             "load takes a checkpoint folder or the name of a configuration, got "
             f"{type(name_or_folder).__name__}; Transformer(config, …) makes a model of a config"
         )
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ConfigError(f"seed must be an integer or None, got {seed!r}")
+    if seed is None and name_or_folder in pretrained_names():
+        name_or_folder = PRETRAINED / name_or_folder
     path = to_path(name_or_folder)
     layout = None if mesh is None else Layout(mesh, regime, dispatch or Dispatch())
     try:
@@ -70,7 +75,8 @@ def load(
         check_mesh(layout.mesh, config, layout.regime)
 
     def build() -> Transformer:
-        return Transformer(config, numerics, storage=numerics.activation_dtype, rngs=nnx.Rngs(seed))
+        rngs = nnx.Rngs(seed or 0)
+        return Transformer(config, numerics, storage=numerics.activation_dtype, rngs=rngs)
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(build)))
     if parameters > LARGEST_RANDOM:
@@ -78,12 +84,19 @@ def load(
             f"{name_or_folder} has {parameters / 1e9:.0f} billion parameters, too many for random "
             "weights; give the folder of its checkpoint, or a small configuration such as nano"
         )
-    log.info(f"{name_or_folder}: random weights (seed {seed}), {parameters / 1e6:.1f} M parameters")
+    log.info(
+        f"{name_or_folder}: random weights (seed {seed or 0}), {parameters / 1e6:.1f} M parameters"
+    )
     if layout is None:
         return build()
     model = born(build, layout)
     model.layout = layout
     return model
+
+
+def pretrained_names() -> list[str]:
+    """Returns the names of the configurations whose trained weights are packaged."""
+    return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
 def save(model: Transformer, folder: str | pathlib.Path, format: str = "released") -> None:

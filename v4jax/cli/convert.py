@@ -52,7 +52,11 @@ def define(flags: Any, values: Any) -> None:
     )
     flags.DEFINE_float("shard_gib", 5.0, "Largest size of one file.", flag_values=values)
     flags.DEFINE_integer(
-        "seed", 0, "Seed of the random weights of a packaged configuration.", flag_values=values
+        "seed",
+        None,
+        "Random weights of a packaged configuration, from this seed. Left out: its trained weights "
+        "where it has some (nano), else seed 0.",
+        flag_values=values,
     )
 
 

@@ -25,7 +25,11 @@ def define_model_flags(flags: Any, values: Any) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "weights_seed", 0, "Seed of the weights of a packaged configuration.", flag_values=values
+        "weights_seed",
+        None,
+        "Random weights of a packaged configuration, from this seed. Left out: its trained weights "
+        "where it has some (nano), else seed 0.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "system", None, "System message. Trusted: it may hold control tokens.", flag_values=values

@@ -162,8 +162,9 @@ class EvaluationConfig:
 class TrainConfig:
     """One run of `v4jax train`.
 
-    model: a checkpoint folder, whose weights are the start, or a packaged configuration, which
-      starts from random ones.
+    model: a checkpoint folder, whose weights are the start, or a packaged configuration: nano
+      starts from its trained weights, another from random ones.
+    from_scratch: starts from random weights, made of `seed`, where `model` is a configuration.
     output: folder for checkpoints, metrics and the finished model.
     steps: optimizer updates.
     numerics: how the computation rounds (`config.numerics`).
@@ -185,6 +186,7 @@ class TrainConfig:
     data: DataConfig
     steps: int = 1000
     seed: int = 0
+    from_scratch: bool = False
     numerics: Literal["float32", "bfloat16", "released"] = "bfloat16"
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()

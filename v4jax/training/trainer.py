@@ -291,28 +291,33 @@ def load_model(config: TrainConfig) -> Transformer:
     mesh = None
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
-    return api.load(config.model, config.numerics, seed=config.seed, mesh=mesh, regime="train")
+    seed = None if _has_weights(config) else config.seed
+    return api.load(config.model, config.numerics, seed=seed, mesh=mesh, regime="train")
 
 
 def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     """Returns the model of a run's checkpoint (None: the newest), as `Trainer.finished_model`.
 
-    The run may go on meanwhile; its data is not opened. A run that started from a folder needs no
+    The run may go on meanwhile; its data is not opened. A run that started from weights needs no
     mesh here; random weights depend on the run's.
 
     Raises:
       ConfigError, CheckpointError: as `Trainer`, or there is no such checkpoint.
     """
-    if pathlib.Path(config.model).is_dir():
-        model = api.load(config.model, config.numerics)
-    else:
-        model = load_model(config)
+    read = _has_weights(config)
+    model = api.load(config.model, config.numerics) if read else load_model(config)
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
     state = abstract_state(frozen, weights, biases, optimizer)
     folder = pathlib.Path(config.output) / "checkpoints"
     with Store(folder, model=frozen.config, read_only=True) as store:
         return finish(frozen, store.restore(step, state)[0])
+
+
+def _has_weights(config: TrainConfig) -> bool:
+    """Returns whether the run starts from weights that were read, not made of its seed."""
+    packaged = config.model in api.pretrained_names() and not config.from_scratch
+    return packaged or pathlib.Path(config.model).is_dir()
 
 
 def _announce(state: TrainState, config: TrainConfig) -> None:
