@@ -3,7 +3,7 @@
 bash launch/train_nano.sh        # all stages
 """
 
-from configs.train.curriculum import make_stage
+from configs.train import make_stage
 
 
 def get_config():

@@ -21,7 +21,8 @@ CHAT = next(path for path in PACKAGED if path.endswith("chat.py"))
 def test_packaged_runs_are_valid(path):
     config = load_run(TrainConfig, path)
     assert config.steps >= config.optimizer.warmup_steps + config.optimizer.decay_steps
-    assert load_model_config(path) == load_model_config(config.model)
+    if not config.model.startswith("out/"):  # what an earlier stage of a curriculum leaves
+        assert load_model_config(path) == load_model_config(config.model)
 
 
 def test_changes_by_path():
