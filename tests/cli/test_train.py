@@ -21,6 +21,7 @@ class FakeTrainer:
     def __init__(self, config):
         self.config, self.folder = config, pathlib.Path(config.output)
         self.metrics = types.SimpleNamespace(path=self.folder / "metrics.jsonl")
+        self.state = types.SimpleNamespace(weights={})
         self.closed = False
         type(self).made = self
 
