@@ -68,7 +68,7 @@ def test_windows_do_not_reach_over_a_gap_and_entries_do():
     assert np.abs(seen[128:] - logits(other, gap(640))[128:]).max() > 0.05
 
 
-@pytest.mark.parametrize("which", ["selected", "all"])
+@pytest.mark.parametrize("which", ["selected", "all", "repeated"])
 def test_attention_over_a_gap_equals_the_naive_softmax(which):
     random, window, ratio, heads, channels = np.random.RandomState(6), 8, 4, 2, 8
     tokens, stretch = 24, np.where(np.arange(24) < 12, 0, 12)
@@ -85,6 +85,9 @@ def test_attention_over_a_gap_equals_the_naive_softmax(which):
         attend = split_entries.attend_selected
     else:
         options, attend = {"ratio": ratio}, split_entries.attend_all
+    often = np.ones((1, tokens), np.float32)
+    if which == "repeated":  # as if each entry stood there so many times
+        often = options["repeats"] = np.exp2(random.uniform(0, 9, often.shape)).astype(np.float32)
 
     def ours(queries, rows, recent):
         stored_as = EntryFormat("float32", channels, 0, "float32")
@@ -102,6 +105,7 @@ def test_attention_over_a_gap_equals_the_naive_softmax(which):
         keys = jnp.concatenate([recent[0, window:], rows[0, 0]])
         scores = jnp.einsum("thc,sc->ths", queries[0], keys) * channels**-0.5
         mask = np.concatenate([near, visible], axis=1)[:, None]
+        scores = scores.at[..., tokens:].add(jnp.log(often[0])[:, None, None])
         scores = jnp.where(mask, scores, -jnp.inf)
         mass = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), sink)
         return jnp.einsum("ths,sc->thc", jnp.exp(scores - mass[..., None]), keys)[None], mass[None]

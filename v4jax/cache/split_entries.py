@@ -89,8 +89,14 @@ def attend_all(
     ratio: int,
     begin: Int[Array, "b t"] | None = None,
     stretch: Int[Array, "b t"] | None = None,
+    repeats: Float[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """See `v4jax.kernels.dense_attention.attend`; windows begin at `stretch`."""
+    """See `v4jax.kernels.dense_attention.attend`; windows begin at `stretch`.
+
+    Args:
+      repeats: how often each entry counts for a query, as if the sequence had it so many times;
+        goes with `stretch`.
+    """
     if stretch is not None and entries is None:
         begin = stretch
     if entries is None or (shares("read_entries") == 1 and stretch is None):
@@ -108,6 +114,9 @@ def attend_all(
         ratio=ratio,
         begin=begin,
     )
+    if repeats is not None:
+        attended, mass = partial
+        partial = attended, mass + jnp.log(repeats)[..., None]
     return _join_window(queries, recent, sink, start, end, window, partial, stretch)
 
 

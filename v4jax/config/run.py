@@ -174,6 +174,8 @@ class TrainConfig:
     indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
       loss alone).
     dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
+    count_gaps: where documents leave positions out (`data.gaps`), HCA entries count for those left
+      out too: each weighs like the many that a document of that length would have in its place.
     remat, keep, offload: what the backward pass computes again (`training_pass.Mode`).
     evaluation: what is measured on the way; None: only the training loss.
     max_skipped: steps in a row whose loss or gradient is not finite after which the run stops.
@@ -194,6 +196,7 @@ class TrainConfig:
     quantization_aware: bool = False
     indexer: Literal["frozen", "distill"] = "frozen"
     dense_steps: int = 0
+    count_gaps: bool = False
     remat: Literal["layers", "none"] = "layers"
     keep: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
@@ -215,6 +218,11 @@ class TrainConfig:
             raise ConfigError(
                 "train.quantization_aware rounds weights that are trained; with train.lora the "
                 "base is quantized already: use one of the two"
+            )
+        if self.count_gaps and not self.data.gaps:
+            raise ConfigError(
+                "train.count_gaps is for documents that leave positions out; set data.gaps, or "
+                "leave it out"
             )
         last = self.optimizer.warmup_steps + self.optimizer.decay_steps
         if last > self.steps:

@@ -91,9 +91,10 @@ class Attention(nnx.Module):
                     *arguments, selected=selected, **options
                 )
         else:
+            repeats = context.repeats if self.layer.kind is LayerKind.HCA else None
             with jax.named_scope("dense_attention"):
                 attended_bthc, log_mass_bth = split_entries.attend_all(
-                    *arguments, ratio=self.layer.ratio, **options
+                    *arguments, ratio=self.layer.ratio, repeats=repeats, **options
                 )
         observe.record(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
         return self._project_output(rotate(attended_bthc, cosine, sine, inverse=True)), memory

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.config import Rope
 from v4jax.model.rope import rotation
@@ -26,6 +26,7 @@ class Context:
       after the last such gap; windows begin there. None: where documents do.
     skipped [b, t]: positions left out before each token; goes with `stretch`.
     dense: CSA layers attend to every visible entry, as in training before selection is introduced.
+    repeats [b, t]: how often each HCA entry counts for a query; None: once.
     """
 
     tokens: Int[Array, "b t"]
@@ -36,6 +37,7 @@ class Context:
     stretch: Int[Array, "b t"] | None = None
     skipped: Int[Array, "b t"] | None = None
     dense: bool = False
+    repeats: Float[Array, "b t"] | None = None
 
     @property
     def real(self) -> Bool[Array, "b t"]:

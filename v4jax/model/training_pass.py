@@ -38,6 +38,8 @@ class Mode:
     dense: CSA layers attend to every visible entry, as before sparsity is introduced.
     distill: compares index scores with attention: on all visible entries when `dense`, else on the
       selected ones.
+    count_gaps: where positions are left out, HCA entries count for those left out too, so that
+      they weigh as much as in a document of that length.
     """
 
     remat: Literal["layers", "none"] = "layers"
@@ -45,6 +47,7 @@ class Mode:
     offload: tuple[str, ...] = ()
     dense: bool = False
     distill: bool = False
+    count_gaps: bool = False
 
     def __post_init__(self):
         for field in ("keep", "offload"):
@@ -176,7 +179,11 @@ def _make_context(tokens, begin, gaps, end, ropes, mode):
     start = own_start(jnp.zeros_like(end), tokens.shape[1])
     stretch, skipped = (None, None) if gaps is None else (gaps[..., 0], gaps[..., 1])
     options = {"begin": begin, "stretch": stretch, "skipped": skipped, "dense": mode.dense}
-    return make_context(tokens, start, end, ropes, **options)
+    context = make_context(tokens, start, end, ropes, **options)
+    if gaps is None or not mode.count_gaps:
+        return context
+    read = start[:, None] + jnp.arange(1, tokens.shape[1] + 1) - jnp.maximum(begin, 0)
+    return dataclasses.replace(context, repeats=1 + skipped / read)
 
 
 def _find_gaps(call, begin, skipped):

@@ -183,6 +183,7 @@ class Trainer:
             config.offload,
             dense=step < config.dense_steps,
             distill=config.indexer == "distill",
+            count_gaps=config.count_gaps,
         )
         loss = config.loss
         if loss.late_mtp_weight is not None and step >= config.steps - config.optimizer.decay_steps:
