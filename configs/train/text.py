@@ -1,7 +1,8 @@
-"""Continues the pre-training of a checkpoint on plain text, or starts from random weights.
+"""Continues the pre-training of a checkpoint on plain text; or begins it.
 
     v4jax train --config=configs/train/text.py --set=model=/models/v4 --set=output=out/more
     v4jax train --config=configs/train/text.py        # nano, on this repository's own texts: a CPU
+    v4jax train --config=configs/train/text.py --set=from_scratch=True        # random weights first
 
 All weights are trained but the indexer's, which no loss of the language model reaches.
 """

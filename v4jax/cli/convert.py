@@ -28,8 +28,8 @@ def define(flags: Any, values: Any) -> None:
     flags.DEFINE_string(
         "input",
         None,
-        "Checkpoint folder, or the name of a packaged configuration for random weights; with --run "
-        "the folder of a training run. Required.",
+        "Checkpoint folder, or a packaged name (nano is trained; --seed asks for random weights); "
+        "with --run the folder of a training run. Required.",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -12,8 +12,8 @@ def define_model_flags(flags: Any, values: Any) -> None:
     flags.DEFINE_string(
         "model",
         None,
-        "Checkpoint folder (released or transformers layout), or the name of a packaged "
-        "configuration with random weights: nano, tiny. Required.",
+        "Checkpoint folder (released or transformers layout), or a packaged name: nano, a small "
+        "trained model, or tiny, random weights for trying things out. Required.",
         flag_values=values,
     )
     flags.DEFINE_enum(
