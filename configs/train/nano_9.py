@@ -11,7 +11,7 @@ from configs.train import make_stage
 
 
 def get_config():
-    near = dict(tokens=(2048, 2816), needles=(16, 40), distractors=(16, 60), questions=(30, 40))
+    near = dict(tokens=(2048, 2560), needles=(16, 40), distractors=(16, 60), questions=(24, 32))
     far = near | dict(gaps=0.06, gap_tokens=(2048, 1 << 20))
     falling = dict(decay_steps=200, last_rate=0.0002)
     config = make_stage(9, 4096, 1, [near, far, far, far], 300, dense=300, rate=0.003, **falling)
