@@ -13,6 +13,7 @@ import pytest
 
 from v4jax.errors import CacheError, ConfigError
 
+from .golden import check_collectives, skip_other_versions
 from .models import CONFIG, model, on_mesh
 
 # Logits have deviation 1.5; sums of float32 in another order differ by up to 3e-5 (measured).
@@ -93,6 +94,21 @@ def test_prefill_and_decode(sizes):
                 atol=TOLERANCE,
                 err_msg=f"{name} of sequence {slot}",
             )
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("regime, width", [("prefill", 1024), ("decode", 1)])
+def test_collectives(regime, width, sizes):
+    skip_other_versions()
+    batch, made = batch_of(sizes), on_mesh(model(), **sizes)
+
+    @jax.jit
+    def step(made, tokens, cache, lengths):
+        return made.extend(tokens, cache, lengths, logits="last", trusted=True)
+
+    tokens, lengths = jnp.zeros((batch, width), jnp.int32), jnp.full(batch, width, jnp.int32)
+    compiled = step.lower(made, tokens, made.init_cache(batch, 1900), lengths).compile()
+    check_collectives(compiled.as_text(), f"{regime}_{'_'.join(sizes)}")
 
 
 def loss_and_logits(made, tokens):

@@ -5,7 +5,6 @@ Rows are packed, and split in the middle of their documents.
 """
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +12,19 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parallel.golden import check_collectives, skip_other_versions
 from parallel.models import CONFIG, model, on_mesh
 
 from v4jax.config.run import LossConfig, OptimizerConfig
 from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights
 from v4jax.parallel import make_mesh
-from v4jax.planning.collectives import count_collectives
 from v4jax.training.batch import Batch
 from v4jax.training.optimizer import build_optimizer, orthogonalize
 from v4jax.training.placement import make_state, put_batches
 from v4jax.training.step import build_step
 from v4jax.training.trainable import split_model
 
-GOLDEN_VERSION = "0.10.2"
-GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "collectives"
 # Sums of float32 in another order, through five blocks; relative to the norm of a gradient.
 GRADIENTS = 1e-4
 LOSSES = 2e-6
@@ -122,22 +119,9 @@ def test_arrays_stay_where_they_lie(sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_collectives(sizes, request):
-    """The kinds, numbers and bytes of what a step sends: an unintended one shows in a diff.
-
-    Where a change is meant, delete the file and run the test, which then writes it and fails once.
-    """
-    if jax.__version__ != GOLDEN_VERSION:
-        pytest.skip(f"how collectives are merged is the compiler's choice, here {GOLDEN_VERSION}'s")
-    text = run(tuple(sizes.items()))[3]
-    lines = [f"{c.kind:20}{c.count:6}{c.result_bytes:12,} bytes" for c in count_collectives(text)]
-    found = "\n".join(lines) + "\n"
-    path = GOLDEN / f"train_{request.node.callspec.id}.txt"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(found)
-        pytest.fail(f"wrote {path}: read it, and keep it if it is meant")
-    assert found == path.read_text()
+def test_collectives(sizes):
+    skip_other_versions()
+    check_collectives(run(tuple(sizes.items()))[3], f"train_{'_'.join(sizes)}")
 
 
 def test_muon_on_a_mesh():
