@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Trains nano from random weights: the curriculum whose result is packaged in v4jax/pretrained/nano.
 #
-#   bash launch/train_nano.sh [FIRST]      FIRST: stage to begin at, 1 to 8
+#   bash launch/train_nano.sh [FIRST]      FIRST: stage to begin at, 1 to 9
 #
-# On a CPU with two cores about four hours. Every stage is a run of v4jax train and goes on where it
-# stood; the last one's model is out/nano_8/model.
+# On a CPU with two cores about five hours. Every stage is a run of v4jax train and goes on where it
+# stood; the last one's model is out/nano_9/model.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_environment train
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 # The window each stage trains with; nano's own is 128.
-windows=(32 128 128 32 128 128 128 128)
+windows=(32 128 128 32 128 128 128 128 128)
 
 mkdir -p out
 python - <<'PY'
@@ -21,7 +21,7 @@ text = pathlib.Path("configs/nano.py").read_text()
 narrow = text.replace("    return config", "    config.sliding_window = 32\n    return config")
 pathlib.Path("out/nano_0.py").write_text(narrow)
 PY
-for ((stage = ${1:-1}; stage <= 8; stage++)); do
+for ((stage = ${1:-1}; stage <= 9; stage++)); do
   v4jax train --config="configs/train/nano_$stage.py" --noexport
   rm -rf "out/nano_$stage/start"
   v4jax convert --input="out/nano_$stage" --run="configs/train/nano_$stage.py" \
@@ -29,4 +29,4 @@ for ((stage = ${1:-1}; stage <= 8; stage++)); do
   next="${windows[stage]:-128}" # of the stage that comes
   sed -i "s/\"sliding_window\": [0-9]*/\"sliding_window\": $next/" "out/nano_$stage/start/config.json"
 done
-v4jax convert --input=out/nano_8 --run=configs/train/nano_8.py --output=out/nano_8/model
+v4jax convert --input=out/nano_9 --run=configs/train/nano_9.py --output=out/nano_9/model
