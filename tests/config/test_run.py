@@ -43,6 +43,7 @@ BAD = {
     "below a value": ({"steps.more": 1}, "steps.more cannot be set: steps holds a value"),
     "type": ({"steps": "many"}, "steps must be int, got 'many'"),
     "rule": ({"optimizer.beta1": 1.0}, "train.optimizer.beta1 must be in [0, 1), got 1.0"),
+    "count_gaps": ({"count_gaps": True}, "set data.gaps"),
     "schedule": ({"steps": 20}, "warmup_steps + decay_steps must not exceed train.steps = 20"),
     "both": (
         {"lora": {}, "quantization_aware": True}, "the base is quantized already",

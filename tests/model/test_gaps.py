@@ -1,5 +1,7 @@
 """Positions left out inside a document: windows end there, entries stay visible, far away."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from model.test_packing import MODE, make_model
 from v4jax.cache import split_entries
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
+from v4jax.model import training_pass
 from v4jax.model.training_pass import read_normed, run_rows
 from v4jax.quant import EntryFormat
 
@@ -66,6 +69,25 @@ def test_windows_do_not_reach_over_a_gap_and_entries_do():
     seen = logits(TOKENS, gap(640))
     assert np.abs(seen[128:] - alone[128:]).max() > 0.05
     assert np.abs(seen[128:] - logits(other, gap(640))[128:]).max() > 0.05
+
+
+def test_entries_count_for_what_is_left_out():
+    """Where n HCA entries are complete, they count for those of all positions before the query."""
+    tokens, skipped = jnp.asarray(TOKENS, jnp.int32), jnp.asarray(gap(1280), jnp.int32)[None]
+    begin, gaps = jnp.zeros_like(tokens), jnp.stack([skipped // 1280 * 128, skipped], axis=-1)
+    end, counted = jnp.full(1, ROW, jnp.int32), dataclasses.replace(MODE, count_gaps=True)
+    context = training_pass._make_context(tokens, begin, gaps, end, set(), counted)
+    complete = np.arange(1, 4)  # at the last token of each 128
+    standing = np.asarray(context.repeats)[0, 127::128] * complete
+    np.testing.assert_allclose(standing, np.array([1, 12, 13]), rtol=1e-6)
+    assert training_pass._make_context(tokens, begin, gaps, end, set(), MODE).repeats is None
+
+    def last(mode):
+        return run_rows(make_model(), tokens, begin, mode, skipped)[0]
+
+    plain, other = jax.jit(lambda: (last(MODE), last(counted)))()
+    np.testing.assert_array_equal(plain[:, :128], other[:, :128])
+    assert np.abs(plain[:, 128:] - other[:, 128:]).max() > 0.05
 
 
 @pytest.mark.parametrize("which", ["selected", "all", "repeated"])
