@@ -11,7 +11,7 @@ Counts the arrays of the abstract model and cache as the mesh splits them, trace
 device runs them, and bounds the time of a step by the chip's published peaks. Allocates nothing.
 
   v4jax plan --model=v4_flash --topology=v6e-16 --mesh=expert=16 --context=1048576 --batch=4
-  v4jax plan --model=v4_pro --topology=v6e-64 --mesh=expert=64 --regime=prefill --batch=1
+  v4jax plan --model=v4_pro --topology=v6e-64 --mesh=expert=32,tensor=2 --regime=prefill --batch=1
   v4jax plan --model=v4_flash --topology=v5p:4x4x8 --mesh=data=8,expert=16 --regime=train
     --context=4096 --batch=128
   v4jax plan --model=v4_flash --topology=v6e-16 --batch=4 --compile
