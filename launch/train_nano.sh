@@ -3,8 +3,8 @@
 #
 #   bash launch/train_nano.sh [FIRST]      FIRST: stage to begin at, 1 to 9
 #
-# On a CPU with two cores about five hours. Every stage is a run of v4jax train and goes on where it
-# stood; the last one's model is out/nano_9/model.
+# On a CPU with two cores about four hours, by the speed of the stages one by one. Every stage is a run
+# of v4jax train and goes on where it stood; the last one's model is out/nano_9/model.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_environment train

@@ -32,7 +32,7 @@ def make_stage(number, length, batch, needles, steps, *, dense, rate, **more):
     config.data = dict(
         sources=sources, length=length, batch=batch, gaps=gaps, packing=False, seed=number
     )
-    config.optimizer = dict(rate=rate, adamw_rate=0.4, warmup_steps=10, **more)
+    config.optimizer = dict(rate=rate, adamw_rate=0.4, warmup_steps=10) | more
     config.loss = dict(mtp_weight=0.0, bias_speed=0.003)
     config.indexer = "distill"
     config.dense_steps = dense

@@ -11,7 +11,7 @@ from model.test_packing import MODE, make_model
 from v4jax.cache import split_entries
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
-from v4jax.model import training_pass
+from v4jax.model.context import make_context
 from v4jax.model.training_pass import read_normed, run_rows
 from v4jax.quant import EntryFormat
 
@@ -74,13 +74,14 @@ def test_windows_do_not_reach_over_a_gap_and_entries_do():
 def test_entries_count_for_what_is_left_out():
     """Where n HCA entries are complete, they count for those of all positions before the query."""
     tokens, skipped = jnp.asarray(TOKENS, jnp.int32), jnp.asarray(gap(1280), jnp.int32)[None]
-    begin, gaps = jnp.zeros_like(tokens), jnp.stack([skipped // 1280 * 128, skipped], axis=-1)
-    end, counted = jnp.full(1, ROW, jnp.int32), dataclasses.replace(MODE, count_gaps=True)
-    context = training_pass._make_context(tokens, begin, gaps, end, set(), counted)
+    begin, counted = jnp.zeros_like(tokens), dataclasses.replace(MODE, count_gaps=True)
+    start, end = jnp.zeros(1, jnp.int32), jnp.full(1, ROW, jnp.int32)
+    places = {"begin": begin, "stretch": skipped // 1280 * 128, "skipped": skipped}
+    context = make_context(tokens, start, end, set(), **places, count_gaps=True)
     complete = np.arange(1, 4)  # at the last token of each 128
     standing = np.asarray(context.repeats)[0, 127::128] * complete
     np.testing.assert_allclose(standing, np.array([1, 12, 13]), rtol=1e-6)
-    assert training_pass._make_context(tokens, begin, gaps, end, set(), MODE).repeats is None
+    assert make_context(tokens, start, end, set(), **places).repeats is None
 
     def last(mode):
         return run_rows(make_model(), tokens, begin, mode, skipped)[0]

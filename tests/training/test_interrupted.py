@@ -20,7 +20,7 @@ from .test_trainer import lines_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = int(os.environ.get("V4JAX_KILLS", 2))
-STEPS = 8 * KILLS  # a start makes fewer than 8 before it is killed
+STEPS = 8 * KILLS  # room for what every start makes before it is killed
 
 
 def start(output: str) -> subprocess.Popen:

@@ -97,6 +97,7 @@ def attend_all(
       repeats: how often each entry counts for a query, as if the sequence had it so many times;
         goes with `stretch`.
     """
+    assert repeats is None or stretch is not None
     if stretch is not None and entries is None:
         begin = stretch
     if entries is None or (shares("read_entries") == 1 and stretch is None):

@@ -26,7 +26,7 @@ class Context:
       after the last such gap; windows begin there. None: where documents do.
     skipped [b, t]: positions left out before each token; goes with `stretch`.
     dense: CSA layers attend to every visible entry, as in training before selection is introduced.
-    repeats [b, t]: how often each HCA entry counts for a query; None: once.
+    repeats [b, t]: how often each HCA entry counts for a query; goes with `stretch`; None: once.
     """
 
     tokens: Int[Array, "b t"]
@@ -56,12 +56,20 @@ def make_context(
     stretch: Array | None = None,
     skipped: Array | None = None,
     dense: bool = False,
+    count_gaps: bool = False,
 ) -> Context:
-    """Returns the context of a call on tokens at positions start, start+1, …"""
+    """Returns the context of a call on tokens at positions start, start+1, …
+
+    Args:
+      count_gaps: HCA entries count for the skipped positions too.
+    """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     if begin is not None:
         positions = positions - jnp.maximum(begin, 0)
+    repeats = None
     if skipped is not None:
+        if count_gaps:
+            repeats = 1 + skipped / (positions + 1)
         positions = positions + skipped
     rotations = {rope: rotation(rope, positions) for rope in ropes}
-    return Context(tokens, start, end, rotations, begin, stretch, skipped, dense)
+    return Context(tokens, start, end, rotations, begin, stretch, skipped, dense, repeats)

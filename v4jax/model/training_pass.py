@@ -178,12 +178,8 @@ def _run_drafts(mode, weights, streams, following, begin, paired, gaps, end):
 def _make_context(tokens, begin, gaps, end, ropes, mode):
     start = own_start(jnp.zeros_like(end), tokens.shape[1])
     stretch, skipped = (None, None) if gaps is None else (gaps[..., 0], gaps[..., 1])
-    options = {"begin": begin, "stretch": stretch, "skipped": skipped, "dense": mode.dense}
-    context = make_context(tokens, start, end, ropes, **options)
-    if gaps is None or not mode.count_gaps:
-        return context
-    read = start[:, None] + jnp.arange(1, tokens.shape[1] + 1) - jnp.maximum(begin, 0)
-    return dataclasses.replace(context, repeats=1 + skipped / read)
+    gaps = {"stretch": stretch, "skipped": skipped, "count_gaps": mode.count_gaps}
+    return make_context(tokens, start, end, ropes, begin=begin, dense=mode.dense, **gaps)
 
 
 def _find_gaps(call, begin, skipped):
