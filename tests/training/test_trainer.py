@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import pathlib
 import resource
+import sys
+import types
 
 import jax
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from v4jax.config.loading import load_run
 from v4jax.config.run import EvaluationConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from v4jax.training.metrics import name_numbers, read_metrics
+from v4jax.tokenizer.vocabulary import BOS
+from v4jax.training.metrics import Metrics, name_numbers, read_metrics
 from v4jax.training.trainer import Trainer
 
 from . import mini_run
@@ -270,6 +273,27 @@ def test_receivers():
     assert b"imbalance/stack.prefix.1/0" in events and b"grad_norm" in events
 
 
+def test_weights_and_biases_goes_on_with_the_same_run(monkeypatch):
+    """Given a stand-in for its package: one id for all runs of a folder; numbers by path."""
+    begun, written = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            written.append((step, numbers))
+
+    def init(**options):
+        begun.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    folder = pathlib.Path.cwd()
+    for step in (1, 2):
+        metrics = Metrics(folder, ("wandb",), first_step=step)
+        metrics.write(step, {"loss": 2.0, "imbalance": {"a": [1.5]}, "samples": [{"written": "x"}]})
+    assert begun[0] == begun[1] and begun[0]["resume"] == "allow" and len(begun[0]["id"]) == 32
+    assert written == [(step, {"loss": 2.0, "imbalance/a/0": 1.5}) for step in (1, 2)]
+
+
 def test_evaluation_on_the_way():
     config = configured(steps=4)
     held_out = EvaluationConfig(dataclasses.replace(config.data, seed=3), every=2, batches=1)
@@ -283,6 +307,12 @@ def test_evaluation_on_the_way():
         (4, False),
         (4, True),
     ]
+    samples = lines[2]["samples"]
+    assert len(samples) == 2  # a row each
+    text = pathlib.Path("text.txt").read_text()
+    for sample in samples:
+        assert sample["prompt"].removeprefix(BOS) + sample["expected"] in text
+        assert sample["written"]
 
 
 @pytest.mark.slow

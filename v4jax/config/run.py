@@ -146,16 +146,22 @@ class EvaluationConfig:
 
     data: held-out text; its loss by position, and the indexer's recall. every: steps between two
     evaluations. batches: of `data`, the same every time.
+    samples: how many documents of the first batch have their first answer (of plain text: their
+    second half) written by the model, to be read beside what stands there; at most a row each.
+    sample_tokens: how long it is at most; each is a forward pass over the batch.
     """
 
     data: DataConfig
     every: int = 500
     batches: int = 4
+    samples: int = 2
+    sample_tokens: int = 32
 
     def __post_init__(self):
-        for field in ("every", "batches"):
+        for field in ("every", "batches", "sample_tokens"):
             value = getattr(self, field)
             require(value >= 1, f"evaluation.{field}", "must be at least 1", value)
+        require(self.samples >= 0, "evaluation.samples", "must not be negative", self.samples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@
 `model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
 included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
 expert over the mean, one number for each layer. Speeds leave out compiling and evaluating. Once
-attention is sparse `recall` is 1 by construction; `eval_recall` compares with full attention.
+attention is sparse `recall` is 1 by construction; `eval_recall` compares with full attention. The
+line of an evaluation also has the `samples` it wrote.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import math
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -116,7 +118,17 @@ def _open_receiver(name: str, folder: pathlib.Path):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(dir=str(folder), project="v4jax", name=folder.name, resume="allow")
+        # A run that is started again goes on in the same picture: its id is kept in its folder.
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex, encoding="utf-8")
+        run = wandb.init(
+            dir=str(folder),
+            project="v4jax",
+            name=folder.name,
+            id=kept.read_text(encoding="utf-8"),
+            resume="allow",
+        )
         return lambda step, numbers: run.log(numbers, step=step)
     from tensorboardX import SummaryWriter
 

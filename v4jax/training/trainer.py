@@ -50,6 +50,7 @@ from v4jax.training.placement import (
     put_batches,
     row_shares,
 )
+from v4jax.training.samples import build_writer, describe_sample, write_samples
 from v4jax.training.step import TrainState, build_step
 from v4jax.training.stopping import AskedToEnd, others_asked
 from v4jax.training.trainable import split_trained
@@ -151,6 +152,18 @@ class Trainer:
         with log.phase("evaluation") as phase:
             found = evaluate_text(self._evaluation, self.state, batches, self.frozen.layout)
             phase.note(f"step {self.step}", f"loss {found['eval_loss']:.3f}")
+        if evaluation.samples and batches:
+            found["samples"] = write_samples(
+                self._writer,
+                self.state,
+                batches[0],
+                self.tokenizer,
+                samples=evaluation.samples,
+                tokens=evaluation.sample_tokens,
+                layout=self.frozen.layout,
+            )
+            for sample in found["samples"]:
+                log.info(describe_sample(sample))
         self.metrics.write(self.step, found)
         return found
 
@@ -193,6 +206,10 @@ class Trainer:
     @functools.cached_property
     def _evaluation(self):
         return build_evaluation(self.frozen)
+
+    @functools.cached_property
+    def _writer(self):
+        return build_writer(self.frozen)
 
     def _open_data(self, data: DataConfig) -> Loader:
         index, count = row_shares(self.frozen.layout)
