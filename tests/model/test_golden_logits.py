@@ -16,7 +16,11 @@ from oracle.test_oracles import J4_CONFIG, J4_IDS, J4_MTP_TABLE, J4_TABLE
 
 from v4jax.checkpoint import names
 from v4jax.config.numerics import FLOAT32
+from v4jax.config.run import LossConfig
+from v4jax.model.training_pass import Mode
 from v4jax.model.transformer import read_drafts, read_logits, run_layers
+from v4jax.training.batch import Batch
+from v4jax.training.losses import compute_losses, count_totals
 
 from . import loaded
 
@@ -155,6 +159,27 @@ def plain():
     return Plain(np.asarray(logits_tv), drafts_tv, (main, mtp, total), by_name(model, gradients))
 
 
+@pytest.fixture(scope="module")
+def trained(plain):
+    """The same losses and gradients by training's own functions: tiles of logits, layers computed
+    again in the backward pass. What it does not give is as in `plain`.
+    """
+    model = loaded.load(J4_TENSORS, J4_CONFIG)
+    tokens = jnp.asarray(J4_IDS[None], jnp.int32)
+    batch = Batch(tokens, jnp.ones(tokens.shape), jnp.zeros_like(tokens))
+    totals = count_totals(batch, model.config)
+    config = LossConfig(mtp_weight=MTP_WEIGHT, balance_weight=0.0)
+    definition, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest):
+        model = nnx.merge(definition, params, rest)
+        total, parts = compute_losses(model, batch, totals, config, Mode())
+        return total, (parts["loss"], parts["mtp_loss"])
+
+    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest)
+    return dataclasses.replace(plain, losses=(*parts, total), gradients=by_name(model, gradients))
+
+
 @dataclasses.dataclass
 class Plain:
     """What one pass forward and back through the specification's model gives."""
@@ -230,16 +255,20 @@ def test_specified_logits_with_quantizers(specified):
         check_table(table[True], made, SPECIFIED_QAT_MAX)
 
 
-def test_losses(plain):
-    np.testing.assert_allclose(plain.losses, [MAIN_LOSS, MTP_LOSS, LOSS], 0, LOSS_ABSOLUTE)
+@pytest.mark.parametrize("by", ["plain", "trained"])
+def test_losses(by, request):
+    losses = request.getfixturevalue(by).losses
+    np.testing.assert_allclose(losses, [MAIN_LOSS, MTP_LOSS, LOSS], 0, LOSS_ABSOLUTE)
 
 
-def test_gradient_norms(plain):
+@pytest.mark.parametrize("by", ["plain", "trained"])
+def test_gradient_norms(by, request):
+    gradients = request.getfixturevalue(by).gradients
     for name, norm in GRADIENT_NORMS.items():
-        found = np.linalg.norm(plain.gradients[name].astype(np.float64))
+        found = np.linalg.norm(gradients[name].astype(np.float64))
         limit = GRADIENT_RELATIVE * norm + PRINTED_GRADIENT
         assert abs(found - norm) < limit, f"{name}: {found} instead of {norm}"
-    total = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in plain.gradients.values()))
+    total = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
     assert total == pytest.approx(GLOBAL_NORM, rel=GRADIENT_RELATIVE)
 
 
