@@ -1,10 +1,11 @@
-"""Buckets are read like folders: the model, its tokenizer, the documents of a batch."""
+"""Buckets are used like folders: models, documents, answers."""
 
 import importlib
 import json
 import os
 import sys
 
+import folder_bucket
 import jax
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from v4jax.checkpoint import safetensors_file
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import TrainConfig
 from v4jax.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
-from v4jax.files import RemotePath, open_bytes, to_path
+from v4jax.files import (
+    RemotePath,
+    check_writable,
+    is_same_file,
+    open_bytes,
+    read_all,
+    remove_all,
+    to_path,
+)
 from v4jax.inference import BatchJob, run_batch
 from v4jax.inference.documents import open_path, read_lines
 from v4jax.tokenizer import load_tokenizer
@@ -63,8 +72,8 @@ def test_checkpoint(bucket, tmp_path, monkeypatch):
 
 def test_part_of_a_tensor(bucket, tmp_path):
     values = np.arange(600, dtype=np.float32).reshape(20, 30)
-    (tensor,) = safetensors_file.write_header(tmp_path / "x", {"w": ("F32", values.shape)})
-    safetensors_file.write_tensor(tensor, values)
+    header, (tensor,) = safetensors_file.encode_header({"w": ("F32", values.shape)})
+    (tmp_path / "x").write_bytes(header + safetensors_file.as_bytes(tensor, values))
     upload(tmp_path, bucket)
     (tensor,) = safetensors_file.read_header(to_path(f"{bucket}/x"))
     box = (slice(3, 9), slice(10, 20))
@@ -95,13 +104,25 @@ def test_batch(bucket, tmp_path):
     assert (summary.documents, summary.failed) == (1, 0)
     answer = json.loads(output.read_text())
     assert answer["line"] == 1 and answer["tokens"]["document"] == len("A text that is read.") + 2
+    # And writes its output there.
+    job = BatchJob(f"{bucket}/in/docs.jsonl", f"{bucket}/out/answers.jsonl", {})
+    assert run_batch(job, make_engine).documents == 1
+    assert system.cat_file(job.output) == output.read_bytes()
+    assert system.find(f"{bucket}/out") == ["/bucket/out/answers.jsonl"]
+
+    def load():
+        raise AssertionError("nothing is left to do")
+
+    assert run_batch(job, load).documents == 1
+    with pytest.raises(RequestError, match="input and output are the same file"):
+        run_batch(BatchJob(job.input, job.input, {}), load)
 
 
 @pytest.mark.parametrize("scheme, extra, module", [("gs", "gcs", "gcsfs"), ("s3", "s3", "s3fs")])
 def test_missing_library(monkeypatch, scheme, extra, module):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
-    expected = f"{scheme}://b/m: reading from {scheme}:// needs the extra {extra}; pip install "
+    expected = f"{scheme}://b/m: {scheme}:// needs the extra {extra}; pip install "
     with pytest.raises(UnsupportedError, match=expected):
         v4jax.load(f"{scheme}://b/m")
 
@@ -128,6 +149,54 @@ def test_file_of_a_bucket(bucket):
     path = to_path(f"{bucket}/x")
     assert (path.name, path.exists(), path.is_file(), path.is_dir()) == ("x", True, True, False)
     assert to_path(bucket + "/").is_dir() and list(to_path(bucket).iterdir()) == [path]
+
+
+def test_writing(bucket):
+    path = to_path(f"{bucket}/x/y.txt")
+    path.write_text("ä")
+    assert path.read_bytes() == "ä".encode() and path.with_name("z.txt").url == f"{bucket}/x/z.txt"
+    with pytest.raises(FileExistsError):
+        path.create(b"other")
+    assert path.read_text() == "ä"
+    path.write_blocks(iter([b"one", memoryview(b"two")]))
+    assert path.read_bytes() == b"onetwo"
+    others = [to_path(f"{bucket}/x/{i}") for i in range(3)]
+    for i, other in enumerate(others):
+        other.create(bytes([i]))
+    assert read_all(others) == [b"\0", b"\1", b"\2"] and read_all([]) == []
+    remove_all(others[:2])
+    path.unlink()
+    assert list(to_path(f"{bucket}/x").iterdir()) == others[2:]
+    check_writable(f"{bucket}/x/new")
+    assert list(to_path(f"{bucket}/x").iterdir()) == others[2:]  # and nothing is left of it
+
+
+def test_a_block_that_does_not_come_leaves_nothing(tmp_path):
+    """Neither a part of the file, nor the loss of what was there."""
+
+    def blocks():
+        yield b"new"
+        raise KeyboardInterrupt
+
+    folder_bucket.install(tmp_path)
+    try:
+        for before in (None, b"old"):
+            path = to_path("s3://bucket/x")
+            if before:
+                path.write_bytes(before)
+            with pytest.raises(KeyboardInterrupt):
+                path.write_blocks(blocks())
+            assert (path.read_bytes() if path.is_file() else None) == before
+    finally:
+        folder_bucket.uninstall()
+
+
+def test_same_file(tmp_path):
+    (tmp_path / "a").write_text("")
+    os.link(tmp_path / "a", tmp_path / "b")
+    assert is_same_file(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert is_same_file("none", "./none") and not is_same_file("none", "other")
+    assert is_same_file("gs://b/x", "gs://b/x") and not is_same_file("gs://b/x", "b/x")
 
 
 def test_run_in_a_bucket():
