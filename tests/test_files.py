@@ -68,6 +68,24 @@ def test_checkpoint(bucket, tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in leaves)
     assert found.folder == to_path(f"{bucket}/m")
     assert load_tokenizer(found.folder).encode("ab") == [97, 98]
+    # Written where it was read: the same files, byte for byte; and nothing where that fails.
+    v4jax.save(found, f"{bucket}/saved", format="transformers")
+    files = {path.name: path.read_bytes() for path in to_path(f"{bucket}/saved").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    with pytest.raises(CheckpointError, match="memory://bucket/saved exists and is not empty"):
+        v4jax.save(found, f"{bucket}/saved")
+    real = RemotePath.write_bytes
+
+    def refuse(path, data):
+        if path.name == "config.json":
+            raise OSError("RuntimeError: 503 Slow Down")
+        real(path, data)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", refuse)
+    message = "memory://bucket/other cannot be written: RuntimeError: 503 Slow Down; nothing was"
+    with pytest.raises(CheckpointError, match=message):
+        v4jax.save(found, f"{bucket}/other", format="transformers")
+    assert not to_path(f"{bucket}/other").exists()
 
 
 def test_part_of_a_tensor(bucket, tmp_path):
@@ -199,7 +217,20 @@ def test_same_file(tmp_path):
     assert is_same_file("gs://b/x", "gs://b/x") and not is_same_file("gs://b/x", "b/x")
 
 
-def test_run_in_a_bucket():
+RUNS = {
+    "checkpoints that Orbax cannot write": (
+        {"output": "s3://b/run"},
+        r"train.output must be on a disk or in gs:// .*, got 's3://b/run'",
+    ),
+    "a receiver that writes to a disk": (
+        {"output": "gs://b/run", "report_to": ("tensorboard",)},
+        r"train.report_to must be empty with an output in a bucket .*, got \('tensorboard',\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, message", RUNS.values(), ids=RUNS.keys())
+def test_run_in_a_bucket(fields, message):
     data = DataConfig((SourceConfig("text", ("a.txt",)),), length=128, batch=1)
-    with pytest.raises(ConfigError, match=r"train.output must be on a disk .*, got 'gs://b/run'"):
-        TrainConfig(model="tiny", output="gs://b/run", data=data)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(model="tiny", data=data, **fields)

@@ -14,7 +14,6 @@ is complete or absent, on a disk and in a bucket (`new_folder.py`).
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -96,12 +95,12 @@ def write_model(
     _warn_of_rounding(model, pieces)
     files = name_files(plan_shards(list(pieces.values()), shard_bytes))
     index, config = build_index(files), _config(model.config, format, pieces)
-    carry_from = carry_from or model.folder
+    carried = _read_carried(carry_from or model.folder)
     with log.phase("save", f"writing {folder} as {format}") as phase, new_folder(folder) as target:
         _write_tensors(model, format, pieces, files, target)
         target.write_text(INDEX_NAME, _to_json(index))
         target.write_text("generation_config.json", _to_json(_generation_config(model.config)))
-        for name, data in _carried(carry_from):
+        for name, data in carried.items():
             target.write_bytes(name, data)
         target.write_text(CONFIG_NAME, _to_json(config))  # last: what makes it a checkpoint
         total = log.format_bytes(index["metadata"]["total_size"])
@@ -255,11 +254,17 @@ def _write_tensors(model, format, pieces, files, target) -> None:
             target.write_tensors(name, contents, read)
 
 
-def _carried(folder: str | pathlib.Path | RemotePath | None) -> Iterator[tuple[str, bytes]]:
-    """Yields the tokenizer files of a folder; process 0 needs them."""
-    for name in CARRIED_FILES if folder is not None and not jax.process_index() else ():
-        if (to_path(folder) / name).is_file():
-            yield name, (to_path(folder) / name).read_bytes()
+def _read_carried(folder: str | pathlib.Path | RemotePath | None) -> dict[str, bytes]:
+    """Returns the tokenizer files of a folder, on process 0, which writes them."""
+    if folder is None or jax.process_index():
+        return {}
+    try:
+        paths = [to_path(folder) / name for name in CARRIED_FILES]
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def _config(config: ModelConfig, format: Format, pieces: dict[Place, list[Piece]]) -> dict:
