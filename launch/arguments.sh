@@ -68,14 +68,14 @@ need_job() {
     fail "the job must begin with one of: ${V4JAX_VERBS[*]}; got '${job[0]}'"
 }
 
-# refuse_remote REMEDY  v4jax reads and writes files of a file system only.
-refuse_remote() {
-  local argument
-  for argument in "${job[@]}"; do
-    if [[ "$argument" =~ ^--[a-z_]+=(gs|s3):// ]]; then
-      fail "${argument%%=*}: v4jax does not read or write ${argument#*=} yet; $1"
-    fi
-  done
+# list_extras EXTRA…  prints what to install beside v4jax, as in "tpu,gcs": the extras given, and
+# those that the verb and the paths of the job need.
+list_extras() {
+  local IFS=, extras=("$@")
+  [[ "${job[0]}" != train ]] || extras+=(train)
+  [[ "${job[*]}" != *gs://* ]] || extras+=(gcs)
+  [[ "${job[*]}" != *s3://* ]] || extras+=(s3)
+  echo "${extras[*]}"
 }
 
 has_flag() {

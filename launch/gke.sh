@@ -2,7 +2,7 @@
 # A job on TPUs of a Kubernetes cluster at Google (GKE).
 #
 #   bash launch/gke.sh --name=reader --accelerator=v6e-8 --image=IMAGE --bucket=my-bucket --shards=16 \
-#     -- batch --model=/bucket/v4-flash --input=/bucket/docs.jsonl --output=/bucket/answers.jsonl
+#     -- batch --model=/bucket/v4-flash --input=gs://my-bucket/docs.jsonl --output=gs://my-bucket/answers.jsonl
 #   bash launch/gke.sh --name=tuning --accelerator=v5p-128 --image=IMAGE -- train --config=…
 #
 # batch becomes an Indexed Job: every index is one host with its part of the input (--shard=auto/N),
@@ -12,12 +12,13 @@
 #   --name=NAME              of the job
 #   --accelerator=TYPE       v5e-N and v6e-N count chips, v5p-N and tpu7x-N cores (two a chip); the
 #                            cluster needs a node pool of this type and topology
-#   --image=IMAGE            a container image in which v4jax[tpu] is installed
+#   --image=IMAGE            a container image in which v4jax[tpu] is installed; for paths in gs:// and
+#                            s3:// v4jax[tpu,gcs] and v4jax[tpu,s3], for train v4jax[tpu,train]
 #   --shards=N               batch: parts of the input (default 1)
 #   --at_once=N              batch: parts worked on at a time (default: all)
 #   --slices=N               train: slices joined by the data-center network (default 1)
 #   --bucket=BUCKET          mounts gs://BUCKET as /bucket (the cluster's Cloud Storage FUSE driver)
-#   --service_account=NAME   Kubernetes service account that may read and write the bucket
+#   --service_account=NAME   Kubernetes service account that may read and write the bucket, mounted or not
 #   --namespace=NAME         default: default
 #   --spot                   on spot nodes
 #   --dry-run                prints the manifest instead of applying it
@@ -36,7 +37,6 @@ need_number shards at_once slices
 [[ "$image" =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || fail "--image must be the name of a container image, got '$image'"
 [[ "$bucket" =~ ^([a-z0-9][-a-z0-9._]+)?$ ]] || fail "--bucket must be a bucket's name without gs://, got '$bucket'"
 need_job
-refuse_remote "mount the bucket with --bucket=NAME and name the file /bucket/…"
 
 # accelerator → GKE's name, topology, chips of a host, hosts
 case "$accelerator" in

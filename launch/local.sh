@@ -24,13 +24,13 @@ processes=2 devices=1 logs=out/local
 read_options processes devices logs -- "$@"
 need_number processes devices
 need_job
-refuse_remote "copy it to a local disk"
 [[ "${job[0]}" != convert || "$processes" == 1 ]] ||
   fail "convert runs in one process; add --processes=1"
 ! has_flag shard || ((processes == 1)) || fail "--shard is set here, one for each process; leave it out"
 
 # Before they start: processes that make the same environment at once would disturb each other.
-[[ -n "$dry_run" ]] || { (cd "$V4JAX_ROOT" && make_environment); mkdir -p "$logs"; }
+extras="$(list_extras)"
+[[ -n "$dry_run" ]] || { (cd "$V4JAX_ROOT" && make_environment "$extras"); mkdir -p "$logs"; }
 
 # A number of its own for each start; the dry run shows the word.
 port=$((20000 + $$ % 20000))
@@ -44,6 +44,7 @@ for ((i = 0; i < processes; i++)); do
     "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}"
     "XLA_FLAGS=--xla_force_host_platform_device_count=$devices${XLA_FLAGS:+ $XLA_FLAGS}"
   )
+  [[ -z "$extras" ]] || settings+=("V4JAX_EXTRAS=$extras")
   flags=("${job[@]}")
   if ((processes > 1)); then
     case "${job[0]}" in

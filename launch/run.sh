@@ -3,7 +3,8 @@
 #
 #   bash launch/run.sh VERB FLAGS…      as in: bash launch/run.sh batch --help
 #
-#   V4JAX_EXTRAS=tpu    what to install beside v4jax: tpu, cuda, or nothing for the CPU
+#   V4JAX_EXTRAS=tpu,gcs    what to install beside v4jax: tpu, cuda, or nothing for the CPU; gcs, s3
+#                           for paths in buckets; train
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 here="$OLDPWD" # paths in flags are relative to where the command was given

@@ -15,7 +15,7 @@
 #   --dry-run             prints the script instead of submitting it
 #
 # One process per machine sees all of its GPUs. Repository and paths have to be on a file system that
-# all machines share. A task of an array that failed continues when it is submitted again.
+# all machines share, or paths in gs:// or s3://. A task of an array that failed continues when it is submitted again.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$V4JAX_ROOT/launch/arguments.sh"
@@ -26,7 +26,6 @@ read_options name nodes gpus shards partition account time -- "$@"
 need_name name
 need_number nodes gpus shards
 need_job
-refuse_remote "copy it to the cluster's file system"
 [[ "$partition$account" =~ ^[A-Za-z0-9_.-]*$ ]] || fail "--partition and --account are names, got '$partition' and '$account'"
 [[ -z "$time" || "$time" =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time must be [D-]HH:MM:SS, got '$time'"
 [[ "${job[0]}" == train || "$nodes" == 1 ]] || fail "${job[0]} runs on one machine, got --nodes=$nodes; for batch use --shards=$nodes"
@@ -43,6 +42,7 @@ lines=(
 [[ -z "$partition" ]] || lines+=("#SBATCH --partition=$partition")
 [[ -z "$account" ]] || lines+=("#SBATCH --account=$account")
 [[ -z "$time" ]] || lines+=("#SBATCH --time=$time")
+extras="$(list_extras cuda)"
 flags=("${job[@]}")
 if ((shards > 1)); then
   lines+=("#SBATCH --array=0-$((shards - 1))" "#SBATCH --output=$name-%A-%a.log")
@@ -51,7 +51,7 @@ else
   lines+=("#SBATCH --output=$name-%j.log")
 fi
 lines+=(
-  "export V4JAX_EXTRAS=cuda"
+  "export V4JAX_EXTRAS=$extras"
   "# When one process of a job fails the others cannot go on."
   "srun --kill-on-bad-exit=1 bash $(quote "$V4JAX_ROOT/launch/run.sh" "${flags[@]}")"
 )
@@ -62,6 +62,6 @@ if [[ -n "$dry_run" ]]; then
   exit 0
 fi
 command -v sbatch >/dev/null || fail "sbatch is not here; start this on a login node of the cluster. --dry-run works anywhere"
-make_environment cuda # once, here: many machines making the same folder would disturb each other
+make_environment "$extras" # once, here: many machines making the same folder would disturb each other
 cd "$here"
 sbatch <<<"$script"

@@ -4,7 +4,7 @@
 #   bash launch/tpu_vm.sh create --name=reader --zone=us-east5-b --accelerator=v6e-8 --spot
 #   bash launch/tpu_vm.sh wait   --name=reader --zone=us-east5-b
 #   bash launch/tpu_vm.sh run    --name=reader --zone=us-east5-b --accelerator=v6e-8 --bucket=my-bucket \
-#     -- batch --model=/bucket/v4-flash --input=/bucket/docs.jsonl --output=/bucket/answers.jsonl
+#     -- batch --model=/bucket/v4-flash --input=gs://my-bucket/docs.jsonl --output=gs://my-bucket/answers.jsonl
 #   bash launch/tpu_vm.sh delete --name=reader --zone=us-east5-b
 #
 # Steps: create, wait, run, delete; `all` is the four in this order, and deletes even when the job
@@ -17,7 +17,8 @@
 #   --project=PROJECT    default: that of gcloud's configuration
 #   --spot               cheaper; can be taken away at any time. A batch continues when started again
 #   --minutes=M          how long `wait` waits (default 120)
-#   --bucket=BUCKET      mounts gs://BUCKET as /bucket on every host (gcsfuse has to be installed there)
+#   --bucket=BUCKET      mounts gs://BUCKET as /bucket on every host (gcsfuse has to be installed there);
+#                        paths in gs:// and s3:// need no mount, only a service account that may use them
 #   --dry-run            prints the commands instead
 #
 # `run` copies the last commit of this repository to every host, and installs it there with [tpu].
@@ -99,7 +100,7 @@ run_job() {
     remote+="command -v gcsfuse >/dev/null || { echo 'launch: error: gcsfuse is not installed on this host' >&2; exit 1; }; "
     remote+="mountpoint -q /bucket || { sudo mkdir -p /bucket; sudo chown \$(id -u) /bucket; gcsfuse --implicit-dirs $bucket /bucket; }; "
   fi
-  remote+="V4JAX_EXTRAS=tpu bash ~/v4jax/launch/run.sh $(quote "${job[@]}")"
+  remote+="V4JAX_EXTRAS=$(list_extras tpu) bash ~/v4jax/launch/run.sh $(quote "${job[@]}")"
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:v4jax.tar.gz" "${place[@]}" --worker=all
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$remote"
@@ -113,7 +114,6 @@ case "$step" in create | run | all) read_accelerator ;; esac
 case "$step" in
   run | all)
     need_job
-    refuse_remote "mount the bucket with --bucket=NAME and name the file /bucket/…"
     [[ "${job[0]}" == train || "$hosts" == 1 ]] ||
       fail "${job[0]} runs on one host, and $accelerator has $hosts; take a slice of one host, at most v5e-8, v6e-8 or v5p-8"
     ;;

@@ -1,10 +1,11 @@
-"""Buckets are read like folders: the model, its tokenizer, the documents of a batch."""
+"""Buckets are used like folders: models, documents, answers."""
 
 import importlib
 import json
 import os
 import sys
 
+import folder_bucket
 import jax
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from v4jax.checkpoint import safetensors_file
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import TrainConfig
 from v4jax.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
-from v4jax.files import RemotePath, open_bytes, to_path
+from v4jax.files import (
+    RemotePath,
+    check_writable,
+    is_same_file,
+    open_bytes,
+    read_all,
+    remove_all,
+    to_path,
+)
 from v4jax.inference import BatchJob, run_batch
 from v4jax.inference.documents import open_path, read_lines
 from v4jax.tokenizer import load_tokenizer
@@ -59,12 +68,30 @@ def test_checkpoint(bucket, tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in leaves)
     assert found.folder == to_path(f"{bucket}/m")
     assert load_tokenizer(found.folder).encode("ab") == [97, 98]
+    # Written where it was read: the same files, byte for byte; and nothing where that fails.
+    v4jax.save(found, f"{bucket}/saved", format="transformers")
+    files = {path.name: path.read_bytes() for path in to_path(f"{bucket}/saved").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    with pytest.raises(CheckpointError, match="memory://bucket/saved exists and is not empty"):
+        v4jax.save(found, f"{bucket}/saved")
+    real = RemotePath.write_bytes
+
+    def refuse(path, data):
+        if path.name == "config.json":
+            raise OSError("RuntimeError: 503 Slow Down")
+        real(path, data)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", refuse)
+    message = "memory://bucket/other cannot be written: RuntimeError: 503 Slow Down; nothing was"
+    with pytest.raises(CheckpointError, match=message):
+        v4jax.save(found, f"{bucket}/other", format="transformers")
+    assert not to_path(f"{bucket}/other").exists()
 
 
 def test_part_of_a_tensor(bucket, tmp_path):
     values = np.arange(600, dtype=np.float32).reshape(20, 30)
-    (tensor,) = safetensors_file.write_header(tmp_path / "x", {"w": ("F32", values.shape)})
-    safetensors_file.write_tensor(tensor, values)
+    header, (tensor,) = safetensors_file.encode_header({"w": ("F32", values.shape)})
+    (tmp_path / "x").write_bytes(header + safetensors_file.as_bytes(tensor, values))
     upload(tmp_path, bucket)
     (tensor,) = safetensors_file.read_header(to_path(f"{bucket}/x"))
     box = (slice(3, 9), slice(10, 20))
@@ -95,13 +122,25 @@ def test_batch(bucket, tmp_path):
     assert (summary.documents, summary.failed) == (1, 0)
     answer = json.loads(output.read_text())
     assert answer["line"] == 1 and answer["tokens"]["document"] == len("A text that is read.") + 2
+    # And writes its output there.
+    job = BatchJob(f"{bucket}/in/docs.jsonl", f"{bucket}/out/answers.jsonl", {})
+    assert run_batch(job, make_engine).documents == 1
+    assert system.cat_file(job.output) == output.read_bytes()
+    assert system.find(f"{bucket}/out") == ["/bucket/out/answers.jsonl"]
+
+    def load():
+        raise AssertionError("nothing is left to do")
+
+    assert run_batch(job, load).documents == 1
+    with pytest.raises(RequestError, match="input and output are the same file"):
+        run_batch(BatchJob(job.input, job.input, {}), load)
 
 
 @pytest.mark.parametrize("scheme, extra, module", [("gs", "gcs", "gcsfs"), ("s3", "s3", "s3fs")])
 def test_missing_library(monkeypatch, scheme, extra, module):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
-    expected = f"{scheme}://b/m: reading from {scheme}:// needs the extra {extra}; pip install "
+    expected = f"{scheme}://b/m: {scheme}:// needs the extra {extra}; pip install "
     with pytest.raises(UnsupportedError, match=expected):
         v4jax.load(f"{scheme}://b/m")
 
@@ -130,7 +169,68 @@ def test_file_of_a_bucket(bucket):
     assert to_path(bucket + "/").is_dir() and list(to_path(bucket).iterdir()) == [path]
 
 
-def test_run_in_a_bucket():
+def test_writing(bucket):
+    path = to_path(f"{bucket}/x/y.txt")
+    path.write_text("ä")
+    assert path.read_bytes() == "ä".encode() and path.with_name("z.txt").url == f"{bucket}/x/z.txt"
+    with pytest.raises(FileExistsError):
+        path.create(b"other")
+    assert path.read_text() == "ä"
+    path.write_blocks(iter([b"one", memoryview(b"two")]))
+    assert path.read_bytes() == b"onetwo"
+    others = [to_path(f"{bucket}/x/{i}") for i in range(3)]
+    for i, other in enumerate(others):
+        other.create(bytes([i]))
+    assert read_all(others) == [b"\0", b"\1", b"\2"] and read_all([]) == []
+    remove_all(others[:2])
+    path.unlink()
+    assert list(to_path(f"{bucket}/x").iterdir()) == others[2:]
+    check_writable(f"{bucket}/x/new")
+    assert list(to_path(f"{bucket}/x").iterdir()) == others[2:]  # and nothing is left of it
+
+
+def test_a_block_that_does_not_come_leaves_nothing(tmp_path):
+    """Neither a part of the file, nor the loss of what was there."""
+
+    def blocks():
+        yield b"new"
+        raise KeyboardInterrupt
+
+    folder_bucket.install(tmp_path)
+    try:
+        for before in (None, b"old"):
+            path = to_path("s3://bucket/x")
+            if before:
+                path.write_bytes(before)
+            with pytest.raises(KeyboardInterrupt):
+                path.write_blocks(blocks())
+            assert (path.read_bytes() if path.is_file() else None) == before
+    finally:
+        folder_bucket.uninstall()
+
+
+def test_same_file(tmp_path):
+    (tmp_path / "a").write_text("")
+    os.link(tmp_path / "a", tmp_path / "b")
+    assert is_same_file(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert is_same_file("none", "./none") and not is_same_file("none", "other")
+    assert is_same_file("gs://b/x", "gs://b/x") and not is_same_file("gs://b/x", "b/x")
+
+
+RUNS = {
+    "checkpoints that Orbax cannot write": (
+        {"output": "s3://b/run"},
+        r"train.output must be on a disk or in gs:// .*, got 's3://b/run'",
+    ),
+    "a receiver that writes to a disk": (
+        {"output": "gs://b/run", "report_to": ("tensorboard",)},
+        r"train.report_to must be empty with an output in a bucket .*, got \('tensorboard',\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, message", RUNS.values(), ids=RUNS.keys())
+def test_run_in_a_bucket(fields, message):
     data = DataConfig((SourceConfig("text", ("a.txt",)),), length=128, batch=1)
-    with pytest.raises(ConfigError, match=r"train.output must be on a disk .*, got 'gs://b/run'"):
-        TrainConfig(model="tiny", output="gs://b/run", data=data)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(model="tiny", data=data, **fields)

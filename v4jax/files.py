@@ -1,19 +1,24 @@
-"""Where files can be: on a disk of this machine or in a bucket (gs://, s3://), read the same way.
+"""Where files can be: on a disk of this machine or in a bucket (gs://, s3://), used the same way.
 
     folder = to_path("s3://models/v4-flash")   # a pathlib.Path, or a RemotePath with its methods
     (folder / "config.json").read_text()
     with open_bytes(folder / "model-00001.safetensors") as file: ...   # seek, readinto
+    (folder / "run.png").write_bytes(data)
 
-Buckets are read through fsspec, a request for each range of bytes asked for; whose libraries are
-extras: `pip install 'v4jax[gcs]'`, `'v4jax[s3]'`. Whatever they raise becomes an OSError. Nothing
-here writes: objects of a bucket can be neither appended to nor changed in place.
+Buckets are used through fsspec, whose libraries are extras: `pip install 'v4jax[gcs]'`,
+`'v4jax[s3]'`. Reading asks for ranges of bytes. An object is written whole: it is there when the
+call returns and not before, whatever ends the process, and can be neither appended to nor changed
+in place. `create` writes it only where there is none, which of several writers one can do.
+Whatever the libraries raise becomes an OSError.
 """
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from v4jax.errors import UnsupportedError
@@ -28,7 +33,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def to_path(path: "str | os.PathLike | RemotePath") -> "pathlib.Path | RemotePath":
-    """Returns a path as an object to read through.
+    """Returns a path as an object to read and write through.
 
     Raises:
       UnsupportedError: it names a bucket, and the library for it is not installed.
@@ -51,9 +56,58 @@ def open_bytes(path: "str | os.PathLike | RemotePath") -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
+def is_same_file(first: str, second: str) -> bool:
+    """Whether two paths name one file; neither has to be there."""
+    if is_remote(first) or is_remote(second):
+        return first.rstrip("/") == second.rstrip("/")
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    return os.path.abspath(first) == os.path.abspath(second)
+
+
+def check_writable(path: "str | os.PathLike | RemotePath") -> None:
+    """Raises now, and not after hours of work, unless a file of this name could be written.
+
+    Raises:
+      OSError: it could not; the message says why.
+      UnsupportedError: as `to_path`.
+    """
+    path = to_path(path)
+    if isinstance(path, RemotePath):
+        probe = path.with_name(f"{path.name}.writable-{uuid.uuid4().hex[:8]}")
+        probe.write_bytes(b"v4jax asks whether it may write here\n")
+        probe.unlink()
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    elif not os.access(path.absolute().parent, os.W_OK):
+        raise OSError("its folder is missing, or may not be written")
+
+
+def read_all(paths: "Sequence[RemotePath]") -> list[bytes]:
+    """Returns the contents of objects of one bucket, asked for side by side.
+
+    Raises:
+      OSError: one cannot be read.
+    """
+    if not paths:
+        return []
+    with _as_os_error():
+        urls = [path.url for path in paths]
+        bounds = [None] * len(urls)
+        return paths[0].system().cat_ranges(urls, bounds, bounds, on_error="raise")
+
+
+def remove_all(paths: "Sequence[RemotePath]") -> None:
+    """Removes objects of one bucket, in no order; one that is gone already is no error."""
+    if not paths:
+        return
+    with _as_os_error(), contextlib.suppress(FileNotFoundError):
+        paths[0].system().rm([path.url for path in paths])
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder in a bucket, with those of pathlib's methods that reading needs."""
+    """A file or folder in a bucket, with those of pathlib's methods that are used here."""
 
     url: str
 
@@ -76,6 +130,10 @@ class RemotePath:
         """The extension with its dot."""
         return pathlib.PurePosixPath(self.url).suffix
 
+    def with_name(self, name: str) -> "RemotePath":
+        """Returns the path beside this one."""
+        return RemotePath(f"{self.url.rsplit('/', 1)[0]}/{name}")
+
     def system(self) -> Any:
         """Returns fsspec's file system for the path.
 
@@ -89,7 +147,7 @@ class RemotePath:
             return fsspec.filesystem(scheme.removesuffix("://"))
         except ImportError as error:
             raise UnsupportedError(
-                f"{self.url}: reading from {scheme} needs the extra {EXTRAS[scheme]}; "
+                f"{self.url}: {scheme} needs the extra {EXTRAS[scheme]}; "
                 f"pip install 'v4jax[{EXTRAS[scheme]}]'"
             ) from error
 
@@ -138,6 +196,55 @@ class RemotePath:
     def read_text(self, encoding: str = "utf-8") -> str:
         """Returns the whole file as text."""
         return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Writes the whole file, over one that is there."""
+        with _as_os_error():
+            self.system().pipe_file(self.url, data)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        """Writes the whole file as text."""
+        self.write_bytes(text.encode(encoding))
+
+    def create(self, data: bytes) -> None:
+        """Writes a file that must not be there; the bucket sees to it that one writer succeeds.
+
+        Raises:
+          FileExistsError: it is there.
+          OSError: it cannot be written.
+        """
+        try:
+            with _as_os_error():
+                self.system().pipe_file(self.url, data, mode="create")
+        except FileExistsError:
+            # A request whose answer was lost is repeated, and then finds what it wrote itself.
+            if self.read_bytes() != data:
+                raise
+
+    def write_blocks(self, blocks: Iterable[bytes | memoryview]) -> None:
+        """Writes a file of any size, block by block; should a block fail to come, nothing."""
+        with _as_os_error():
+            file = self.system().open(self.url, "wb")
+            try:
+                for block in blocks:
+                    file.write(block)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error counts
+                    file.discard()
+                with contextlib.suppress(AttributeError):  # of memory://, which has nothing to end
+                    file.closed = True  # or else it would be completed when it is forgotten
+                raise
+            file.close()
+
+    def unlink(self) -> None:
+        """Removes a file."""
+        with _as_os_error():
+            self.system().rm_file(self.url)
+
+    def refresh(self) -> "RemotePath":
+        """Forgets what was listed before, which others may have changed; returns the path."""
+        self.system().invalidate_cache()
+        return self
 
 
 class _Ranges:

@@ -1,5 +1,6 @@
 """Figures for people to look at; matplotlib is asked for only when one is drawn."""
 
+import io
 from typing import Any
 
 from v4jax.errors import UnsupportedError
@@ -20,3 +21,14 @@ def make_figure(missing: str, **options: Any) -> Any:
     except ImportError as error:
         raise UnsupportedError(missing) from error
     return matplotlib.figure.Figure(**options)
+
+
+def save_figure(figure: Any, path: Any, *, dpi: int) -> None:
+    """Writes a figure as PNG to what `files.to_path` returned.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format="png")
+    path.write_bytes(data.getvalue())

@@ -50,6 +50,8 @@ def make_config(gib: float):
 def write_random(config, folder: pathlib.Path, shard_bytes: int = 256 * MIB) -> int:
     """Writes a released checkpoint of random bytes; returns the bytes of its tensors."""
     from v4jax.checkpoint import hf_writer
+    from v4jax.checkpoint.hf_folder import INDEX_NAME
+    from v4jax.checkpoint.safetensors_file import encode_header
     from v4jax.config import get_numerics
     from v4jax.config.to_hf import model_config_to_hf
     from v4jax.model import abstract_transformer
@@ -57,19 +59,21 @@ def write_random(config, folder: pathlib.Path, shard_bytes: int = 256 * MIB) -> 
     folder.mkdir(parents=True, exist_ok=True)
     model = abstract_transformer(config, get_numerics("released"))
     pieces = hf_writer.plan_pieces(model, "released")
-    tensors = hf_writer.write_headers(
-        folder, hf_writer.plan_shards(list(pieces.values()), shard_bytes)
-    )
-    random = np.random.default_rng(0)
-    for tensor in tensors:
-        values = random.integers(0, 100, tensor.nbytes, np.uint8)
-        if tensor.dtype == "I64":  # a routing table: expert ids
-            values = np.zeros(tensor.nbytes, np.uint8)
-        with open(tensor.file, "r+b") as file:
-            file.seek(tensor.offset)
-            file.write(values.tobytes())
+    files = hf_writer.name_files(hf_writer.plan_shards(list(pieces.values()), shard_bytes))
+    random, total = np.random.default_rng(0), 0
+    for name, contents in files.items():
+        header, tensors = encode_header(contents)
+        with open(folder / name, "wb") as file:
+            file.write(header)
+            for tensor in tensors:
+                values = random.integers(0, 100, tensor.nbytes, np.uint8)
+                if tensor.dtype == "I64":  # a routing table: expert ids
+                    values = np.zeros(tensor.nbytes, np.uint8)
+                file.write(values.tobytes())
+                total += tensor.nbytes
     (folder / "config.json").write_text(json.dumps(model_config_to_hf(config)))
-    return hf_writer.write_index(folder, tensors)
+    (folder / INDEX_NAME).write_text(json.dumps(hf_writer.build_index(files)))
+    return total
 
 
 def measure(folder: pathlib.Path, output: pathlib.Path | None = None) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +106,23 @@ def test_files_and_back(tmp_path, model, adapted, modules):
         assert a.dtype == b.dtype and np.array_equal(a, b)
     with pytest.raises(CheckpointError, match="has adapters already"):
         read_adapters(adapted, tmp_path / "out")
+
+
+def test_in_a_bucket(tmp_path, model, adapted):
+    write_adapters(adapted, tmp_path / "out")
+    write_adapters(adapted, "memory://adapters/out")
+    bucket = fsspec.filesystem("memory")
+    assert bucket.find("/adapters") == [
+        f"/adapters/out/adapter_{name}" for name in ("config.json", "model.safetensors")
+    ]
+    for file in (tmp_path / "out").iterdir():
+        assert bucket.cat_file(f"/adapters/out/{file.name}") == file.read_bytes()
+    again = read_adapters(model, "memory://adapters/out")
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(adapted), strict=True):
+        assert np.array_equal(a, b)
+    with pytest.raises(CheckpointError, match="memory://adapters/out exists and is not empty"):
+        write_adapters(adapted, "memory://adapters/out")
+    bucket.rm("/adapters", recursive=True)
 
 
 def change_tensors(folder, change):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from oracle import checkpoints, quantizers
 
-from v4jax.checkpoint import hf_writer, names, read_model, write_model
+from v4jax.checkpoint import hf_writer, names, new_folder, read_model, write_model
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.errors import CheckpointError
@@ -178,15 +178,15 @@ def test_unknown_format(tmp_path, small):
 
 
 def test_full_disk_leaves_nothing(tmp_path, small, monkeypatch):
-    real, written = hf_writer.write_tensor, []
+    real, written = new_folder.as_bytes, []
 
-    def write(tensor, values):
+    def encode(tensor, values):
         if len(written) == 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(tensor.name)
-        real(tensor, values)
+        return real(tensor, values)
 
-    monkeypatch.setattr(hf_writer, "write_tensor", write)
+    monkeypatch.setattr(new_folder, "as_bytes", encode)
     with pytest.raises(CheckpointError, match=r"out cannot be written: No space left on device"):
         write_model(small, tmp_path / "out")
     assert left_behind(tmp_path) == []
@@ -196,7 +196,7 @@ def test_interruption_leaves_nothing(tmp_path, small, monkeypatch):
     def interrupt(tensor, values):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_writer, "write_tensor", interrupt)
+    monkeypatch.setattr(new_folder, "as_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_model(small, tmp_path / "out")
     assert left_behind(tmp_path) == []

@@ -5,6 +5,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 
 from v4jax.cli import main, needle_grid
@@ -95,6 +96,13 @@ def test_the_verb_prints_its_grid(capsys, tmp_path):
     assert (cell["length"], cell["asked"], cell["right"]) == (512, 1, 0)  # random weights
     [line] = answers.read_text().splitlines()
     assert json.loads(line).keys() == {"length", "name", "code", "answer"}
+    bucket = fsspec.filesystem("memory")
+    arguments += ["--answers=memory://evaluated/a.jsonl", "--plot=memory://evaluated/a.png"]
+    assert main.run(["evaluate", *arguments]) == 0
+    assert bucket.find("/evaluated") == ["/evaluated/a.jsonl", "/evaluated/a.png"]
+    assert bucket.cat_file("/evaluated/a.jsonl") == answers.read_bytes()
+    assert bucket.cat_file("/evaluated/a.png").startswith(b"\x89PNG")
+    bucket.rm("/evaluated", recursive=True)
 
 
 BAD = {
@@ -105,7 +113,6 @@ BAD = {
         ["--model=tiny", "--answers=nowhere/a.jsonl"],
         "cannot write --answers=nowhere/a.jsonl; name a file in a folder that exists",
     ),
-    "plot in a bucket": (["--model=tiny", "--plot=gs://b/a.png"], "writing to gs:// is not"),
     "counts": (
         ["--model=tiny", "--lengths=512,1024,2048", "--questions=1,2"],
         "--questions takes one number, or one for each of 3 lengths, got 2",

@@ -1,24 +1,84 @@
-"""What would write to a bucket is refused by name, before anything is read or made."""
+"""Flags that write to a bucket: what cannot be written is said before anything is read or made."""
 
+import importlib
+import json
+import sys
+
+import fsspec
 import pytest
+from inference import fake_model
 
-from v4jax.cli import main
+from v4jax.cli import main, model_flags
 
 BATCH = {"model": "nano", "input": "docs.jsonl", "output": "answers.jsonl", "summary": "s.json"}
 CONVERT = {"input": "nano", "output": "folder"}
+EVALUATE = {"model": "nano", "answers": "a.jsonl"}
 COMMANDS = [
     ("batch", BATCH, "output"),
     ("batch", BATCH, "summary"),
     ("convert", CONVERT, "output"),
+    ("evaluate", EVALUATE, "answers"),
+    ("evaluate", EVALUATE, "plot"),
 ]
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/a", "s3://bucket/a"])
-@pytest.mark.parametrize("verb, flags, name", COMMANDS)
-def test_remote_path_is_refused(tmp_path, monkeypatch, capsys, verb, flags, name, path):
+def flags_of(values: dict[str, str]) -> list[str]:
+    return [f"--{flag}={value}" for flag, value in values.items()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with an input; no model can be loaded."""
+
+    def load(*_arguments, **_options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("v4jax.load", load)
+    monkeypatch.setattr("v4jax.checkpoint.load", load)
     monkeypatch.chdir(tmp_path)
-    given = [f"--{flag}={value}" for flag, value in (flags | {name: path}).items()]
-    assert main.run([verb, *given]) == 2
-    expected = f"--{name}={path}: writing to {path[:5]} is not supported; write to a disk and "
-    assert expected in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "docs.jsonl").write_text('{"text": "A text.", "question": "What?"}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("scheme, extra, module", [("gs", "gcs", "gcsfs"), ("s3", "s3", "s3fs")])
+@pytest.mark.parametrize("verb, flags, name", COMMANDS)
+def test_library_is_missing(folder, monkeypatch, capsys, verb, flags, name, scheme, extra, module):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
+    path = f"{scheme}://bucket/a"
+    assert main.run([verb, *flags_of(flags | {name: path})]) == 2
+    said = capsys.readouterr().err
+    assert f"{scheme}:// needs the extra {extra}; pip install 'v4jax[{extra}]'" in said
+    left = {path.name for path in folder.iterdir()}
+    assert left <= {"docs.jsonl", "answers.jsonl"} and not (folder / "s.json").exists()
+
+
+@pytest.mark.parametrize("verb, flags, name", COMMANDS)
+def test_bucket_cannot_be_written(folder, monkeypatch, capsys, verb, flags, name):
+    def refuse(*_arguments, **_options):
+        raise RuntimeError("403 Forbidden\nmore")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "pipe_file", refuse)
+    assert main.run([verb, *flags_of(flags | {name: "memory://bucket/a"})]) == 2
+    said = capsys.readouterr().err
+    assert "memory://bucket/a" in said and "403 Forbidden" in said and "cannot" in said
+
+
+def test_batch_and_its_summary(folder, monkeypatch, capsys):
+    """All files of a job are in a bucket; its shards' names are as on a disk."""
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe_file("/job/docs.jsonl", (folder / "docs.jsonl").read_bytes() * 2)
+    monkeypatch.setattr(model_flags, "load_model", lambda values: fake_model.FakeModel())
+    monkeypatch.setattr("v4jax.inference.Engine", lambda model, _: fake_model.make_engine(model))
+    names = {name: f"memory://job/{file}" for name, file in BATCH.items() if name != "model"}
+    for shard in ("0/2", "1/2"):
+        flags = flags_of(names | {"model": "nano", "shard": shard})
+        assert main.run(["batch", *flags]) == 0, capsys.readouterr().err
+    parts = ("00000-of-00002", "00001-of-00002")
+    answers = [f"/job/answers-{part}.jsonl" for part in parts]
+    summaries = [f"/job/s-{part}.json" for part in parts]
+    assert bucket.find("/job") == [*answers, "/job/docs.jsonl", *summaries]
+    for i, path in enumerate(answers):
+        assert json.loads(bucket.cat_file(path))["line"] == i + 1
+    assert json.loads(bucket.cat_file(summaries[0]))["documents"] == 1
+    bucket.rm("/job", recursive=True)

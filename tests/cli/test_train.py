@@ -21,7 +21,6 @@ class FakeTrainer:
     def __init__(self, config):
         self.config, self.folder = config, pathlib.Path(config.output)
         self.metrics = types.SimpleNamespace(path=self.folder / "metrics.jsonl")
-        self.state = types.SimpleNamespace(weights={})
         self.closed = False
         type(self).made = self
 
@@ -32,6 +31,9 @@ class FakeTrainer:
         if self.ending == "killed":
             signal.raise_signal(signal.SIGTERM)
         return self.ending
+
+    def has_exported(self):
+        return (self.folder / "model").exists()
 
     def export(self):
         (self.folder / "model").mkdir()

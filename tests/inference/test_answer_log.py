@@ -145,7 +145,7 @@ def test_unwritable_places(tmp_path):
 def test_a_full_disk_is_said_plainly(path, monkeypatch):
     with AnswerLog(path, "job") as log:
         full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, log._file)
+        os.dup2(full, log._output.descriptor)
         os.close(full)
         with pytest.raises(V4JaxError, match="No space left on device; start the job again"):
             log.append([record(1)])

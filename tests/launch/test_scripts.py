@@ -20,19 +20,25 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 HELPFUL = ("tpu_vm", "gke", "slurm", "local")
 
 BATCH = "-- batch --model=/bucket/flash --input=/bucket/docs.jsonl --output=/bucket/out.jsonl"
+GCS = "-- batch --model=gs://m/flash --input=gs://texts/docs.jsonl --output=gs://texts/out.jsonl"
 ZONE = "--zone=us-east5-b"
 DRY_RUNS = {
     "tpu_vm_batch": f"tpu_vm all --name=reader {ZONE} --accelerator=v6e-8 --bucket=texts {BATCH}",
+    "tpu_vm_gcs": f"tpu_vm run --name=reader {ZONE} --accelerator=v6e-8 {GCS}",
     "tpu_vm_create": f"tpu_vm create --name=big {ZONE} --accelerator=v5p-128 --spot --project=mine",
     "tpu_vm_train": f"tpu_vm run --name=big {ZONE} --accelerator=v5p-128 -- train --config=c.py",
     "gke_batch": "gke --name=reader --accelerator=v6e-8 --image=eu.pkg.dev/p/v4jax:1 --shards=16 "
     f"--at_once=4 --bucket=texts --service_account=reader --spot {BATCH}",
+    "gke_gcs": "gke --name=reader --accelerator=v6e-8 --image=v4jax:1 "
+    f"--service_account=reader {GCS}",
     "gke_train": "gke --name=tuning --accelerator=v5p-128 --slices=2 --image=v4jax:1 "
     "-- train --config=c.py",
     "slurm_batch": "slurm --shards=16 --time=04:00:00 --partition=gpu -- batch --model=/m/flash",
     "slurm_train": "slurm --nodes=4 --gpus=8 --account=lab -- train --config=c.py",
+    "slurm_s3": "slurm --shards=2 -- batch --model=s3://m/flash --input=gs://t/d --output=s3://t/a",
     "slurm_convert": "slurm -- convert --input=/models/flash --output=/models/plain",
     "local_batch": "local --processes=2 -- batch --model=nano --input=d.jsonl --output=a.jsonl",
+    "local_s3": "local --processes=2 -- batch --model=nano --input=d.jsonl --output=s3://t/a.jsonl",
     "local_train": "local --processes=2 --devices=4 -- train --config=c.py",
 }
 
@@ -84,14 +90,6 @@ REFUSED = {
     "no job": ("local", "no job: put a verb and its flags after --"),
     "unknown verb": ("local -- serve", "the job must begin with one of: batch train convert; got"),
     "no number": ("local --processes=0 -- batch", "--processes must be a number from 1, got '0'"),
-    "remote path": (
-        "slurm -- batch --model=gs://b/m",
-        "--model: v4jax does not read or write gs://b/m yet; copy it to the cluster's file system",
-    ),
-    "remote path on Kubernetes": (
-        "gke --name=a --accelerator=v6e-8 --image=i -- batch --input=s3://b/d",
-        "mount the bucket with --bucket=NAME and name the file /bucket/…",
-    ),
     "no step": ("tpu_vm", "the first word must be a step: create, wait, run, delete or all"),
     "job of another step": (f"tpu_vm wait --name=a {ZONE} -- batch", "wait takes no job"),
     "no zone": ("tpu_vm wait --name=a", "--zone is required"),
@@ -237,7 +235,9 @@ def environment(tmp_path) -> Path:
         file.write_text(f"#!/bin/sh\n{call}\n")
         file.chmod(0o755)
     metadata = (ROOT / "setup.cfg").read_bytes() + (ROOT / "pyproject.toml").read_bytes()
-    (folder / "installed-plain").write_text(f"{hashlib.sha256(metadata).hexdigest()} {ROOT}\n")
+    for extras in ("plain", "train"):
+        stamp = f"{hashlib.sha256(metadata).hexdigest()} {ROOT}\n"
+        (folder / f"installed-{extras}").write_text(stamp)
     return folder
 
 

@@ -1,7 +1,8 @@
 """One model over all devices of a job.
 
 python model_worker.py serve FOLDER OUTPUT    reads, prefills, decodes; process 0 writes the logits
-python model_worker.py train FOLDER RUN       one step, and a checkpoint that is read again
+python model_worker.py train FOLDER RUN       one step, a checkpoint that is read again, a model
+python model_worker.py save FOLDER OUTPUT     reads and writes every format, to disk and to s3://
 
 Which process this is say the variables V4JAX_…. Every process makes the same calls; `serve` and
 `train` are also what a single process with as many devices does.
@@ -10,19 +11,24 @@ Which process this is say the variables V4JAX_…. Every process makes the same 
 import sys
 from pathlib import Path
 
+import folder_bucket
 import jax
 import numpy as np
 
 import v4jax
-from v4jax.checkpoint import safetensors_file
+from v4jax.checkpoint import hf_writer, safetensors_file
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from v4jax.errors import CheckpointError
 from v4jax.parallel import make_mesh
 from v4jax.parallel.hosts import find_hosts, start_hosts
 from v4jax.training.trainer import Trainer
 
 MESH = dict(data=2, expert=2, context=2)  # of two processes with four devices, `data` spans both
 CALLS = ((512, (512, 389)), (1, (1, 1)), (1, (1, 0)))  # tokens of a call, real ones per sequence
+SHARD_BYTES = 100_000
+SAVED = ("released", "transformers")
+REFUSED = "s3://bucket/refused"
 IDS = np.random.RandomState(0).randint(0, 256, (2, 600))
 
 
@@ -66,8 +72,36 @@ def train(folder: str, run: str) -> Trainer:
     for a, b in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(again.state), strict=True):
         for share, other in zip(a.addressable_shards, b.addressable_shards, strict=True):
             assert np.array_equal(share.data, other.data)
+    again.export()
     again.close()
     return trainer
+
+
+def save(folder: str, output: str) -> None:
+    """Writes the model of a folder to OUTPUT/FORMAT, and into the bucket that is OUTPUT/bucket."""
+    model = v4jax.load(folder, mesh=make_mesh(**MESH))
+    for format in SAVED:
+        hf_writer.write_model(model, Path(output, format), format, shard_bytes=SHARD_BYTES)
+    hf_writer.write_model(model, "s3://bucket/released", shard_bytes=SHARD_BYTES)
+    for taken, error in ((Path(output, "released"), "is not empty"), (REFUSED, "403 Forbidden")):
+        try:
+            hf_writer.write_model(model, taken, shard_bytes=SHARD_BYTES)
+        except CheckpointError as found:
+            assert error in str(found), found
+        else:
+            raise AssertionError(f"{taken} was written")
+
+
+def refuse_some(bucket: type) -> None:
+    """Makes one process' writing to a folder of the bucket fail."""
+    real = bucket.pipe_file
+
+    def pipe_file(self, path, value, **options):
+        if "refused" in path and "safetensors" in path and jax.process_index() == 1:
+            raise RuntimeError("403 Forbidden")
+        real(self, path, value, **options)
+
+    bucket.pipe_file = pipe_file
 
 
 def main() -> None:
@@ -82,6 +116,12 @@ def main() -> None:
 
     safetensors_file.read_bytes = count
     what, folder, output = sys.argv[1:]
+    if what == "save":
+        folder_bucket.install(Path(output, "bucket"))
+        refuse_some(folder_bucket.FolderBucket)
+        save(folder, output)
+        print("saved")
+        return
     if what == "train":
         train(folder, output)
         print("trained")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 import v4jax
+from v4jax.checkpoint import hf_writer
 from v4jax.checkpoint.hf_folder import open_folder
 from v4jax.checkpoint.leaves import name_leaves
 from v4jax.checkpoint.orbax_store import Store
@@ -49,7 +51,7 @@ def run_two(*arguments: str) -> list[str]:
         port = listener.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "XLA_FLAGS": flags,
         "V4JAX_COORDINATOR": f"localhost:{port}",
         "V4JAX_PROCESS_COUNT": "2",
@@ -96,6 +98,9 @@ def test_train_and_checkpoint(tmp_path):
     (tmp_path / "text.txt").write_text("One sentence follows another. " * 60)
     assert run_two("train", str(folder), str(tmp_path / "two")) == ["trained"] * 2
     expected = model_worker.train(str(folder), str(tmp_path / "one")).state
+    for name, a in name_leaves(v4jax.load(tmp_path / "two" / "model")).items():
+        b = name_leaves(v4jax.load(tmp_path / "one" / "model"))[name]
+        assert a.dtype == b.dtype and a.shape == b.shape, name
     with Store(tmp_path / "two" / "checkpoints", read_only=True) as store:
         found, _ = store.restore(1, expected)
     before = v4jax.load(folder)
@@ -104,3 +109,26 @@ def test_train_and_checkpoint(tmp_path):
         b = name_leaves(expected)[name]
         assert a.sharding == b.sharding, name
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.slow
+def test_save(tmp_path):
+    """Files are those of one process; an error of either is raised by both and leaves nothing."""
+    write_checkpoint(tmp_path / "model", LayerKind.CSA, 4)
+    assert run_two("save", str(tmp_path / "model"), str(tmp_path)) == ["saved"] * 2
+    again, alone = v4jax.load(tmp_path / "model"), tmp_path / "alone"
+    for format in model_worker.SAVED:
+        hf_writer.write_model(again, alone, format, shard_bytes=model_worker.SHARD_BYTES)
+        expected = {file.name: file.read_bytes() for file in alone.iterdir()}
+        found = {file.name: file.read_bytes() for file in (tmp_path / format).iterdir()}
+        assert len(expected) > 5 and found == expected
+        if format == "released":
+            prefix = "bucket\\released\\"
+            in_bucket = {
+                file.name.removeprefix(prefix): file.read_bytes()
+                for file in (tmp_path / "bucket").iterdir()
+            }
+            assert in_bucket == expected  # and nothing of the folder that was refused
+        shutil.rmtree(alone)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model", "bucket", *model_worker.SAVED}

@@ -14,6 +14,7 @@ Source: PEFT's guide to its checkpoint format; module names: spec D.2, D.5.
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from typing import Any, Literal
@@ -24,20 +25,15 @@ from jax.sharding import NamedSharding
 
 from v4jax import log
 from v4jax.checkpoint import names
-from v4jax.checkpoint.hf_writer import check_new, new_folder
 from v4jax.checkpoint.names import Place
-from v4jax.checkpoint.safetensors_file import (
-    Tensor,
-    read_header,
-    read_tensor,
-    write_header,
-    write_tensor,
-)
+from v4jax.checkpoint.new_folder import check_new, new_folder
+from v4jax.checkpoint.safetensors_file import Tensor, read_header, read_tensor
 from v4jax.config.json_keys import did_you_mean
 from v4jax.errors import CheckpointError
+from v4jax.files import RemotePath, to_path
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
-from v4jax.parallel.global_arrays import values_of
+from v4jax.parallel.global_arrays import take
 from v4jax.parallel.weights import spec_of, split_parts
 from v4jax.quant import LowRank
 
@@ -85,13 +81,13 @@ _REQUIRED: dict[str, Any] = {
 
 def write_adapters(
     model: Transformer,
-    folder: str | pathlib.Path,
+    folder: str | pathlib.Path | RemotePath,
     modules: Literal["released", "transformers"] = "released",
 ) -> None:
-    """Writes the adapters of a model, and nothing of its base.
+    """Writes the adapters of a model, and nothing of its base. Every process of a job calls this.
 
     Args:
-      folder: does not exist yet, or is empty.
+      folder: does not exist yet, or is empty; also in gs:// or s3://.
       modules: whose names the modules have.
 
     Raises:
@@ -117,27 +113,26 @@ def write_adapters(
                 contents[tensor], sources[tensor] = ("F32", shape), (name, factor, place.index)
     config = _config(model, rank, scale, [_module(p, modules) for n in adapted for p in groups[n]])
     with log.phase("adapters", f"writing {folder}") as phase, new_folder(folder) as target:
-        (target / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = write_header(target / WEIGHTS_NAME, contents)
-        # By parameter, so that one after the other is in host memory.
-        held = {}
-        for tensor in sorted(tensors, key=lambda tensor: sources[tensor.name]):
-            name, factor, index = sources[tensor.name]
-            if held.keys() != {(name, factor)}:
-                held = {(name, factor): values_of(getattr(adapted[name], factor))}
-            write_tensor(tensor, np.asarray(held[name, factor][index], np.float32))
-        size = sum(tensor.nbytes for tensor in tensors)
-        phase.note(f"{len(tensors) // 2:,} modules of rank {rank}", log.format_bytes(size))
+
+        def read(tensor: str, needed: bool) -> np.ndarray | None:
+            name, factor, index = sources[tensor]
+            array = take(getattr(adapted[name], factor), index, needed)
+            return array.astype(np.float32, copy=False) if needed else None
+
+        target.write_tensors(WEIGHTS_NAME, contents, read)
+        target.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        size = sum(4 * math.prod(shape) for _, shape in contents.values())
+        phase.note(f"{len(contents) // 2:,} modules of rank {rank}", log.format_bytes(size))
 
 
-def read_adapters(model: Transformer, folder: str | pathlib.Path) -> Transformer:
+def read_adapters(model: Transformer, folder: str | pathlib.Path | RemotePath) -> Transformer:
     """Returns the model with the adapters of a folder; module names of either kind are understood.
 
     Raises:
       CheckpointError: a file is missing or broken, uses what is not computed here, or does not fit
         the model; the message names field or tensor.
     """
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     scale, rank = _read_config(folder)
     found: dict[tuple[str, str], Tensor] = {}
     for tensor in read_header(folder / WEIGHTS_NAME):
@@ -277,7 +272,7 @@ def _config(model: Transformer, rank: int, scale: float, modules: list[str]) -> 
     }
 
 
-def _read_config(folder: pathlib.Path) -> tuple[float, int]:
+def _read_config(folder: pathlib.Path | RemotePath) -> tuple[float, int]:
     """Returns scale and rank."""
     path = folder / CONFIG_NAME
     try:

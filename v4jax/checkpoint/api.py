@@ -99,8 +99,12 @@ def pretrained_names() -> list[str]:
     return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
-def save(model: Transformer, folder: str | pathlib.Path, format: str = "released") -> None:
-    """Writes a checkpoint folder that `load` reads back.
+def save(
+    model: Transformer, folder: str | pathlib.Path | RemotePath, format: str = "released"
+) -> None:
+    """Writes a checkpoint folder that `load` reads back, on a disk or in gs:// or s3://.
+
+    Every process of a job calls this. A disk is written by process 0.
 
     Args:
       format: "released" (the published names, FP8 and FP4; weights that came so are written back
@@ -108,6 +112,7 @@ def save(model: Transformer, folder: str | pathlib.Path, format: str = "released
 
     Raises:
       CheckpointError: the format is unknown, or the folder is not empty or cannot be written.
+      UnsupportedError: the library for the folder's bucket is not installed.
     """
     if not isinstance(model, Transformer):
         raise CheckpointError(f"save takes a model that load returned, got {type(model).__name__}")

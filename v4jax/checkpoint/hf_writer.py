@@ -5,18 +5,15 @@
     bfloat16      the released names, everything dequantized (exact, spec D.3)
     transformers  the names that transformers' save_pretrained writes; float32 stays float32
 
-First every file gets its header and its size, then the parameters are written one after the other
-into their places, so that host memory holds one parameter beyond the model. All of it happens in a
-hidden folder beside the target, which is renamed at the end: the target is complete or absent.
+Files are written one after the other, and in each one tensor after the other, so that host memory
+holds one tensor beyond the model: a parameter stays on the devices, and a tensor is its slice. The
+devices may be those of several hosts, which bring a tensor together when its turn comes. The target
+is complete or absent, on a disk and in a bucket (`new_folder.py`).
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
-import uuid
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -28,12 +25,14 @@ from v4jax.checkpoint import names
 from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, count_shards
 from v4jax.checkpoint.names import Place, Stored
-from v4jax.checkpoint.safetensors_file import Tensor, write_header, write_tensor
+from v4jax.checkpoint.new_folder import check_new, new_folder
+from v4jax.checkpoint.safetensors_file import Tensor
 from v4jax.config import ModelConfig
 from v4jax.config.to_hf import model_config_to_hf
-from v4jax.errors import CheckpointError, UnsupportedError
-from v4jax.files import to_path
+from v4jax.errors import CheckpointError
+from v4jax.files import RemotePath, to_path
 from v4jax.model import Transformer
+from v4jax.parallel.global_arrays import take
 from v4jax.quant import Recipe, ScaledArray, quantize_weight
 
 Format = Literal["released", "bfloat16", "transformers"]
@@ -61,16 +60,19 @@ class Piece:
 
 def write_model(
     model: Transformer,
-    folder: str | pathlib.Path,
+    folder: str | pathlib.Path | RemotePath,
     format: Format = "released",
     *,
     shard_bytes: int = SHARD_BYTES,
-    carry_from: str | pathlib.Path | None = None,
+    carry_from: str | pathlib.Path | RemotePath | None = None,
 ) -> None:
     """Writes config.json, generation_config.json, the safetensors shards and their index.
 
+    Every process of a job calls this. On a disk process 0 writes; in a bucket each process writes
+    some of the files.
+
     Args:
-      folder: does not exist yet, or is empty.
+      folder: does not exist yet, or is empty; also in gs:// or s3://.
       shard_bytes: largest size of one file, unless a single tensor is larger.
       carry_from: folder whose tokenizer files are copied along; by default where the model came
         from.
@@ -79,7 +81,7 @@ def write_model(
       CheckpointError: the folder holds something already or cannot be written, and nothing is left;
         or the model has adapters.
       ConfigError: the transformers layout cannot express the configuration.
-      UnsupportedError: the model lies over several hosts.
+      UnsupportedError: the library for the folder's bucket is not installed.
     """
     if format not in FORMATS:
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
@@ -88,33 +90,21 @@ def write_model(
             "the model is in training: its weights have adapters or are rounded on the way; "
             "merge adapters (training.lora.merge), or write them alone (write_adapters)"
         )
-    _check_here(model)
     check_new(folder)
     pieces = plan_pieces(model, format)
     _warn_of_rounding(model, pieces)
-    shards = plan_shards(list(pieces.values()), shard_bytes)
-    carry_from = carry_from or model.folder
+    files = name_files(plan_shards(list(pieces.values()), shard_bytes))
+    index, config = build_index(files), _config(model.config, format, pieces)
+    carried = _read_carried(carry_from or model.folder)
     with log.phase("save", f"writing {folder} as {format}") as phase, new_folder(folder) as target:
-        tensors = write_headers(target, shards)
-        total = write_index(target, tensors)
-        _write_json(target / CONFIG_NAME, _config(model.config, format, pieces))
-        _write_json(target / "generation_config.json", _generation_config(model.config))
-        _write_tensors(model, format, pieces, {tensor.name: tensor for tensor in tensors})
-        for name in CARRIED_FILES:
-            if carry_from is not None and (to_path(carry_from) / name).is_file():
-                (target / name).write_bytes((to_path(carry_from) / name).read_bytes())
-        phase.note(f"wrote {count_shards(len(shards))}", log.format_bytes(total))
-
-
-def _check_here(model: Transformer) -> None:
-    """Raises where a part of the model lies on other hosts."""
-    for path, variable in model_variables(model).items():
-        for leaf in jax.tree.leaves(variable.get_value()):
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                raise UnsupportedError(
-                    f"{path} lies over several hosts, from which no model can be written yet; its "
-                    "training checkpoint can be restored on one host, and the model saved there"
-                )
+        _write_tensors(model, format, pieces, files, target)
+        target.write_text(INDEX_NAME, _to_json(index))
+        target.write_text("generation_config.json", _to_json(_generation_config(model.config)))
+        for name, data in carried.items():
+            target.write_bytes(name, data)
+        target.write_text(CONFIG_NAME, _to_json(config))  # last: what makes it a checkpoint
+        total = log.format_bytes(index["metadata"]["total_size"])
+        phase.note(f"wrote {count_shards(len(files))}", total)
 
 
 def _warn_of_rounding(model: Transformer, pieces: dict[Place, list[Piece]]) -> None:
@@ -197,51 +187,84 @@ _quantize = jax.jit(quantize_weight, static_argnums=1)
 _dequantize = jax.jit(lambda weight: weight.dequantize(jnp.bfloat16))
 
 
-def _encode(place: Place, value, format: Format, config: ModelConfig) -> list[np.ndarray]:
-    """Returns the arrays of `_describe`'s pieces; `value` is the parameter in host memory."""
-    value = value[place.index] if place.index else value
-    if format == "released" and place.stored in (Stored.FP8, Stored.EXPERT):
-        if not isinstance(value, ScaledArray):
-            value = _quantized(value, place, config)
-        return [np.asarray(value.values), np.asarray(value.scales)]
-    dtype = _plain_dtype(place, value, format)
-    if isinstance(value, ScaledArray):
-        value = np.asarray(_dequantize(value))
-    return [value.astype(np.int64 if dtype == "int32" else jnp.dtype(dtype), copy=False)]
+class _Reader:
+    """Gives the arrays of tensors, by their names in the files; each process asks for all."""
+
+    def __init__(self, model: Transformer, format: Format, pieces: dict[Place, list[Piece]]):
+        self._model, self._format = model, format
+        self._variables = model_variables(model)
+        self._places = {
+            piece.name: (place, number)
+            for place, group in pieces.items()
+            for number, piece in enumerate(group)
+        }
+        self._held: tuple[Place | None, list[np.ndarray]] = None, []
+
+    def read(self, name: str, needed: bool) -> np.ndarray | None:
+        """Returns the array of a tensor, None where it is not needed."""
+        place, number = self._places[name]
+        if self._held[0] is not place:  # scales mostly follow their weight
+            value = self._variables[place.parameter].get_value()
+            value = jax.tree.map(lambda leaf: take(leaf, place.index, needed), value)
+            self._held = place, self._encode(place, value) if needed else []
+        return self._held[1][number] if needed else None
+
+    def _encode(self, place: Place, value) -> list[np.ndarray]:
+        """Returns the arrays of `_describe`'s pieces; `value` is a tensor in host memory."""
+        if self._format == "released" and place.stored in (Stored.FP8, Stored.EXPERT):
+            if not isinstance(value, ScaledArray):
+                value = _quantized(value, place, self._model.config)
+            return [np.asarray(value.values), np.asarray(value.scales)]
+        dtype = _plain_dtype(place, value, self._format)
+        if isinstance(value, ScaledArray):
+            value = np.asarray(_dequantize(value))
+        return [value.astype(np.int64 if dtype == "int32" else jnp.dtype(dtype), copy=False)]
 
 
-def write_headers(target: pathlib.Path, shards: list[list[Piece]]) -> list[Tensor]:
-    """Creates the files of `shards`, with room for every tensor; returns where each goes."""
-    tensors = []
-    for number, shard in enumerate(shards, start=1):
-        path = target / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        contents = {piece.name: (piece.dtype, piece.shape) for piece in shard}
-        tensors += write_header(path, contents)
-    return tensors
+def name_files(shards: list[list[Piece]]) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Returns what every file holds, by its name: {tensor: (dtype, shape)}."""
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": {
+            piece.name: (piece.dtype, piece.shape) for piece in shard
+        }
+        for number, shard in enumerate(shards, start=1)
+    }
 
 
-def write_index(target: pathlib.Path, tensors: list[Tensor]) -> int:
-    """Writes the index; returns the bytes of all tensors."""
-    total = sum(tensor.nbytes for tensor in tensors)
-    weight_map = {tensor.name: tensor.file.name for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(target / INDEX_NAME, index)
-    return total
+def build_index(files: dict[str, dict[str, tuple[str, tuple[int, ...]]]]) -> dict:
+    """Returns the content of the index: which tensor is in which file."""
+    weight_map = {tensor: name for name, contents in files.items() for tensor in contents}
+    total = sum(_nbytes(Piece(tensor, *files[name][tensor])) for tensor, name in weight_map.items())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _write_tensors(model, format, pieces, tensors: dict[str, Tensor]) -> None:
-    groups = names.by_parameter(list(pieces))
-    variables, done = model_variables(model), 0
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with log.Progress("save", total, unit="bytes") as progress:
-        for path, found in groups.items():
-            value = jax.tree.map(np.asarray, variables[path].get_value())
-            for place in found:
-                arrays = _encode(place, value, format, model.config)
-                for piece, array in zip(pieces[place], arrays, strict=True):
-                    write_tensor(tensors[piece.name], array)
-                    done += array.nbytes
-                progress.update(done, note=path)
+def _write_tensors(model, format, pieces, files, target) -> None:
+    reader, done = _Reader(model, format, pieces), 0
+    sizes = {piece.name: _nbytes(piece) for group in pieces.values() for piece in group}
+    with log.Progress("save", sum(sizes.values()), unit="bytes") as progress:
+
+        def read(name: str, needed: bool) -> np.ndarray | None:
+            nonlocal done
+            array = reader.read(name, needed)
+            done += sizes[name]
+            progress.update(done, note=name)
+            return array
+
+        for name, contents in files.items():
+            target.write_tensors(name, contents, read)
+
+
+def _read_carried(folder: str | pathlib.Path | RemotePath | None) -> dict[str, bytes]:
+    """Returns the tokenizer files of a folder, on process 0, which writes them."""
+    if folder is None or jax.process_index():
+        return {}
+    try:
+        paths = [to_path(folder) / name for name in CARRIED_FILES]
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def _config(config: ModelConfig, format: Format, pieces: dict[Place, list[Piece]]) -> dict:
@@ -263,33 +286,5 @@ def _generation_config(config: ModelConfig) -> dict:
     return tokens | {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
 
 
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def check_new(folder: str | pathlib.Path) -> None:
-    """Raises unless the folder is empty or does not exist.
-
-    Raises:
-      CheckpointError: it holds something, or is a file.
-    """
-    path = pathlib.Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists and is not empty; remove it or choose another folder")
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a hidden folder that becomes `folder` if the block succeeds, and vanishes if not."""
-    folder = pathlib.Path(folder).resolve()
-    temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(folder)  # over an empty folder, too
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror or error}; nothing was kept"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _to_json(content: dict) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -37,7 +37,7 @@ from v4jax import log
 from v4jax.checkpoint.leaves import as_wanted, check_leaves, name_leaves, sharding_of
 from v4jax.config import ModelConfig
 from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
-from v4jax.files import to_path
+from v4jax.files import RemotePath, check_writable, is_remote, to_path
 
 # Orbax logs the traceback of every thread that fails; the error raised here says the same once.
 logging.getLogger("absl").addFilter(
@@ -50,7 +50,7 @@ class Store:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike | RemotePath,
         *,
         keep: int = 3,
         every: int = 1,
@@ -74,11 +74,11 @@ class Store:
         for name, value in (("keep", keep), ("every", every)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        text = os.fspath(folder)
-        if text.startswith("s3://"):
+        text = str(folder)
+        if is_remote(text) and not text.startswith("gs://"):
             raise UnsupportedError(
-                f"{text}: Orbax writes to a file system or to gs://; mount the bucket, as with "
-                "mountpoint-s3"
+                f"{text}: Orbax writes to a file system or to gs://; keep checkpoints on a disk "
+                "(convert --run writes their model to any bucket)"
             )
         to_path(text)  # a library that gs:// needs and that is missing is said at once
         self.folder = epath.Path(text if "://" in text else pathlib.Path(text).absolute())
@@ -281,6 +281,15 @@ class Store:
 
 
 def _check_writable(folder: epath.Path) -> None:
+    if is_remote(str(folder)):
+        try:
+            check_writable(to_path(str(folder)) / "new")
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be written: {error.strerror or error}; name a bucket that these "
+                "credentials may write"
+            ) from error
+        return
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
         if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The safetensors container: headers read and checked, tensors read and written in place.
+"""The safetensors container: headers read and checked, tensors read in place, both encoded.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
 bytes of the tensors without gaps. The `safetensors` package has no FP8 scales in NumPy and hands
@@ -193,10 +193,10 @@ def box_shape(shape: tuple[int, ...], box: tuple[slice, ...]) -> tuple[int, ...]
     return tuple(len(range(*part.indices(size))) for part, size in zip(box, shape, strict=True))
 
 
-def write_header(
-    path: pathlib.Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> list[Tensor]:
-    """Creates a file that has room for `contents` {name: (dtype, shape)}; returns where each goes.
+def encode_header(
+    contents: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, list[Tensor]]:
+    """Returns how a file of `contents` {name: (dtype, shape)} begins, and what follows in order.
 
     Tensors of wider dtypes come first, so that every tensor is aligned to its dtype.
     """
@@ -207,7 +207,7 @@ def write_header(
     header, tensors, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name in sorted(contents, key=width, reverse=True):  # stable: otherwise in the given order
         dtype, shape = contents[name]
-        tensors.append(Tensor(name, dtype, tuple(shape), path, end))
+        tensors.append(Tensor(name, dtype, tuple(shape), pathlib.Path(), end))
         header[name] = {
             "dtype": dtype,
             "shape": list(shape),
@@ -216,19 +216,11 @@ def write_header(
         end += tensors[-1].nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        file.truncate(_LENGTH_BYTES + len(text) + end)
-    start = _LENGTH_BYTES + len(text)
-    return [dataclasses.replace(tensor, offset=start + tensor.offset) for tensor in tensors]
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, tensors
 
 
-def write_tensor(tensor: Tensor, values: np.ndarray) -> None:
-    """Writes the bytes of a tensor into the place that `write_header` gave it."""
+def as_bytes(tensor: Tensor, values: np.ndarray) -> memoryview:
+    """Returns the bytes of a tensor as a file holds them."""
     values = np.asarray(values, order="C")
     assert values.nbytes == tensor.nbytes and values.shape == tensor.shape, tensor
-    view, done = memoryview(values.reshape(-1).view(np.uint8)), 0
-    with open(tensor.file, "r+b", buffering=0) as file:
-        file.seek(tensor.offset)
-        while done < tensor.nbytes:
-            done += file.write(view[done:])
+    return memoryview(values.reshape(-1).view(np.uint8))

@@ -1,7 +1,6 @@
 """`v4jax batch`: long documents in, answers out."""
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +33,12 @@ likewise). The files together are the whole output:
 
   v4jax batch --model=… --input=docs.jsonl --output=answers.jsonl --shard=auto/16
   cat answers-*-of-00016.jsonl > answers.jsonl
+
+All files may be in buckets (gs://, s3://). There the answers are in answers.jsonl.parts/ while the
+job runs, and answers.jsonl is made of them at its end. Of two jobs that write the same output the
+one that began last goes on, and the other ends with an error.
+
+  v4jax batch --model=gs://models/v4-flash --input=gs://texts/docs.jsonl --output=gs://texts/a.jsonl
 
 Exit status: 0 when the job is finished, 1 when it is finished and every document failed.
 """
@@ -73,7 +78,6 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax.errors import RequestError
 
     model_flags.require(values, "model", "input", "output")
-    model_flags.refuse_remote(values, "output", "summary")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
     from v4jax.inference import BatchJob, Engine, EngineOptions, Shard, parse_shard, run_batch
@@ -116,11 +120,12 @@ def run(values: Any, positional: list[str]) -> int:
 def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
     """Raises now, and not after hours of work, if the summary could not be written."""
     from v4jax.errors import RequestError
+    from v4jax.files import is_same_file
 
     if not summary:
         return
     for name, path in others.items():
-        if os.path.realpath(summary) == os.path.realpath(path):
+        if is_same_file(summary, path):
             raise RequestError(f"--summary and --{name} are the same file, {summary}")
     model_flags.check_writable("summary", summary)
 
@@ -148,10 +153,9 @@ def _check_alone(values: Any) -> None:
 
 def _write_summary(path: str, content: dict[str, Any]) -> None:
     from v4jax.errors import V4JaxError
+    from v4jax.files import to_path
 
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+        to_path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise V4JaxError(f"cannot write {path}: {error.strerror}") from error
+        raise V4JaxError(f"cannot write {path}: {error.strerror or error}") from error

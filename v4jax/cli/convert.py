@@ -7,6 +7,7 @@ USAGE = """
 Reads a folder in the released or the transformers layout and writes it anew. What is stored
 quantized is never re-quantized: released to released gives the same bytes, and bfloat16 holds
 quantized weights exactly. The output appears complete or not at all. Memory: the whole model.
+Folders may be in buckets (gs://, s3://).
 
   v4jax convert --input=/models/v4-flash --output=/models/v4-flash-bf16 --format=bfloat16
   v4jax convert --input=/models/v4-flash --output=/models/v4-flash-hf --format=transformers
@@ -63,11 +64,11 @@ def define(flags: Any, values: Any) -> None:
 def run(values: Any, positional: list[str]) -> int:
     """Converts the checkpoint."""
     from v4jax.checkpoint import load, write_model
+    from v4jax.checkpoint.new_folder import check_new
     from v4jax.cli import model_flags
     from v4jax.errors import RequestError
 
     model_flags.require(values, "input", "output")
-    model_flags.refuse_remote(values, "output")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; use --input=… and --output=…")
     if not values.shard_gib > 0:
@@ -75,6 +76,7 @@ def run(values: Any, positional: list[str]) -> int:
     if values.step is not None and not values.run:
         raise RequestError("--step is a checkpoint of a training run: give its --run, too")
     shard_bytes = int(values.shard_gib * 2**30)
+    check_new(values.output)  # before the model is read, which may take long
     if not (values.run or values.adapters):
         model = load(values.input, seed=values.seed)
         write_model(model, values.output, values.format, shard_bytes=shard_bytes)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from v4jax.cli import model_flags
@@ -68,7 +67,6 @@ def run(values: Any, positional: list[str]) -> int:
     if values.depths < 1:
         raise RequestError(f"--depths must be at least 1, got {values.depths}")
     # All of this is said before anything is read, which may take long.
-    model_flags.refuse_remote(values, "answers", "plot")
     for name in ("answers", "plot"):
         if getattr(values, name):
             model_flags.check_writable(name, getattr(values, name))
@@ -102,7 +100,7 @@ def run(values: Any, positional: list[str]) -> int:
                 line = {"length": text.length, "name": name, "code": code, "answer": answer}
                 written.append(json.dumps(line, ensure_ascii=False) + "\n")
             if values.answers:  # after each text: reading the next may take long
-                pathlib.Path(values.answers).write_text("".join(written), encoding="utf-8")
+                _write(values.answers, "".join(written))
 
         cells = needle_grid.ask_texts(engine, texts, values.depths, on_text, on_tokens)
     if values.json:
@@ -115,6 +113,16 @@ def run(values: Any, positional: list[str]) -> int:
         needle_grid.plot_cells(cells, values.depths, title, values.plot)
         log.info(f"evaluate: wrote {values.plot}")
     return 0
+
+
+def _write(path: str, text: str) -> None:
+    from v4jax.errors import V4JaxError
+    from v4jax.files import to_path
+
+    try:
+        to_path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise V4JaxError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _numbers(values: Any, flag: str, *, least: int) -> list[int]:

@@ -44,12 +44,13 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
     from v4jax.errors import RequestError
+    from v4jax.files import is_remote
     from v4jax.model import abstract_transformer
 
     model_flags.require(values, "model")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; the model is --model=…")
-    if os.path.isdir(values.model):
+    if is_remote(values.model) or os.path.isdir(values.model):
         model = read_abstract(values.model)
     else:
         config = load_model_config(values.model)

@@ -137,32 +137,22 @@ def require(values: Any, *names: str) -> None:
             raise RequestError(f"--{name} is required; --help shows examples")
 
 
-def refuse_remote(values: Any, *names: str) -> None:
-    """Raises UnsupportedError for the first flag that would write to a bucket."""
-    from v4jax.errors import UnsupportedError
-
-    for name in names:
-        value = getattr(values, name)
-        if value and value.startswith(("gs://", "s3://")):
-            raise UnsupportedError(
-                f"--{name}={value}: writing to {value[:5]} is not supported; write to a disk and "
-                "copy, or mount the bucket (gcsfuse, mountpoint-s3) and name the local path"
-            )
-
-
 def check_writable(name: str, path: str) -> None:
     """Raises RequestError now, and not after hours of work, if a flag's file could not be written.
 
     Args:
       name: of the flag.
     """
+    from v4jax import files
     from v4jax.errors import RequestError
 
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise RequestError(
-            f"cannot write --{name}={path}; name a file in a folder that exists and can be written"
-        )
+    try:
+        files.check_writable(path)
+    except OSError as error:
+        remedy = "; name a file in a folder that exists and can be written"
+        if files.is_remote(path):
+            remedy = f": {error.strerror or error}; name a bucket that these credentials may write"
+        raise RequestError(f"cannot write --{name}={path}{remedy}") from error
 
 
 def identify_model(values: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from v4jax.pictures import make_figure
+from v4jax.files import to_path
+from v4jax.pictures import make_figure, save_figure
 
 NEEDLES = 8  # in the shortest text …
 BYTES_PER_NEEDLE = 2048  # … and one for each of these in longer ones, up to
@@ -145,7 +146,7 @@ def plot_cells(cells: Sequence[Cell], depths: int, title: str, path: str) -> Non
     axes.set_ylabel("depth of the needle")
     axes.set_title(title)
     figure.colorbar(picture, label="answers right, %")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, to_path(path), dpi=120)
 
 
 def name_length(length: int) -> str:

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import pathlib
 from typing import Any
 
 from v4jax.cli import host_flags
@@ -16,8 +15,8 @@ ctrl-C end it in order.
   v4jax train --config=configs/train/nano_1.py
   v4jax train --config=configs/finetune/chat.py --set=model=/models/v4-flash --set=data.batch=16
 
-The output folder gets checkpoints/, metrics.jsonl, in the end run.png, a picture of the run (at any
-time: v4jax train --plot=OUTPUT), and model/, which every verb takes:
+The output folder, on a disk or in gs://, gets checkpoints/, metrics.jsonl, in the end run.png, a
+picture of the run (at any time: v4jax train --plot=OUTPUT), and model/, which every verb takes:
 
   v4jax generate --model=out/nano_1/model --prompt="What is the code of quiet-river?"
 
@@ -74,9 +73,10 @@ def run(values: Any, positional: list[str]) -> int:
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; see v4jax train --help")
     if values.plot:
+        from v4jax.files import to_path
         from v4jax.training.plots import plot_run
 
-        print(plot_run(pathlib.Path(values.plot) / "metrics.jsonl"))
+        print(plot_run(to_path(values.plot) / "metrics.jsonl"))
         return 0
     if not values.config:
         raise RequestError("--config is required; --help shows examples")
@@ -90,6 +90,7 @@ def run(values: Any, positional: list[str]) -> int:
         return 0
     host_flags.start_hosts(values)
 
+    from v4jax import log
     from v4jax.training.trainer import Trainer
 
     trainer = Trainer(config)
@@ -101,36 +102,26 @@ def run(values: Any, positional: list[str]) -> int:
         if ended == "stopped":
             return STOPPED
         if values.export:
-            exported = trainer.folder / "model"
-            print(exported if exported.exists() else trainer.export())
+            exported = trainer.folder / "model" if trainer.has_exported() else trainer.export()
+            if log.speaks():
+                print(exported)
     finally:
         trainer.close()
     return 0
 
 
 def _check_export(trainer: Any) -> None:
-    """Refuses to train what cannot be exported at the end.
+    """Refuses to train what cannot be exported at the end, as a model of fewer steps is there."""
+    from v4jax.errors import RequestError
 
-    A model of fewer steps is there already, or the model lies over several hosts.
-    """
-    import jax
-
-    from v4jax.errors import RequestError, UnsupportedError
-
-    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(trainer.state.weights)):
-        raise UnsupportedError(
-            "a model that lies over several hosts cannot be written at the end yet: give "
-            "--noexport, and afterwards v4jax convert --input=OUTPUT --run=CONFIG on one host"
-        )
-    folder = trainer.folder / "model"
-    if folder.exists() and trainer.step < trainer.config.steps:
+    if trainer.step < trainer.config.steps and trainer.has_exported():
         raise RequestError(
-            f"{folder} exists, and the run goes on from step {trainer.step} to "
+            f"{trainer.folder / 'model'} exists, and the run goes on from step {trainer.step} to "
             f"{trainer.config.steps}: move it away, or give --noexport"
         )
 
 
-def _draw(metrics: pathlib.Path) -> None:
+def _draw(metrics: Any) -> None:
     """Draws the run; a run is no less finished without its picture."""
     from v4jax import log
     from v4jax.errors import V4JaxError

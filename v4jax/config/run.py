@@ -218,8 +218,10 @@ class TrainConfig:
             value = getattr(self, field)
             require(value >= 1, field, "must be at least 1", value)
         require(self.dense_steps >= 0, "dense_steps", "must not be negative", self.dense_steps)
-        rule = "must be on a disk of this machine (mount the bucket)"
-        require(not is_remote(self.output), "output", rule, self.output)
+        rule = "must be on a disk or in gs:// (Orbax, which writes checkpoints, has no s3://)"
+        require(not self.output.startswith("s3://"), "output", rule, self.output)
+        rule = "must be empty with an output in a bucket (metrics.jsonl has the same numbers)"
+        require(not (self.report_to and is_remote(self.output)), "report_to", rule, self.report_to)
         if self.lora and self.quantization_aware:
             raise ConfigError(
                 "train.quantization_aware rounds weights that are trained; with train.lora the "

@@ -16,22 +16,25 @@ An answer, and a document that failed:
 
 Lines are written in one piece and forced to disk before the job goes on. What a crash can leave is
 an incomplete last line; it is cut off when the job is started again. While a job runs it holds a
-lock on the file, which ends with the process.
+lock on the file, which ends with the process. In a bucket all this is done by numbered parts:
+`answer_parts.py`.
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from v4jax.errors import V4JaxError
+from v4jax.files import is_remote
+from v4jax.inference.answer_parts import Parts
 
 _ERROR_INDEX = -1  # stands for the question index of a line that says why a document failed
 
 
 class AnswerLog:
-    """An output file opened for one job.
+    """An output opened for one job.
 
     Args:
       path: created if it does not exist.
@@ -48,22 +51,15 @@ class AnswerLog:
     def __init__(self, path: str, job: str, *, overwrite: bool = False):
         self.path, self.job = path, job
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
+        self._output = (Parts if is_remote(path) else _File)(path, overwrite=overwrite)
         try:
-            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-                raise V4JaxError(
-                    f"cannot write {path}: it is not a regular file, and a job continues from what "
-                    "stands in one; copy the answers on when it has ended"
-                )
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-            reason = getattr(error, "strerror", None) or error
-            raise V4JaxError(f"cannot write {path}: {reason}") from error
-        try:
-            self._lock()
-            if overwrite:
-                os.ftruncate(self._file, 0)
-            self._read()
-            _sync_folder(path)
+            for place, data in self._output.lines():
+                record = self._parse(place, data)
+                if _key(record) in self.records:
+                    raise V4JaxError(
+                        f"{place} repeats an answer; overwrite the file or choose another output"
+                    )
+                self.records[_key(record)] = _without_texts(record)
         except BaseException:
             self.close()
             raise
@@ -75,10 +71,8 @@ class AnswerLog:
         self.close()
 
     def close(self) -> None:
-        """Closes the file and so gives up the lock."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Closes the output and so gives up the lock."""
+        self._output.close()
 
     def has(self, line: int, question_index: int) -> bool:
         """Says whether the answer stands in the file."""
@@ -89,54 +83,23 @@ class AnswerLog:
         return (line, _ERROR_INDEX) in self.records
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes records as one piece, and returns when they are on disk."""
+        """Writes records as one piece, and returns when they are safe."""
         records = [dict(record) | {"job": self.job} for record in records]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        data = text.encode("utf-8", errors="backslashreplace")
-        try:
-            while data:
-                data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
-        except OSError as error:
-            raise V4JaxError(
-                f"cannot write {self.path}: {error.strerror}; start the job again when that is "
-                "repaired, and it will continue"
-            ) from error
+        self._output.append(text.encode("utf-8", errors="backslashreplace"))
         self.records |= {_key(record): _without_texts(record) for record in records}
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise V4JaxError(
-                f"another job is writing {self.path}; wait for it, or choose another output"
-            ) from error
-        except OSError as error:
-            raise V4JaxError(f"cannot lock {self.path}: {error.strerror}") from error
+    def finish(self) -> None:
+        """Makes the output what it is to be when every question is answered."""
+        self._output.finish()
 
-    def _read(self) -> None:
-        end = 0
-        with open(self.path, "rb") as file:
-            for number, data in enumerate(file, start=1):
-                if not data.endswith(b"\n"):
-                    os.ftruncate(self._file, end)
-                    break
-                end += len(data)
-                record = self._parse(number, data)
-                if _key(record) in self.records:
-                    raise V4JaxError(
-                        f"{self.path} line {number} repeats an answer; overwrite the file or "
-                        "choose another output"
-                    )
-                self.records[_key(record)] = _without_texts(record)
-
-    def _parse(self, number: int, data: bytes) -> dict[str, Any]:
+    def _parse(self, place: str, data: bytes) -> dict[str, Any]:
         try:
             record = json.loads(data)
             _key(record), record["input"], record["job"]
         except (ValueError, KeyError, TypeError) as error:
             raise V4JaxError(
-                f"{self.path} line {number} was not written by v4jax batch; overwrite the file or "
+                f"{place} was not written by v4jax batch; overwrite the file or "
                 "choose another output"
             ) from error
         if record["job"] != self.job:
@@ -145,6 +108,73 @@ class AnswerLog:
                 "same ones to continue, overwrite the file, or choose another output"
             )
         return record
+
+
+class _File:
+    """An output on a disk of this machine, opened, locked and appended to."""
+
+    def __init__(self, path: str, *, overwrite: bool):
+        self.path = path
+        try:
+            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                raise V4JaxError(
+                    f"cannot write {path}: it is not a regular file, and a job continues from what "
+                    "stands in one; copy the answers on when it has ended"
+                )
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            reason = getattr(error, "strerror", None) or error
+            raise V4JaxError(f"cannot write {path}: {reason}") from error
+        try:
+            self._lock()
+            if overwrite:
+                os.ftruncate(self.descriptor, 0)
+            _sync_folder(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def lines(self) -> Iterator[tuple[str, bytes]]:
+        """Yields every line, with its place for messages; cuts off one that is not complete."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for number, data in enumerate(file, start=1):
+                if not data.endswith(b"\n"):
+                    os.ftruncate(self.descriptor, end)
+                    break
+                end += len(data)
+                yield f"{self.path} line {number}", data
+
+    def append(self, data: bytes) -> None:
+        """Writes lines as one piece, and returns when they are on disk."""
+        try:
+            while data:
+                data = data[os.write(self.descriptor, data) :]
+            os.fsync(self.descriptor)
+        except OSError as error:
+            raise V4JaxError(
+                f"cannot write {self.path}: {error.strerror}; start the job again when that is "
+                "repaired, and it will continue"
+            ) from error
+
+    def finish(self) -> None:
+        """Does nothing: all answers stand in the file."""
+
+    def close(self) -> None:
+        """Closes the file and so gives up the lock."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise V4JaxError(
+                f"another job is writing {self.path}; wait for it, or choose another output"
+            ) from error
+        except OSError as error:
+            raise V4JaxError(f"cannot lock {self.path}: {error.strerror}") from error
 
 
 def _key(record: Mapping[str, Any]) -> tuple[int, int]:

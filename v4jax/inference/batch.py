@@ -16,7 +16,7 @@ import jax
 
 from v4jax import log
 from v4jax.errors import CacheError, RequestError, UnsupportedError, V4JaxError
-from v4jax.files import to_path
+from v4jax.files import is_same_file, to_path
 from v4jax.inference.answer import Answer
 from v4jax.inference.answer_log import AnswerLog
 from v4jax.inference.documents import (
@@ -78,7 +78,7 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
     """
     with open_path(job.input):  # readable; checked before an output is created
         pass
-    if os.path.exists(job.output) and os.path.samefile(job.input, job.output):
+    if is_same_file(job.input, job.output):
         raise RequestError(f"input and output are the same file, {job.input}")
     with AnswerLog(job.output, job.digest, overwrite=job.overwrite) as answers:
         work = _plan(job, answers)
@@ -102,6 +102,7 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
                 )
                 raise
             compile_seconds = engine.compile_seconds
+        answers.finish()
         return summarize(
             answers.records, meter, questions_before=before, compile_seconds=compile_seconds
         )

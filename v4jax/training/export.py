@@ -3,6 +3,7 @@
 import pathlib
 
 from v4jax.checkpoint.hf_writer import SHARD_BYTES, Format, write_model
+from v4jax.files import RemotePath
 from v4jax.model import Transformer
 from v4jax.model.weights import write_weights
 from v4jax.quant import LowRank, Master
@@ -29,7 +30,7 @@ def finish(frozen: Transformer, state: TrainState) -> Transformer:
 
 def export(
     model: Transformer,
-    folder: str | pathlib.Path,
+    folder: str | pathlib.Path | RemotePath,
     format: Format = "released",
     *,
     shard_bytes: int = SHARD_BYTES,

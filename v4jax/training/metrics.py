@@ -1,5 +1,9 @@
 """What a run says about itself: a line of JSON per logged step, TensorBoard and W&B when asked.
 
+In a bucket, where nothing can be appended to, `metrics.jsonl` is written anew with each checkpoint
+and about once a minute. A run that is killed goes on from its newest checkpoint, whose lines are
+all there.
+
 `metrics.jsonl` has the fields of `compute_losses`, `grad_norm`, `rate`, `tokens_per_second`,
 `model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
 included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
@@ -25,19 +29,38 @@ import numpy as np
 from v4jax import log
 from v4jax.config import ModelConfig
 from v4jax.errors import ConfigError, TrainingError
+from v4jax.files import RemotePath, to_path
 from v4jax.planning import flops
 from v4jax.planning.hardware import peak_flops
+
+SECONDS_BETWEEN_OBJECTS = 60.0  # people look on no more often, and every object holds all lines
 
 
 class Metrics:
     """Writes metrics by step; on process 0 only."""
 
-    def __init__(self, folder: pathlib.Path, receivers: Sequence[str], *, first_step: int):
-        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future."""
+    def __init__(
+        self, folder: pathlib.Path | RemotePath, receivers: Sequence[str], *, first_step: int
+    ):
+        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future.
+
+        Raises:
+          TrainingError: it cannot be read or written.
+        """
         self.path = folder / "metrics.jsonl"
         self._writers = [_open_receiver(name, folder) for name in receivers] if log.speaks() else []
-        if log.speaks():
-            _cut(self.path, first_step)
+        self._lines: list[str] = []  # in a bucket: all of them
+        self._written = 0  # of these lines, how many are in the bucket
+        self._since = time.monotonic()
+        if not log.speaks():
+            return
+        with self._writing():
+            if isinstance(self.path, RemotePath):
+                kept = _read_before(self.path, first_step)
+                self._lines = [json.dumps(line) + "\n" for line in kept]
+                self._written = len(self._lines)
+            else:
+                _cut(self.path, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line and passes the numbers on; JSON has null for what is not finite.
@@ -47,18 +70,40 @@ class Metrics:
         """
         if not log.speaks():
             return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                line = json.dumps(_finite_or_none({"step": step, **values}), allow_nan=False)
-                file.write(line + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path} cannot be written: {error.strerror or error}; make room, and the "
-                "same command goes on from the newest checkpoint"
-            ) from error
+        line = json.dumps(_finite_or_none({"step": step, **values}), allow_nan=False) + "\n"
+        if isinstance(self.path, RemotePath):
+            self._lines.append(line)
+            if time.monotonic() - self._since > SECONDS_BETWEEN_OBJECTS:
+                self.flush()
+        else:
+            with self._writing(), self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
         numbers = name_numbers(values)
         for writer in self._writers:
             writer(step, numbers)
+
+    def flush(self) -> None:
+        """Sees to it that every line so far is where `path` says.
+
+        Raises:
+          TrainingError: as `write`.
+        """
+        if self._written == len(self._lines):
+            return
+        with self._writing():
+            self.path.write_text("".join(self._lines))
+        self._written, self._since = len(self._lines), time.monotonic()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            remedy = "repair that" if isinstance(self.path, RemotePath) else "make room"
+            raise TrainingError(
+                f"{self.path} cannot be written: {error.strerror or error}; {remedy}, and the "
+                "same command goes on from the newest checkpoint"
+            ) from error
 
 
 def check_receivers(names: Sequence[str]) -> None:
@@ -72,10 +117,10 @@ def check_receivers(names: Sequence[str]) -> None:
             )
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict]:
+def read_metrics(path: str | os.PathLike | RemotePath) -> list[dict]:
     """Returns the lines of a `metrics.jsonl`; one that is not finished is left out."""
     lines = []
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+    for line in to_path(path).read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -105,11 +150,17 @@ def _finite_or_none(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def _read_before(path: pathlib.Path | RemotePath, step: int) -> list[dict]:
+    if not path.exists():
+        return []
+    return [line for line in read_metrics(path) if line["step"] < step]
+
+
 def _cut(path: pathlib.Path, first_step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path) if line["step"] < first_step]
     part = path.with_suffix(".part")
+    kept = _read_before(path, first_step)
     part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     part.replace(path)
 

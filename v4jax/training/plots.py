@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from v4jax.errors import TrainingError
-from v4jax.pictures import make_figure
+from v4jax.files import RemotePath, to_path
+from v4jax.pictures import make_figure, save_figure
 from v4jax.training.metrics import read_metrics
 
 
@@ -69,8 +70,8 @@ def curves(lines: Sequence[dict], panel: Panel) -> dict[str, tuple[list[int], li
     return found
 
 
-def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
-    """Writes `run.png` beside a `metrics.jsonl`, and returns its path.
+def plot_run(metrics: str | os.PathLike | RemotePath) -> pathlib.Path | RemotePath:
+    """Writes `run.png` beside a `metrics.jsonl`, on a disk or in a bucket, and returns its path.
 
     Panels without values are left out; steps that were skipped are marked in the loss.
 
@@ -79,7 +80,7 @@ def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
       TrainingError: the file is missing or has no line yet, or the picture cannot be written.
     """
     make_figure(MISSING)  # said before the file is looked at
-    path = pathlib.Path(metrics)
+    path = to_path(metrics)
     try:
         lines = read_metrics(path)
     except OSError as error:
@@ -98,7 +99,7 @@ def plot_run(metrics: str | os.PathLike) -> pathlib.Path:
         axes.flat[0].axvline(step, color="red", linewidth=0.8)
     picture = path.with_name("run.png")
     try:
-        figure.savefig(picture, dpi=100)
+        save_figure(figure, picture, dpi=100)
     except OSError as error:
         raise TrainingError(
             f"{picture} cannot be written: {error.strerror or error}; make room"

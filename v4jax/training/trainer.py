@@ -3,7 +3,7 @@
     trainer = Trainer(config)      # loads the model, opens data and checkpoints, resumes
     trainer.run()                  # until `config.steps`, a signal, or too many bad steps
 
-A run lives in its output folder:
+A run lives in its output folder, on a disk that all hosts share or in a bucket:
 
     checkpoints/      the state, the position in the data; the newest is where a run resumes
     metrics.jsonl     a line per logged step (`metrics.py`)
@@ -33,9 +33,11 @@ from v4jax.config.data import DataConfig
 from v4jax.config.loading import load_model_config
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
+from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode
 from v4jax.parallel import make_mesh
+from v4jax.parallel.global_arrays import gather_json
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
@@ -45,7 +47,6 @@ from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import (
     abstract_state,
-    gather_json,
     make_state,
     put_batches,
     row_shares,
@@ -67,7 +68,7 @@ class Trainer:
             or does not fit; nothing was changed then.
         """
         self.config = config
-        self.folder = pathlib.Path(config.output)
+        self.folder = to_path(config.output)
         check_receivers(config.report_to)
         checkpoint = config.checkpoint
         self.store = Store(
@@ -168,18 +169,26 @@ class Trainer:
         return found
 
     def close(self) -> None:
-        """Ends data and checkpoints; waits for a checkpoint that is being written."""
+        """Ends data, metrics and checkpoints; waits for a checkpoint that is being written."""
         self.loader.close()
-        self.store.close()
+        try:
+            self.metrics.flush()
+        finally:
+            self.store.close()
 
     def finished_model(self) -> Transformer:
         """Returns the trained model, with its adapters if it has some (`export.finish`)."""
         return finish(self.frozen, self.state)
 
-    def export(self, format: str = "released") -> pathlib.Path:
+    def has_exported(self) -> bool:
+        """Says whether `output`/model is there; to every process what process 0 sees."""
+        return gather_json((self.folder / "model").exists())[0]
+
+    def export(self, format: str = "released") -> pathlib.Path | RemotePath:
         """Writes the finished model to `output`/model in a format of `v4jax.save`.
 
-        Adapters are merged there, and written by themselves to `output`/adapters.
+        Adapters are merged there, and written by themselves to `output`/adapters. Every process
+        calls this.
         """
         model, folder = self.finished_model(), self.folder / "model"
         if self.config.lora:
@@ -287,6 +296,7 @@ class Trainer:
 
     def _save(self, step: int, *, force: bool = False) -> None:
         if force or step % self.store.every == 0:
+            self.metrics.flush()
             position = merge_states(gather_json(self.loader.state()))
             self.store.save(step, self.state, {"data": position}, force=force)
 
@@ -327,7 +337,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
     state = abstract_state(frozen, weights, biases, optimizer)
-    folder = pathlib.Path(config.output) / "checkpoints"
+    folder = to_path(config.output) / "checkpoints"
     with Store(folder, model=frozen.config, read_only=True) as store:
         return finish(frozen, store.restore(step, state)[0])
 
@@ -335,7 +345,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
 def _has_weights(config: TrainConfig) -> bool:
     """Returns whether the run starts from weights that were read, not made of its seed."""
     packaged = config.model in api.pretrained_names() and not config.from_scratch
-    return packaged or pathlib.Path(config.model).is_dir()
+    return packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
 
 
 def _announce(state: TrainState, config: TrainConfig) -> None:
