@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from v4jax import log
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
 from v4jax.parallel import Layout, activate, check_mesh, make_mesh, shard
 from v4jax.parallel.axes import MESH_AXES, RULES
-from v4jax.parallel.mesh import arrange_devices
+from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes, parse_mesh
 
 
 def abstract_mesh(**sizes):
@@ -25,6 +26,68 @@ def test_axes_and_their_types():
     assert dict(mesh.shape) == {"data": 2, "expert": 2, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert len({d.id for d in mesh.devices.flat}) == 8
+
+
+def test_parse_mesh():
+    assert parse_mesh("data=2, expert=8") == {"data": 2, "expert": 8}
+    assert parse_mesh("") == {}
+
+
+FLAGS = {
+    "unknown axis": ("model=4", "must name each of data, expert, context, tensor"),
+    "twice": ("data=2,data=2", "at most once"),
+    "no size": ("data", "such as data=1,expert=16"),
+    "zero": ("data=0", "mesh.data must be a positive integer, got '0'"),
+    "word": ("data=two", "got 'two'"),
+}
+
+
+@pytest.mark.parametrize("text, message", FLAGS.values(), ids=FLAGS.keys())
+def test_bad_flags(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_mesh(text)
+
+
+DEFAULTS = {
+    "one host of eight": ("v4_flash", (8, 1), dict(data=1, expert=8, context=1)),
+    "two slices": ("v4_flash", (32, 2), dict(data=2, expert=16, context=1)),
+    "more than experts": ("tiny", (32, 1), dict(data=1, expert=8, context=4)),
+    "odd": ("v4_pro", (24, 1), dict(data=1, expert=24, context=1)),
+    "no common divisor": ("v4_flash", (7, 1), dict(data=1, expert=1, context=7)),
+}
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_default_sizes_use_all_devices_and_divide_the_model(case):
+    name, (devices, slices), expected = DEFAULTS[case]
+    config = load_model_config(name)
+    sizes = default_sizes(config, devices, slices)
+    assert sizes == expected
+    check_mesh(abstract_mesh(**sizes), config, "prefill")
+
+
+CHOSEN = {
+    "default": (None, dict(data=1, expert=8, context=1, tensor=1), "mesh: expert=8, all 8 devices"),
+    "asked for": ("context=4,tensor=2", dict(data=1, expert=1, context=4, tensor=2), ""),
+    "one device": ("data=1", None, "mesh: one device, as --mesh=data=1 says; 8 are here"),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_choose_mesh(case, capsys, monkeypatch):
+    text, expected, said = CHOSEN[case]
+    monkeypatch.setattr(log, "_said", set())
+    mesh = choose_mesh(text, load_model_config("tiny"))
+    assert (mesh and dict(mesh.shape)) == expected
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_choose_mesh_that_does_not_fit():
+    config = load_model_config("tiny")
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.o_groups = 2"):
+        choose_mesh("tensor=8", config)
+    with pytest.raises(ConfigError, match="= 4; data=2 or expert=4 or context=2 or tensor=4"):
+        choose_mesh("expert=2,tensor=2", config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +115,8 @@ def test_slices_are_joined_along_their_axis_only():
 
 BAD_MESH = {
     "not all devices": (dict(data=3), "mesh sizes must multiply to the 8 devices, got data 3"),
+    "sizes that would do": (dict(data=3), "= 3; data=8 would do"),
+    "none would do alone": (dict(data=3, expert=5), "= 15; sizes among [1, 2, 4, 8] would do"),
     "no size": (dict(data=0), "mesh.data must be a positive integer, got 0"),
     "no such axis": (dict(data=8, slices={"pipe": 2}), "mesh.slices has no axis 'pipe'"),
     "slices do not divide": (

@@ -7,9 +7,30 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from v4jax import log
 from v4jax.config import ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES, RULES, Regime
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns mesh axis → size of "data=2,expert=8".
+
+    Raises:
+      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES or not equals or axis in sizes:
+            raise ConfigError(
+                f"mesh must name each of {', '.join(MESH_AXES)} at most once, such as "
+                f"data=1,expert=16; got {text!r}"
+            )
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
+        sizes[axis] = int(size)
+    return sizes
 
 
 def make_mesh(
@@ -45,10 +66,66 @@ def make_mesh(
         product = " · ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ConfigError(
             f"mesh sizes must multiply to the {len(devices)} devices, got {product} = "
-            f"{math.prod(sizes.values())}; change a size, or name the devices with devices="
+            f"{math.prod(sizes.values())}; {_name_fitting(sizes, len(devices))} would do, or name "
+            "the devices with devices="
         )
     arranged = arrange_devices(sizes, dict(slices or {}), devices)
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
+    """Returns the mesh over all devices that `text` describes, or None for one device alone.
+
+    Args:
+      text: such as "expert=8"; sizes whose product is 1 leave further devices unused. None: one
+        device where there is one, else `default_sizes`; the choice is logged.
+
+    Raises:
+      ConfigError: the text names no mesh of these devices, or it does not divide the model.
+    """
+    devices = jax.devices()
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if text is None:
+        if len(devices) == 1:
+            return None
+        sizes = default_sizes(config, len(devices), slices)
+        named = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
+        log.once(f"mesh: {named}, all {len(devices)} devices; --mesh names another{one}")
+    else:
+        sizes = parse_mesh(text)
+        if math.prod(sizes.values()) == 1 and jax.process_count() == 1:
+            if len(devices) > 1:
+                log.once(f"mesh: one device, as --mesh={text} says; {len(devices)} are here")
+            return None
+    if slices > 1 and sizes.get("data", 1) % slices:
+        raise ConfigError(
+            f"mesh.data must be a multiple of the {slices} slices, which are joined along it, got "
+            f"{sizes.get('data', 1)}; or give each slice a part of the work"
+        )
+    mesh = make_mesh(**sizes, slices={"data": slices} if slices > 1 else None)
+    check_mesh(mesh, config, "prefill")
+    return mesh
+
+
+def default_sizes(config: ModelConfig, devices: int, slices: int = 1) -> dict[str, int]:
+    """Returns the mesh for serving where none is asked for.
+
+    It divides every model whose experts the slices divide. Experts go over the devices of a slice:
+    they are most of the weights, and their devices share the tokens and entries of a sequence as
+    well. What does not divide them falls to `context`.
+    """
+    inner = devices // slices
+    expert = math.gcd(inner, config.n_routed_experts // slices)  # `data` splits them as well
+    return {"data": slices, "expert": expert, "context": inner // expert}
+
+
+def _name_fitting(sizes: Mapping[str, int], devices: int) -> str:
+    """Returns, axis by axis, the size with which all others multiply to the devices."""
+    product = math.prod(sizes.values())
+    others = {axis: product // size for axis, size in sizes.items()}
+    fitting = [f"{axis}={devices // rest}" for axis, rest in others.items() if devices % rest == 0]
+    return " or ".join(fitting) or f"sizes among {divisors(devices)}"
 
 
 def arrange_devices(
