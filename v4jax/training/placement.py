@@ -4,9 +4,6 @@ Moments lie like the weights they belong to; everything small is whole on every 
 enough: the same functions place a run of this machine and one that is only planned.
 """
 
-import json
-from typing import Any
-
 import jax
 import numpy as np
 import optax
@@ -88,16 +85,3 @@ def put_batches(batches: Batch, layout: Layout | None) -> Batch:
         return jax.make_array_from_callback((number, rows * shares, tokens), sharding, read)
 
     return jax.tree.map(put, batches)
-
-
-def gather_json(value: Any) -> list[Any]:
-    """Returns every process' value, in order of the processes; values are what JSON can express."""
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.pad(text, (0, int(sizes.max()) - text.size))
-    rows = np.reshape(multihost_utils.process_allgather(padded), (sizes.size, -1))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

@@ -36,6 +36,7 @@ from v4jax.errors import TrainingError
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode
 from v4jax.parallel import make_mesh
+from v4jax.parallel.agreement import gather_json
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
@@ -45,7 +46,6 @@ from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import (
     abstract_state,
-    gather_json,
     make_state,
     put_batches,
     row_shares,

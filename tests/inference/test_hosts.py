@@ -1,0 +1,96 @@
+"""Two processes serve one model: they stay in step whatever one of them sees, and equal one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from v4jax.inference import BatchJob, SamplingOptions, run_batch
+
+from .fake_model import make_engine
+
+WORKER = Path(__file__).with_name("hosts_worker.py")
+ROOT = Path(__file__).parents[2]
+LINES = [
+    {"id": "a", "text": "First text.", "questions": ["Who?", "When?", "Where?"]},
+    {"id": "b", "path": "none.txt", "question": "Why?"},
+    {"id": "c", "text": "Second text.", "question": "Why?", "temperature": 1.0},
+    {"id": "d", "text": "Too long for process 1. " * 9, "questions": ["Why?", "How?"]},
+    {"id": "e", "text": "Third text.", "question": "How?"},
+]
+
+
+def run_two(command: list[str], devices: int, **settings: str) -> list[tuple[int, str, str]]:
+    """Returns (status, stdout, stderr) of a command run by two processes of one job."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": flags,
+        "V4JAX_COORDINATOR": f"localhost:{port}",
+        "V4JAX_PROCESS_COUNT": "2",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment | settings | {"V4JAX_PROCESS_INDEX": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=580) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [(worker.returncode, *text) for worker, text in zip(workers, said, strict=True)]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+@pytest.mark.slow
+def test_a_job_continues_and_fails_what_fails_on_one(source):
+    """Process 1 sees neither input nor output, and has no memory for the fourth document."""
+    alone, output = source.with_name("alone.jsonl"), source.with_name("answers.jsonl")
+    options = SamplingOptions(max_new_tokens=6)
+    run_batch(BatchJob(str(source), str(alone), {"model": "fake"}, options), make_engine)
+    expected = alone.read_text().splitlines(keepends=True)
+    output.write_text(expected[0] + expected[1][:30])  # killed while it wrote
+    ended = run_two([str(WORKER), str(source), str(output)], devices=1)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert [out.splitlines()[-1] for _, out, _ in ended] == ["[5, 2, 5, 1]"] * 2
+    lines = output.read_text().splitlines(keepends=True)
+    failed = json.loads(lines.pop(5))
+    assert (failed["line"], failed["error"]["kind"]) == (4, "RequestError")
+    assert failed["error"]["message"] == "process 1: RESOURCE_EXHAUSTED: Out of memory\nmore"
+    assert lines == [line for line in expected if json.loads(line)["line"] != 4]
+    assert sorted(path.name for path in source.parent.iterdir()) == [
+        "alone.jsonl",
+        "answers.jsonl",
+        "docs.jsonl",
+    ]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_ends_both(source):
+    """A share of the model that cannot be loaded; the message says on which process."""
+    output = source.with_name("answers.jsonl")
+    ended = run_two([str(WORKER), str(source), str(output), "-"], devices=1)
+    assert [status for status, _, _ in ended] == [1, 1], ended
+    reason = "process 1: tensor head is missing here"
+    assert f"v4jax: error: {reason}\n" in ended[0][2]
+    assert f"v4jax: error: process 0: {reason}\n" in ended[1][2]
+    assert output.read_text() == ""
