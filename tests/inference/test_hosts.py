@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
+from v4jax.cli import host_flags, main
+from v4jax.config import LayerKind
+from v4jax.errors import ConfigError
 from v4jax.inference import BatchJob, SamplingOptions, run_batch
+from v4jax.parallel.hosts import Hosts
 
 from .fake_model import make_engine
+from .mesh_models import write_model
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -75,7 +81,7 @@ def test_a_job_continues_and_fails_what_fails_on_one(source):
     lines = output.read_text().splitlines(keepends=True)
     failed = json.loads(lines.pop(5))
     assert (failed["line"], failed["error"]["kind"]) == (4, "RequestError")
-    assert failed["error"]["message"] == "process 1: RESOURCE_EXHAUSTED: Out of memory\nmore"
+    assert failed["error"]["message"] == "process 1: RESOURCE_EXHAUSTED: Out of memory"
     assert lines == [line for line in expected if json.loads(line)["line"] != 4]
     assert sorted(path.name for path in source.parent.iterdir()) == [
         "alone.jsonl",
@@ -94,3 +100,47 @@ def test_an_error_of_one_ends_both(source):
     assert f"v4jax: error: {reason}\n" in ended[0][2]
     assert f"v4jax: error: process 0: {reason}\n" in ended[1][2]
     assert output.read_text() == ""
+
+
+@pytest.mark.slow
+def test_the_command_over_two_processes_equals_one(tmp_path):
+    """Four devices each, `data` over both; an output cut off in a line, a missing document."""
+    write_model(tmp_path / "model", LayerKind.CSA)
+    lines = [
+        {"text": "It was a dark and stormy night. " * 20, "questions": ["Who?", "Why?", "How?"]},
+        {"path": "none.txt", "question": "Why?"},
+        {"id": "c", "text": "Short.", "questions": ["Why?", "Where?"], "temperature": 0.9},
+    ]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [f"--model={tmp_path}/model", f"--input={tmp_path}/docs.jsonl", "--max_new_tokens=6"]
+    given += ["--max_tokens=1024", "--chunk_tokens=512", "--questions_at_once=2"]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert main.run(["batch", *given, f"--output={one}", "--mesh=data=1"]) == 0
+    whole = one.read_bytes()
+    two.write_bytes(whole[: whole.index(b"\n") + 30])
+    command = ["batch", *given, f"--output={two}", "--mesh=data=2,expert=2,context=2"]
+    ended = run_two(["-m", "v4jax.cli.main", *command], devices=4)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert two.read_bytes() == whole
+    (_, said, log), (_, others_said, others_log) = ended
+    assert "documents  3, of them failed 1\nquestions  5 answered (1 before" in said
+    assert "warning: batch: line 2: cannot read" in log
+    assert others_said == "" and "batch" not in others_log
+
+
+def test_flags_that_differ(monkeypatch):
+    """Processes of one model with another part of the input each."""
+    values = flags.FlagValues()
+    host_flags.define_host_flags(flags, values)
+    flags.DEFINE_string("shard", None, "", flag_values=values)
+    values(["v4jax", "--process_count=2", "--shard=0/2"])
+    other = values.flag_values_dict() | {"shard": "1/2"}
+    monkeypatch.setattr(host_flags, "start_hosts", lambda values: Hosts("explicit", 0, 2, "h:1"))
+    monkeypatch.setattr("v4jax.parallel.agreement.gather_json", lambda given: [given, other])
+    with pytest.raises(ConfigError) as error:
+        host_flags.start_serving(values)
+    assert str(error.value) == (
+        "--shard is '0/2' for process 0 and '1/2' for process 1, which are to serve one model; "
+        "give all of them the same flags. Jobs of their own, each with its part of the input, have "
+        "--shard=auto/COUNT"
+    )

@@ -4,28 +4,17 @@ A sampled answer is hundreds of comparisons of sums made in another order: here 
 1e-5 where logits have a deviation of 1.5, and no choice is that near.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from parallel.models import CONFIG, model
 
-import v4jax
 from v4jax.cli import main
 from v4jax.config import LayerKind
 
-# Two blocks, one capacity and three shapes: compiling is nearly all of the time.
-SMALL = dataclasses.replace(
-    CONFIG,
-    num_hidden_layers=2,
-    num_nextn_predict_layers=0,
-    compress_ratios=(4, 128),
-    layer_types=(LayerKind.CSA, LayerKind.HCA),
-    mlp_layer_types=CONFIG.mlp_layer_types[:2],
-)
+from .mesh_models import write_model
+
+# Two layers, one capacity and three shapes: compiling is nearly all of the time.
 FLAGS = ("--max_tokens=1024", "--chunk_tokens=512", "--max_new_tokens=6", "--questions_at_once=2")
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 12  # 710 tokens: two chunks
 LINES = [
@@ -47,8 +36,7 @@ MESHES = [
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, and the answers of one device beside it."""
     folder = tmp_path_factory.mktemp("mesh")
-    made = jax.tree.map(jnp.asarray, model(config=SMALL))  # of NumPy's float64, some of them
-    v4jax.save(made, folder / "model", format="transformers")
+    write_model(folder / "model", LayerKind.CSA, LayerKind.HCA)
     lines = "".join(json.dumps(line) + "\n" for line in LINES)
     (folder / "docs.jsonl").write_text(lines)
     assert batch(folder, ONE) == 0

@@ -28,6 +28,11 @@ A line of the output, for an answer and for a document that failed:
    "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40}, …}
   {"line": 3, "id": null, "error": {"kind": "RequestError", "message": "…"}, …}
 
+All devices serve one model, on --mesh. On a slice of several hosts every host runs the same
+command; the first reads the input and writes the output, all read the model:
+
+  v4jax batch --model=/models/v4-pro --mesh=expert=32,tensor=2 --input=docs.jsonl --output=…
+
 Several machines divide the input among themselves: with --shard=3/16 a process answers every 16th
 line, beginning with the fourth, and writes answers-00003-of-00016.jsonl (a --summary is named
 likewise). The files together are the whole output:

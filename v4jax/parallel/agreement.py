@@ -74,13 +74,18 @@ def on_all(
             raise
         error = caught
     with _does_not_wait_forever(error):
-        reasons = gather_json(None if error is None else str(error))
+        reasons = gather_json(None if error is None else _describe(error))
     if error is not None:
         raise error
     for process, reason in enumerate(reasons):
         if reason is not None:
             raise as_error(f"process {process}: {reason}")
     return result
+
+
+def _describe(error: Exception) -> str:
+    """Returns what an error says; of one that is not ours, which may be long, the first line."""
+    return str(error) if isinstance(error, V4JaxError) else str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager
@@ -96,8 +101,8 @@ def _does_not_wait_forever(error: Exception | None) -> Iterator[None]:
 
     def end() -> None:
         log.warning(
-            f"process {jax.process_index()} failed alone and ends the job: {error}; start it "
-            "again, and it continues"
+            f"process {jax.process_index()} failed, and the others did not come to hear of it: "
+            f"{_describe(error)}. It ends the job; start it again, and it continues"
         )
         os._exit(1)
 
