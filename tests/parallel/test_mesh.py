@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from v4jax import log
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
-from v4jax.parallel import Layout, activate, check_mesh, make_mesh, shard
+from v4jax.parallel import Layout, activate, check_mesh, make_mesh, mesh, shard
 from v4jax.parallel.axes import MESH_AXES, RULES
 from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes, parse_mesh
 
@@ -49,21 +49,47 @@ def test_bad_flags(text, message):
 
 
 DEFAULTS = {
-    "one host of eight": ("v4_flash", (8, 1), dict(data=1, expert=8, context=1)),
-    "two slices": ("v4_flash", (32, 2), dict(data=2, expert=16, context=1)),
-    "more than experts": ("tiny", (32, 1), dict(data=1, expert=8, context=4)),
-    "odd": ("v4_pro", (24, 1), dict(data=1, expert=24, context=1)),
-    "no common divisor": ("v4_flash", (7, 1), dict(data=1, expert=1, context=7)),
+    "one host of eight": ("v4_flash", 8, dict(expert=8, context=1)),
+    "more than experts": ("tiny", 32, dict(expert=8, context=4)),
+    "odd": ("v4_pro", 24, dict(expert=24, context=1)),
+    "no common divisor": ("v4_flash", 7, dict(expert=1, context=7)),
 }
 
 
 @pytest.mark.parametrize("case", DEFAULTS)
 def test_default_sizes_use_all_devices_and_divide_the_model(case):
-    name, (devices, slices), expected = DEFAULTS[case]
+    name, devices, expected = DEFAULTS[case]
     config = load_model_config(name)
-    sizes = default_sizes(config, devices, slices)
+    sizes = default_sizes(config, devices)
     assert sizes == expected
     check_mesh(abstract_mesh(**sizes), config, "prefill")
+
+
+SLICES = {
+    "data": ("data=2,expert=4", [[0, 0, 0, 0], [1, 1, 1, 1]]),
+    "the outermost that they divide": ("expert=8", [[0, 0, 0, 0, 1, 1, 1, 1]]),
+    "by default": (None, [[0, 0, 0, 0, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("case", SLICES)
+def test_slices_are_joined_along_one_axis(case, monkeypatch):
+    """Two slices, or two machines of GPUs, of four devices each."""
+    text, expected = SLICES[case]
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(mesh, "Mesh", lambda arranged, *_, **options: arranged)
+    monkeypatch.setattr(mesh, "check_mesh", lambda *arguments: None)
+    arranged = choose_mesh(text, load_model_config("v4_flash"))
+    slices = np.vectorize(lambda chip: chip.slice_index)(arranged)
+    assert slices[:, :, 0, 0].tolist() == expected
+
+
+def test_slices_that_divide_no_axis(monkeypatch):
+    chips = [Chip(i, slice_index=i % 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    with pytest.raises(ConfigError, match="the devices are 4 slices, joined along one axis, and"):
+        choose_mesh("data=2,expert=2,context=2", load_model_config("v4_flash"))
 
 
 CHOSEN = {
@@ -77,8 +103,8 @@ CHOSEN = {
 def test_choose_mesh(case, capsys, monkeypatch):
     text, expected, said = CHOSEN[case]
     monkeypatch.setattr(log, "_said", set())
-    mesh = choose_mesh(text, load_model_config("tiny"))
-    assert (mesh and dict(mesh.shape)) == expected
+    chosen = choose_mesh(text, load_model_config("tiny"))
+    assert (chosen and dict(chosen.shape)) == expected
     assert capsys.readouterr().err.startswith(said)
 
 

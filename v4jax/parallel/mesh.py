@@ -88,7 +88,7 @@ def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
     if text is None:
         if len(devices) == 1:
             return None
-        sizes = default_sizes(config, len(devices), slices)
+        sizes = default_sizes(config, len(devices))
         named = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
         one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
         log.once(f"mesh: {named}, all {len(devices)} devices; --mesh names another{one}")
@@ -98,26 +98,33 @@ def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
             if len(devices) > 1:
                 log.once(f"mesh: one device, as --mesh={text} says; {len(devices)} are here")
             return None
-    if slices > 1 and sizes.get("data", 1) % slices:
-        raise ConfigError(
-            f"mesh.data must be a multiple of the {slices} slices, which are joined along it, got "
-            f"{sizes.get('data', 1)}; or give each slice a part of the work"
-        )
-    mesh = make_mesh(**sizes, slices={"data": slices} if slices > 1 else None)
+    mesh = make_mesh(**sizes, slices=_lay_slices(sizes, slices))
     check_mesh(mesh, config, "prefill")
     return mesh
 
 
-def default_sizes(config: ModelConfig, devices: int, slices: int = 1) -> dict[str, int]:
-    """Returns the mesh for serving where none is asked for.
+def default_sizes(config: ModelConfig, devices: int) -> dict[str, int]:
+    """Returns the mesh for serving where none is asked for; it divides every model.
 
-    It divides every model whose experts the slices divide. Experts go over the devices of a slice:
-    they are most of the weights, and their devices share the tokens and entries of a sequence as
-    well. What does not divide them falls to `context`.
+    Experts go over the devices: they are most of the weights, and their devices share the tokens
+    and entries of a sequence as well. What does not divide them falls to `context`. `data` would
+    make every part of it read the same document.
     """
-    inner = devices // slices
-    expert = math.gcd(inner, config.n_routed_experts // slices)  # `data` splits them as well
-    return {"data": slices, "expert": expert, "context": inner // expert}
+    expert = math.gcd(devices, config.n_routed_experts)
+    return {"expert": expert, "context": devices // expert}
+
+
+def _lay_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """Returns the axis along which slices are joined: the outermost that they divide."""
+    if slices == 1:
+        return {}
+    for axis in MESH_AXES:
+        if sizes.get(axis, 1) % slices == 0:
+            return {axis: slices}
+    raise ConfigError(
+        f"mesh: the devices are {slices} slices, joined along one axis, and none of "
+        f"{dict(sizes)} is a multiple of {slices}; choose another size"
+    )
 
 
 def _name_fitting(sizes: Mapping[str, int], devices: int) -> str:
