@@ -1,10 +1,13 @@
 """Two processes serve one model: they stay in step whatever one of them sees, and equal one."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,22 +33,22 @@ LINES = [
 ]
 
 
-def run_two(command: list[str], devices: int, **settings: str) -> list[tuple[int, str, str]]:
-    """Returns (status, stdout, stderr) of a command run by two processes of one job."""
+@contextlib.contextmanager
+def start_two(command: list[str], devices: int) -> Iterator[list[subprocess.Popen]]:
+    """Starts a command in two processes of one job."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
         "V4JAX_COORDINATOR": f"localhost:{port}",
         "V4JAX_PROCESS_COUNT": "2",
     }
     workers = [
         subprocess.Popen(
             [sys.executable, *command],
-            env=environment | settings | {"V4JAX_PROCESS_INDEX": str(index)},
+            env=environment | {"V4JAX_PROCESS_INDEX": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,11 +56,22 @@ def run_two(command: list[str], devices: int, **settings: str) -> list[tuple[int
         for index in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=580) for worker in workers]
+        yield workers
     finally:
         for worker in workers:
             worker.kill()
+
+
+def wait(workers: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Returns (status, stdout, stderr) of each process when all have ended."""
+    said = [worker.communicate(timeout=900) for worker in workers]
     return [(worker.returncode, *text) for worker, text in zip(workers, said, strict=True)]
+
+
+def run_two(command: list[str], devices: int) -> list[tuple[int, str, str]]:
+    """Returns (status, stdout, stderr) of a command run by two processes of one job."""
+    with start_two(command, devices) as workers:
+        return wait(workers)
 
 
 @pytest.fixture
@@ -126,6 +140,24 @@ def test_the_command_over_two_processes_equals_one(tmp_path):
     assert "documents  3, of them failed 1\nquestions  5 answered (1 before" in said
     assert "warning: batch: line 2: cannot read" in log
     assert others_said == "" and "batch" not in others_log
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_ends_both(tmp_path):
+    """Process 0 says how to go on; the other does not wait for it."""
+    source, output = tmp_path / "docs.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"text": f"Text {i}.", "questions": ["Who?", "Why?"]} for i in range(1000)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["--model=nano", f"--input={source}", f"--output={output}", "--max_new_tokens=9"]
+    command = [str(WORKER), "batch", *given, "--mesh=data=2", "--questions_at_once=2"]
+    with start_two(command, devices=1) as workers:
+        while not (output.exists() and output.stat().st_size):
+            assert [worker.poll() for worker in workers] == [None, None]
+            time.sleep(0.1)
+        workers[0].terminate()
+        (status, _, said), (other, _, _) = wait(workers)
+    assert status == 143 and other != 0
+    assert "answers, and the same command continues\nv4jax: terminated\n" in said
 
 
 def test_flags_that_differ(monkeypatch):
