@@ -87,6 +87,7 @@ def run(values: Any, positional: list[str]) -> int:
     shard = parse_shard(values.shard) if values.shard else Shard()
     output = shard.name_file(values.output)
     summary_file = shard.name_file(values.summary) if values.summary else None
+    sampling = model_flags.build_sampling(values)
     _join(values)
     mesh, options = model_flags.plan_engine(values, values.questions_at_once)
     job = BatchJob(
@@ -103,7 +104,7 @@ def run(values: Any, positional: list[str]) -> int:
             "questions_at_once": options.questions_at_once,
             "max_tokens": options.max_tokens,
         },
-        sampling=model_flags.build_sampling(values),
+        sampling=sampling,
         overwrite=values.overwrite,
         shard=shard,
     )

@@ -41,15 +41,15 @@ def run(values: Any, positional: list[str]) -> int:
     from v4jax import log
     from v4jax.inference import Question, run_together
 
+    # All but stdin, which is that of process 0 alone, is checked before anything is loaded.
+    given = None if values.prompt == "-" else _check_prompt(values.prompt)
+    sampling = model_flags.build_sampling(values)
     host_flags.start_serving(values)
     mesh, options = model_flags.plan_engine(values)
 
     def work(load_engine: Callable[[], Any]) -> int:
-        text = _read_prompt(values.prompt)
-        if not text.strip():
-            raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
-        prompt = Question(text, model_flags.build_sampling(values))
-        answer = _show(load_engine().stream(prompt))
+        text = _check_prompt(_read_stdin()) if given is None else given
+        answer = _show(load_engine().stream(Question(text, sampling)))
         if answer.warning:
             log.warning(f"generate: {answer.warning}")
         log.info(
@@ -91,7 +91,15 @@ def _show(parts: Iterable[Any]) -> Any:
     return answer
 
 
-def _read_prompt(prompt: str) -> str:
+def _check_prompt(text: str) -> str:
+    from v4jax.errors import RequestError
+
+    if not text.strip():
+        raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
+    return text
+
+
+def _read_stdin() -> str:
     from v4jax.inference.documents import decode_utf8
 
-    return decode_utf8(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
+    return decode_utf8(sys.stdin.buffer.read(), "stdin")

@@ -135,6 +135,7 @@ def plan_engine(values: Any, questions_at_once: int | None = None) -> tuple[Any,
     from v4jax.parallel.agreement import on_all
     from v4jax.parallel.mesh import choose_mesh
 
+    frame = build_frame(values)
     # All of them read config.json, which may be missing on one.
     mesh = on_all(lambda: choose_mesh(values.mesh, load_model_config(values.model)))
     sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
@@ -143,7 +144,7 @@ def plan_engine(values: Any, questions_at_once: int | None = None) -> tuple[Any,
         sharing = sizes["expert"] * sizes["context"]
         chunk_tokens = max(CHUNK_TOKENS, CHUNK_TOKENS_PER_DEVICE * sharing)
     options = EngineOptions(
-        frame=build_frame(values),
+        frame=frame,
         chunk_tokens=chunk_tokens,
         questions_at_once=sizes["data"] if questions_at_once is None else questions_at_once,
         max_tokens=values.max_tokens,
@@ -164,6 +165,7 @@ def load_model(values: Any, mesh: Any) -> Any:
     import v4jax
     from v4jax import log
 
+    _say_mesh(values, mesh)
     with log.phase("model", f"loading {values.model}") as phase:
         model = v4jax.load(
             values.model, numerics=values.numerics, seed=values.weights_seed, mesh=mesh
@@ -175,6 +177,22 @@ def load_model(values: Any, mesh: Any) -> Any:
             "show that the machinery works, and how fast"
         )
     return model
+
+
+def _say_mesh(values: Any, mesh: Any) -> None:
+    """Says which devices work, where there are several."""
+    import jax
+
+    from v4jax import log
+
+    count = len(jax.devices())
+    if mesh is None and count > 1:
+        log.once(f"mesh: one device, as --mesh={values.mesh} says; {count} are here")
+    elif mesh is not None:
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
+        default = f"; --mesh names another{one}" if values.mesh is None else ""
+        log.once(f"mesh: {sizes}, all {count} devices{default}")
 
 
 def require(values: Any, *names: str) -> None:

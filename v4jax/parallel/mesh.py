@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from v4jax import log
 from v4jax.config import ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES, RULES, Regime
@@ -78,7 +77,7 @@ def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
 
     Args:
       text: such as "expert=8"; sizes whose product is 1 leave further devices unused. None: one
-        device where there is one, else `default_sizes`; the choice is logged.
+        device where there is one, else `default_sizes`.
 
     Raises:
       ConfigError: the text names no mesh of these devices, or it does not divide the model.
@@ -89,14 +88,9 @@ def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
         if len(devices) == 1:
             return None
         sizes = default_sizes(config, len(devices))
-        named = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-        one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
-        log.once(f"mesh: {named}, all {len(devices)} devices; --mesh names another{one}")
     else:
         sizes = parse_mesh(text)
         if math.prod(sizes.values()) == 1 and jax.process_count() == 1:
-            if len(devices) > 1:
-                log.once(f"mesh: one device, as --mesh={text} says; {len(devices)} are here")
             return None
     mesh = make_mesh(**sizes, slices=_lay_slices(sizes, slices))
     check_mesh(mesh, config, "prefill")
