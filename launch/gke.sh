@@ -3,18 +3,21 @@
 #
 #   bash launch/gke.sh --name=reader --accelerator=v6e-8 --image=IMAGE --bucket=my-bucket --shards=16 \
 #     -- batch --model=/bucket/v4-flash --input=gs://my-bucket/docs.jsonl --output=gs://my-bucket/answers.jsonl
+#   bash launch/gke.sh --name=pro --accelerator=v6e-64 --image=IMAGE --bucket=my-bucket \
+#     -- batch --model=/bucket/v4-pro --mesh=expert=32,tensor=2 --input=/bucket/docs.jsonl …
 #   bash launch/gke.sh --name=tuning --accelerator=v5p-128 --image=IMAGE -- train --config=…
 #
-# batch becomes an Indexed Job: every index is one host with its part of the input (--shard=auto/N),
-# which Kubernetes starts again when it fails and which then continues. train and convert become a
-# JobSet over the hosts of the slices. The manifests are launch/gke_indexed_job.yaml, gke_jobset.yaml.
+# batch on slices of one host becomes an Indexed Job: every index is one host with its part of the
+# input (--shard=auto/N), which Kubernetes starts again when it fails and which then continues. batch
+# on a slice of several hosts, train and convert become a JobSet over the hosts of the slices. The
+# manifests are launch/gke_indexed_job.yaml, gke_jobset.yaml.
 #
 #   --name=NAME              of the job
 #   --accelerator=TYPE       v5e-N and v6e-N count chips, v5p-N and tpu7x-N cores (two a chip); the
 #                            cluster needs a node pool of this type and topology
 #   --image=IMAGE            a container image in which v4jax[tpu] is installed; for paths in gs:// and
 #                            s3:// v4jax[tpu,gcs] and v4jax[tpu,s3], for train v4jax[tpu,train]
-#   --shards=N               batch: parts of the input (default 1)
+#   --shards=N               batch on slices of one host: parts of the input (default 1)
 #   --at_once=N              batch: parts worked on at a time (default: all)
 #   --slices=N               train: slices joined by the data-center network (default 1)
 #   --bucket=BUCKET          mounts gs://BUCKET as /bucket (the cluster's Cloud Storage FUSE driver)
@@ -70,16 +73,18 @@ case "$accelerator" in
 esac
 read -r gke_accelerator topology chips hosts <<<"$place"
 
-if [[ "${job[0]}" == batch ]]; then
+[[ "${job[0]}" != batch || "$slices" == 1 ]] ||
+  fail "--slices is for train; give every slice of a batch its part of the input with --shard=i/N, in a job of its own"
+if [[ "${job[0]}" == batch && "$hosts" == 1 ]]; then
   template=gke_indexed_job.yaml
-  ((hosts == 1)) || fail "batch runs on one host, and $accelerator has $hosts; take v5e-8, v6e-8, v5p-8 or tpu7x-8, and more --shards"
-  ((slices == 1)) || fail "--slices is for train; for batch use --shards"
   ! has_flag shard || fail "--shard is set here, one for each index; use --shards=N"
   ((shards == 1)) || job+=("--shard=auto/$shards")
 else
   template=gke_jobset.yaml
+  ((shards == 1)) || [[ "${job[0]}" != batch ]] ||
+    fail "--shards is for slices of one host, and $accelerator has $hosts; start a job for each part, with -- batch --shard=i/$shards"
   ((shards == 1)) || fail "--shards divides the input of batch; ${job[0]} has none"
-  [[ "${job[0]}" == train ]] || ((hosts * slices == 1)) ||
+  [[ "${job[0]}" != convert ]] || ((hosts * slices == 1)) ||
     fail "${job[0]} runs on one host, got $((hosts * slices)); take v5e-8, v6e-8, v5p-8 or tpu7x-8"
 fi
 

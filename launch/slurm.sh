@@ -3,12 +3,14 @@
 #
 #   bash launch/slurm.sh --shards=16 --gpus=1 --time=04:00:00 \
 #     -- batch --model=/models/v4-flash --input=docs.jsonl --output=answers.jsonl
+#   bash launch/slurm.sh --nodes=2 --gpus=8 -- batch --model=/models/v4-pro --mesh=expert=16 …
 #   bash launch/slurm.sh --nodes=4 --gpus=8 -- train --config=…
 #
 #   --name=NAME           of the job (default v4jax)
-#   --nodes=N             machines of one job; only for train (default 1)
+#   --nodes=N             machines that serve or train one model; not for convert (default 1)
 #   --gpus=G              GPUs of each machine (default 1)
-#   --shards=N            batch: an array of N tasks, each with its part of the input (default 1)
+#   --shards=N            batch: an array of N tasks, each with its part of the input, and each on
+#                         so many nodes (default 1)
 #   --partition=P         default: the cluster's
 #   --account=A           default: the user's
 #   --time=[D-]HH:MM:SS   default: the partition's
@@ -28,7 +30,7 @@ need_number nodes gpus shards
 need_job
 [[ "$partition$account" =~ ^[A-Za-z0-9_.-]*$ ]] || fail "--partition and --account are names, got '$partition' and '$account'"
 [[ -z "$time" || "$time" =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time must be [D-]HH:MM:SS, got '$time'"
-[[ "${job[0]}" == train || "$nodes" == 1 ]] || fail "${job[0]} runs on one machine, got --nodes=$nodes; for batch use --shards=$nodes"
+[[ "${job[0]}" != convert || "$nodes" == 1 ]] || fail "convert runs on one machine, got --nodes=$nodes; leave it out"
 [[ "${job[0]}" == batch || "$shards" == 1 ]] || fail "--shards divides the input of batch; ${job[0]} has none"
 ! has_flag shard || ((shards == 1)) || fail "--shard is set here, one for each task; leave it out"
 

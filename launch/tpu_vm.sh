@@ -22,8 +22,9 @@
 #   --dry-run            prints the commands instead
 #
 # `run` copies the last commit of this repository to every host, and installs it there with [tpu].
-# batch and convert run on slices of one host (at most v5e-8, v6e-8, v5p-8); give several such slices
-# their parts of the input with --shard. train runs on all hosts of a slice.
+# batch and train run on all hosts of a slice as one model; the first host alone reads the documents
+# and writes. Give several slices their parts of the input with --shard. convert runs on slices of one
+# host (at most v5e-8, v6e-8, v5p-8).
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$V4JAX_ROOT/launch/arguments.sh"
@@ -114,7 +115,7 @@ case "$step" in create | run | all) read_accelerator ;; esac
 case "$step" in
   run | all)
     need_job
-    [[ "${job[0]}" == train || "$hosts" == 1 ]] ||
+    [[ "${job[0]}" != convert || "$hosts" == 1 ]] ||
       fail "${job[0]} runs on one host, and $accelerator has $hosts; take a slice of one host, at most v5e-8, v6e-8 or v5p-8"
     ;;
   *) ((${#job[@]} == 0)) || fail "$step takes no job; only run and all do" ;;

@@ -1,13 +1,19 @@
 """The cache's size is the published one, and misuse says what to do."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from v4jax.cache import init_cache
+from v4jax.cache.hybrid import cache_axes
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import FLOAT32, RELEASED
 from v4jax.errors import CacheError
+from v4jax.parallel import Layout, make_mesh
+from v4jax.parallel.shard import make_arrays
 
 MILLION = 1 << 20
 
@@ -43,7 +49,40 @@ def test_capacity_below_one_window():
     assert cache.capacity == 3 and cache.stored["hca"]["values"].shape[2] == 1
 
 
+def numbered(cache):
+    """Returns the cache with another number in every element of its arrays."""
+    return jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape).astype(x.dtype), cache)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_repeat_copies(count):
+    cache = numbered(init_cache(load_model_config("tiny"), FLOAT32, 2, 300))
+    before = jax.tree.map(np.array, cache)
+    copies = cache.repeat(count)
+    taken = cache.take(np.repeat(np.arange(2), count))
+    assert jax.tree.all(jax.tree.map(np.array_equal, copies, taken))
+    jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)(copies)
+    assert jax.tree.all(jax.tree.map(np.array_equal, cache, before)), "the copies shared buffers"
+
+
+def test_repeat_sends_nothing_between_devices():
+    """Slots over `data`, entries over `expert`: copies lie where their originals do."""
+    config, layout = load_model_config("tiny"), Layout(make_mesh(data=2, expert=4))
+    cache = make_arrays(lambda: init_cache(config, FLOAT32, 2, 300, 4), cache_axes, layout)
+    copies = cache.repeat(2)
+    assert copies.batch == 4
+    for a, b in zip(jax.tree.leaves(copies), jax.tree.leaves(cache), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    shardings = jax.tree.map(lambda x: x.sharding, cache)
+    program = jax.jit(lambda x: x.repeat(2), out_shardings=shardings).lower(cache).compile()
+    assert not re.findall(r"all-\w+|collective-\w+", program.as_text())
+
+
 BAD = {
+    "no copy": (
+        lambda c: init_cache(c, FLOAT32, 1, 8).repeat(0),
+        "count must be at least 1, got 0",
+    ),
     "no sequence": (lambda c: init_cache(c, FLOAT32, 0, 8), "batch must be at least 1, got 0"),
     "no token": (lambda c: init_cache(c, FLOAT32, 1, 0), "max_tokens must be 1 … "),
     "too long": (

@@ -4,8 +4,10 @@ import json
 import signal
 
 import pytest
+from absl import flags
 
-from v4jax.cli import main
+from v4jax import log
+from v4jax.cli import main, model_flags
 
 
 @pytest.fixture
@@ -105,25 +107,97 @@ def test_shards_name_their_own_files(command, tmp_path, monkeypatch, capsys):
     ]
 
 
-SEVERAL = {
-    "processes": (
-        {"V4JAX_COORDINATOR": "h:1", "V4JAX_PROCESS_INDEX": "1", "V4JAX_PROCESS_COUNT": "2"},
-        "process 1 of 2 (explicit), coordinator h:1: they would all answer the same documents; "
-        "--shard=auto/2 gives each its part",
-    ),
-    "hosts of a slice": (
-        {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},
-        "process 0 of 2 (GKE TPU), coordinator a:8482: batch runs on one host",
-    ),
+HOSTS = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
+ARRAY = {"SLURM_ARRAY_TASK_ID": "1"}
+TWO = {"V4JAX_COORDINATOR": "h:1", "V4JAX_PROCESS_INDEX": "1", "V4JAX_PROCESS_COUNT": "2"}
+JOINED = {
+    "processes": (TWO, []),
+    "hosts of a slice": (HOSTS, []),
+    "their part of the input": (HOSTS, ["--shard=0/2"]),
+    "a task of an array": (TWO | ARRAY, ["--shard=auto/2"]),
+}
+APART = {
+    "indexed": TWO | {"JOB_COMPLETION_INDEX": "0"},
+    "tasks of a step": TWO | {"SLURM_PROCID": "0"},
 }
 
 
-@pytest.mark.parametrize("variables, message", SEVERAL.values(), ids=SEVERAL.keys())
-def test_processes_do_not_all_do_the_same(
-    command, tmp_path, monkeypatch, capsys, variables, message
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert main.run(command) == 2
-    assert message in capsys.readouterr().err
+class JoinedError(Exception):
+    """Stands for the start of a job of several processes."""
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; a job that would join others raises JoinedError."""
+
+    def start_hosts(hosts):
+        if hosts.count > 1:
+            raise JoinedError(str(hosts))
+        return hosts
+
+    monkeypatch.setattr("v4jax.parallel.hosts.start_hosts", start_hosts)
+    return lambda variables: [monkeypatch.setenv(*pair) for pair in variables.items()]
+
+
+@pytest.mark.parametrize("variables, given", JOINED.values(), ids=JOINED.keys())
+def test_processes_that_serve_one_model(command, environment, tmp_path, variables, given):
+    environment(variables)
+    with pytest.raises(JoinedError, match="of 2"):
+        main.run([*command, *given])
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+@pytest.mark.parametrize("variables", APART.values(), ids=APART.keys())
+def test_processes_with_a_shard_each_are_jobs_of_their_own(
+    command, environment, tmp_path, variables
+):
+    environment(variables)
+    assert main.run([*command, "--shard=auto/2"]) == 0
+    assert (tmp_path / "answers-00000-of-00002.jsonl").exists()
+
+
+def test_hosts_of_a_slice_cannot_have_a_shard_each(command, environment, tmp_path, capsys):
+    environment(HOSTS | {"JOB_COMPLETION_INDEX": "0"})
+    assert main.run([*command, "--shard=auto/2"]) == 2
+    assert (
+        "process 0 of 2 (GKE TPU), coordinator a:8482: the hosts of a TPU slice serve one model, "
+        "and --shard=auto/2 would give each another part of the input; name the part of the whole "
+        "slice, as in --shard=3/16"
+    ) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+CHUNKS = {
+    "all devices by default": (
+        [],
+        "expert=8, all 8 devices; --mesh names another, --mesh=data=1",
+        8192,
+    ),
+    "few share a sequence": (["--mesh=data=4,expert=2"], "data=4,expert=2, all 8 devices\n", 4096),
+    "one device": (["--mesh=data=1"], "one device, as --mesh=data=1 says; 8 are", 4096),
+    "as asked for": (["--mesh=context=8", "--chunk_tokens=256"], "context=8, all", 256),
+}
+
+
+@pytest.mark.parametrize("given, said, chunk_tokens", CHUNKS.values(), ids=CHUNKS.keys())
+def test_the_mesh_and_its_chunks(monkeypatch, capsys, fake_model, given, said, chunk_tokens):
+    monkeypatch.setattr(log, "_said", set())
+    values = flags.FlagValues()
+    model_flags.define_model_flags(flags, values)
+    values(["v4jax", "--model=nano", *given])
+    mesh, options = model_flags.plan_engine(values, questions_at_once=4)
+    assert options.chunk_tokens == chunk_tokens
+    assert capsys.readouterr().err == ""
+    assert model_flags.load_model(values, mesh) is fake_model
+    assert capsys.readouterr().err.startswith(f"mesh: {said}")
+    # Trained weights are the same on every mesh, random ones are not.
+    assert model_flags.identify_model(values, mesh) == "nano"
+    values.weights_seed = 0
+    assert model_flags.identify_model(values, mesh) == ("nano on a mesh" if mesh else "nano")
+
+
+def test_a_job_continues_on_another_mesh(command, tmp_path):
+    assert main.run([*command, "--mesh=data=1"]) == 0
+    lines = (tmp_path / "answers.jsonl").read_text()
+    assert main.run([*command, "--mesh=expert=8"]) == 0
+    assert (tmp_path / "answers.jsonl").read_text() == lines

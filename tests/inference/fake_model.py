@@ -45,6 +45,12 @@ class FakeCache:
         """Returns a cache whose slot i is a copy of slot `indices[i]`."""
         return dataclasses.replace(self, hashes=self.hashes[indices], lengths=self.lengths[indices])
 
+    def repeat(self, count):
+        """Returns a cache with `count` copies of every slot side by side."""
+        return dataclasses.replace(
+            self, hashes=jnp.repeat(self.hashes, count), lengths=jnp.repeat(self.lengths, count)
+        )
+
     def reset(self, slots):
         """Returns the cache with the slots of a mask emptied."""
         return dataclasses.replace(
@@ -62,6 +68,7 @@ class FakeModel:
     """Args: `step_seconds` is what every call costs, to make a job slow enough to be killed."""
 
     folder = None
+    layout = None
 
     def __init__(self, config: FakeConfig = FakeConfig(), step_seconds: float = 0.0):
         self.config, self.step_seconds = config, step_seconds

@@ -73,8 +73,11 @@ def test_an_interrupted_job_ends_the_same(engine, tmp_path):
         assert output.read_bytes() == data
 
 
+ONE = "--mesh=data=1"  # of the eight simulated devices
+
+
 def test_generate_from_the_command_line(capsys):
-    command = ["generate", "--model=tiny", "--prompt=Hello", "--max_new_tokens=4"]
+    command = ["generate", "--model=tiny", "--prompt=Hello", "--max_new_tokens=4", ONE]
     assert main.run([*command, "--chunk_tokens=128", "--max_tokens=512"]) == 0
     out, err = capsys.readouterr()
     assert out.endswith("\n")

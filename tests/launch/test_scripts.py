@@ -26,19 +26,24 @@ DRY_RUNS = {
     "tpu_vm_batch": f"tpu_vm all --name=reader {ZONE} --accelerator=v6e-8 --bucket=texts {BATCH}",
     "tpu_vm_gcs": f"tpu_vm run --name=reader {ZONE} --accelerator=v6e-8 {GCS}",
     "tpu_vm_create": f"tpu_vm create --name=big {ZONE} --accelerator=v5p-128 --spot --project=mine",
+    "tpu_vm_pod": f"tpu_vm run --name=pro {ZONE} --accelerator=v6e-64 --bucket=texts {BATCH} "
+    "--mesh=expert=32,tensor=2 --shard=0/2",
     "tpu_vm_train": f"tpu_vm run --name=big {ZONE} --accelerator=v5p-128 -- train --config=c.py",
     "gke_batch": "gke --name=reader --accelerator=v6e-8 --image=eu.pkg.dev/p/v4jax:1 --shards=16 "
     f"--at_once=4 --bucket=texts --service_account=reader --spot {BATCH}",
     "gke_gcs": "gke --name=reader --accelerator=v6e-8 --image=v4jax:1 "
     f"--service_account=reader {GCS}",
+    "gke_pod": f"gke --name=pro --accelerator=v6e-64 --image=v4jax:1 --bucket=texts {BATCH}",
     "gke_train": "gke --name=tuning --accelerator=v5p-128 --slices=2 --image=v4jax:1 "
     "-- train --config=c.py",
     "slurm_batch": "slurm --shards=16 --time=04:00:00 --partition=gpu -- batch --model=/m/flash",
+    "slurm_pod": "slurm --nodes=2 --gpus=8 --shards=4 -- batch --model=/m/pro --mesh=expert=16",
     "slurm_train": "slurm --nodes=4 --gpus=8 --account=lab -- train --config=c.py",
     "slurm_s3": "slurm --shards=2 -- batch --model=s3://m/flash --input=gs://t/d --output=s3://t/a",
     "slurm_convert": "slurm -- convert --input=/models/flash --output=/models/plain",
-    "local_batch": "local --processes=2 -- batch --model=nano --input=d.jsonl --output=a.jsonl",
-    "local_s3": "local --processes=2 -- batch --model=nano --input=d.jsonl --output=s3://t/a.jsonl",
+    "local_batch": "local --devices=4 -- batch --model=nano --input=d.jsonl --output=a.jsonl",
+    "local_s3": "local --shards=2 -- batch --model=nano --input=d.jsonl --output=s3://t/a.jsonl",
+    "local_shards": "local --shards=2 -- batch --model=nano --input=d.jsonl --output=a.jsonl",
     "local_train": "local --processes=2 --devices=4 -- train --config=c.py",
 }
 
@@ -103,13 +108,22 @@ REFUSED = {
         f"tpu_vm create --name=a {ZONE} --accelerator=tpu7x-8",
         "tpu7x is not offered as queued resources; use launch/gke.sh",
     ),
-    "batch on several hosts": (
-        f"tpu_vm run --name=a {ZONE} --accelerator=v6e-16 -- batch",
-        "batch runs on one host, and v6e-16 has 4",
+    "convert on several hosts": (
+        f"tpu_vm run --name=a {ZONE} --accelerator=v6e-16 -- convert",
+        "convert runs on one host, and v6e-16 has 4",
     ),
-    "batch on several hosts of Kubernetes": (
-        "gke --name=a --accelerator=v5p-16 --image=i -- batch",
-        "batch runs on one host, and v5p-16 has 2",
+    "convert on several hosts of Kubernetes": (
+        "gke --name=a --accelerator=v5p-16 --image=i -- convert",
+        "convert runs on one host, got 2",
+    ),
+    "shards on slices of several hosts": (
+        "gke --name=a --accelerator=v5p-16 --image=i --shards=4 -- batch",
+        "--shards is for slices of one host, and v5p-16 has 2; start a job for each part, with -- "
+        "batch --shard=i/4",
+    ),
+    "slices of a batch": (
+        "gke --name=a --accelerator=v5p-16 --image=i --slices=2 -- batch",
+        "give every slice of a batch its part of the input with --shard=i/N, in a job of its own",
     ),
     "topology that is none": (
         "gke --name=a --accelerator=v6e-24 --image=i -- batch",
@@ -120,7 +134,12 @@ REFUSED = {
         "--shards divides the input of batch; train has none",
     ),
     "shard given twice": ("slurm --shards=4 -- batch --shard=1/4", "--shard is set here"),
-    "batch on several machines": ("slurm --nodes=2 -- batch", "for batch use --shards=2"),
+    "convert on several machines": ("slurm --nodes=2 -- convert", "convert runs on one machine"),
+    "shards of several processes": (
+        "local --shards=2 --processes=2 -- batch",
+        "--shards are processes of their own here; leave --processes out",
+    ),
+    "shards of train here": ("local --shards=2 -- train", "train has none"),
     "bad time": ("slurm --time=4h -- batch", "--time must be [D-]HH:MM:SS, got '4h'"),
     "convert in two": ("local -- convert", "convert runs in one process; add --processes=1"),
 }
@@ -152,6 +171,11 @@ def test_job_arguments_arrive_unchanged():
 def test_jobset_has_what_its_schema_requires():
     """Required by the CRD of jobset.x-k8s.io/v1alpha2 and by batch/v1; TPUs by GKE's labels."""
     yaml = pytest.importorskip("yaml")
+    pod = yaml.safe_load(dry_run("gke_pod"))
+    (job,) = pod["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["completions"], spec["parallelism"]) == (1, 16, 16)
+    check_pods(spec["template"]["spec"], "8x8", 4)
     manifest = yaml.safe_load(dry_run("gke_train"))
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert manifest["metadata"]["name"] == "tuning"
@@ -244,7 +268,11 @@ def environment(tmp_path) -> Path:
 GPU_FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"  # harmless on a CPU
 STARTED = {
     "batch": (
-        ["--", "batch", "--system=a b"],
+        ["--devices=4", "--", "batch", "--system=a b"],
+        [f"{i} of 2: batch --system=a b, " for i in range(2)],
+    ),
+    "shards": (
+        ["--shards=2", "--", "batch", "--system=a b"],
         [f" of : batch --system=a b --shard={i}/2, " for i in range(2)],
     ),
     "train": (
@@ -260,14 +288,14 @@ def test_local_processes(environment, tmp_path, arguments, said):
     logs = tmp_path / "logs"
     done = start("local", f"--logs={logs}", *arguments, V4JAX_VENV=str(environment))
     assert (done.returncode, done.stderr) == (0, "")
-    devices = 4 if "train" in arguments else 1
+    devices = 4 if "--devices=4" in arguments else 1
     flags = f"{GPU_FLAGS} --xla_force_host_platform_device_count={devices}\n"
     others = [(logs / f"process-{i}.log").read_text() for i in range(1, len(said))]
     assert [done.stdout, *others] == [line + flags for line in said]
 
 
 def test_a_local_process_that_fails_stops_the_others(environment, tmp_path):
-    job = [f"--logs={tmp_path}/logs", "--", "batch", "--waits", "--status=3"]
+    job = [f"--logs={tmp_path}/logs", "--shards=2", "--", "batch", "--waits", "--status=3"]
     begin = time.monotonic()
     done = start("local", *job, V4JAX_VENV=str(environment))
     assert done.returncode == 3

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
-from v4jax.parallel import Layout, activate, check_mesh, make_mesh, shard
+from v4jax.parallel import Layout, activate, check_mesh, make_mesh, mesh, shard
 from v4jax.parallel.axes import MESH_AXES, RULES
-from v4jax.parallel.mesh import arrange_devices
+from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes, parse_mesh
 
 
 def abstract_mesh(**sizes):
@@ -25,6 +25,91 @@ def test_axes_and_their_types():
     assert dict(mesh.shape) == {"data": 2, "expert": 2, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert len({d.id for d in mesh.devices.flat}) == 8
+
+
+def test_parse_mesh():
+    assert parse_mesh("data=2, expert=8") == {"data": 2, "expert": 8}
+    assert parse_mesh("") == {}
+
+
+FLAGS = {
+    "unknown axis": ("model=4", "must name each of data, expert, context, tensor"),
+    "twice": ("data=2,data=2", "at most once"),
+    "no size": ("data", "such as data=1,expert=16"),
+    "zero": ("data=0", "mesh.data must be a positive integer, got '0'"),
+    "word": ("data=two", "got 'two'"),
+}
+
+
+@pytest.mark.parametrize("text, message", FLAGS.values(), ids=FLAGS.keys())
+def test_bad_flags(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_mesh(text)
+
+
+DEFAULTS = {
+    "one host of eight": ("v4_flash", 8, dict(expert=8, context=1)),
+    "more than experts": ("tiny", 32, dict(expert=8, context=4)),
+    "odd": ("v4_pro", 24, dict(expert=24, context=1)),
+    "no common divisor": ("v4_flash", 7, dict(expert=1, context=7)),
+}
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_default_sizes_use_all_devices_and_divide_the_model(case):
+    name, devices, expected = DEFAULTS[case]
+    config = load_model_config(name)
+    sizes = default_sizes(config, devices)
+    assert sizes == expected
+    check_mesh(abstract_mesh(**sizes), config, "prefill")
+
+
+SLICES = {
+    "data": ("data=2,expert=4", [[0, 0, 0, 0], [1, 1, 1, 1]]),
+    "the outermost that they divide": ("expert=8", [[0, 0, 0, 0, 1, 1, 1, 1]]),
+    "by default": (None, [[0, 0, 0, 0, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("case", SLICES)
+def test_slices_are_joined_along_one_axis(case, monkeypatch):
+    """Two slices, or two machines of GPUs, of four devices each."""
+    text, expected = SLICES[case]
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(mesh, "Mesh", lambda arranged, *_, **options: arranged)
+    monkeypatch.setattr(mesh, "check_mesh", lambda *arguments: None)
+    arranged = choose_mesh(text, load_model_config("v4_flash"))
+    slices = np.vectorize(lambda chip: chip.slice_index)(arranged)
+    assert slices[:, :, 0, 0].tolist() == expected
+
+
+def test_slices_that_divide_no_axis(monkeypatch):
+    chips = [Chip(i, slice_index=i % 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    with pytest.raises(ConfigError, match="the devices are 4 slices, joined along one axis, and"):
+        choose_mesh("data=2,expert=2,context=2", load_model_config("v4_flash"))
+
+
+CHOSEN = {
+    "default": (None, dict(data=1, expert=8, context=1, tensor=1)),
+    "asked for": ("context=4,tensor=2", dict(data=1, expert=1, context=4, tensor=2)),
+    "one device": ("data=1", None),
+}
+
+
+@pytest.mark.parametrize("text, expected", CHOSEN.values(), ids=CHOSEN.keys())
+def test_choose_mesh(text, expected):
+    chosen = choose_mesh(text, load_model_config("tiny"))
+    assert (chosen and dict(chosen.shape)) == expected
+
+
+def test_choose_mesh_that_does_not_fit():
+    config = load_model_config("tiny")
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.o_groups = 2"):
+        choose_mesh("tensor=8", config)
+    with pytest.raises(ConfigError, match="= 4; data=2 or expert=4 or context=2 or tensor=4"):
+        choose_mesh("expert=2,tensor=2", config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +137,8 @@ def test_slices_are_joined_along_their_axis_only():
 
 BAD_MESH = {
     "not all devices": (dict(data=3), "mesh sizes must multiply to the 8 devices, got data 3"),
+    "sizes that would do": (dict(data=3), "= 3; data=8 would do"),
+    "none would do alone": (dict(data=3, expert=5), "= 15; sizes among [1, 2, 4, 8] would do"),
     "no size": (dict(data=0), "mesh.data must be a positive integer, got 0"),
     "no such axis": (dict(data=8, slices={"pipe": 2}), "mesh.slices has no axis 'pipe'"),
     "slices do not divide": (

@@ -2,6 +2,7 @@
 
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import hardware, workload
 
 
@@ -22,7 +23,7 @@ def work(
         load_model_config(model),
         get_numerics("bfloat16" if trains else "released"),
         topology=hardware.parse_topology(topology, slices),
-        mesh=workload.parse_mesh(mesh),
+        mesh=parse_mesh(mesh),
         regime=regime,
         context=context,
         batch=batch,

@@ -1,16 +1,11 @@
-"""Meshes as flags, and every mesh that does not fit the model, the slice or the tokens."""
+"""Every mesh that does not fit the model, the slice or the tokens."""
 
 import pytest
 
 from v4jax.errors import ConfigError
-from v4jax.planning import memory, workload
+from v4jax.planning import memory
 
 from .plans import work
-
-
-def test_parse_mesh():
-    assert workload.parse_mesh("data=2, expert=8") == {"data": 2, "expert": 8}
-    assert workload.parse_mesh("") == {}
 
 
 def test_shares_of_a_device():
@@ -72,21 +67,6 @@ OPTIONS = {
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
         work("v6e-16", "expert=16", **options)
-
-
-FLAGS = {
-    "unknown axis": ("model=4", "must name each of data, expert, context, tensor"),
-    "twice": ("data=2,data=2", "at most once"),
-    "no size": ("data", "such as data=1,expert=16"),
-    "zero": ("data=0", "mesh.data must be a positive integer, got '0'"),
-    "word": ("data=two", "got 'two'"),
-}
-
-
-@pytest.mark.parametrize("text, message", FLAGS.values(), ids=FLAGS.keys())
-def test_flags(text, message):
-    with pytest.raises(ConfigError, match=message):
-        workload.parse_mesh(text)
 
 
 def test_blocks_of_scales_stay_whole():

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 
 from v4jax.config import ModelConfig, get_numerics
 from v4jax.parallel import Layout
+from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import ahead_of_time, compile, hardware, inventory, memory, workload
 from v4jax.training.program import planned_program
 
@@ -19,7 +20,7 @@ def plan(config: ModelConfig, topology: str, mesh: str, training: str):
         config,
         get_numerics("bfloat16"),
         topology=hardware.parse_topology(topology),
-        mesh=workload.parse_mesh(mesh),
+        mesh=parse_mesh(mesh),
         regime="train",
         context=512,
         batch=4,

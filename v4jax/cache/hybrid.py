@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -105,6 +106,20 @@ class HybridCache:
             unfinished=jax.tree.map(pick, self.unfinished),
         )
 
+    def repeat(self, count: int) -> "HybridCache":
+        """Returns a cache with `count` copies of every slot side by side: slot i copies i // count.
+
+        On a mesh every device copies what it holds; nothing is sent.
+
+        Raises:
+          CacheError: `count` is not positive.
+        """
+        if count < 1:
+            raise CacheError(f"count must be at least 1, got {count}; it says how many copies")
+        on_mesh = isinstance(getattr(self.lengths, "sharding", None), NamedSharding)
+        shardings = jax.tree.map(lambda x: x.sharding, self) if on_mesh else None
+        return jax.jit(_repeat, static_argnums=1, out_shardings=shardings)(self, count)
+
     def check_fits(self, config: ModelConfig, numerics: Numerics, entry_shares: int = 1) -> None:
         """Raises unless these are the arrays that `init_cache` makes for the model.
 
@@ -132,6 +147,20 @@ class HybridCache:
                 f"{name} is {mine.get(name)}, the model needs {wanted.get(name)}; make it with "
                 "this model's init_cache"
             )
+
+
+def _repeat(cache: HybridCache, count: int) -> HybridCache:
+    def repeat(x: jax.Array, axis: int) -> jax.Array:
+        shape = (*x.shape[: axis + 1], count, *x.shape[axis + 1 :])
+        merged = (*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(merged)
+
+    return dataclasses.replace(
+        cache,
+        lengths=repeat(cache.lengths, 0),
+        stored=jax.tree.map(lambda x: repeat(x, 1), cache.stored),
+        unfinished=jax.tree.map(lambda x: repeat(x, 1), cache.unfinished),
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,7 +27,7 @@ import numpy as np
 from v4jax.checkpoint.safetensors_file import Tensor, as_bytes, encode_header
 from v4jax.errors import CheckpointError
 from v4jax.files import RemotePath, check_writable, is_remote, remove_all, to_path
-from v4jax.parallel.global_arrays import gather_json
+from v4jax.parallel.agreement import gather_json
 
 Contents = Mapping[str, tuple[str, tuple[int, ...]]]  # name → dtype in the file, shape
 Read = Callable[[str, bool], np.ndarray | None]  # name, whether it is needed here → its array

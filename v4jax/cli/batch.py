@@ -1,10 +1,10 @@
 """`v4jax batch`: long documents in, answers out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from v4jax.cli import model_flags
+from v4jax.cli import host_flags, model_flags
 
 SUMMARY = "reads documents and answers questions about each"
 USAGE = """
@@ -26,6 +26,11 @@ A line of the output, for an answer and for a document that failed:
   {"line": 2, "id": "a7", "question_index": 0, "question": "Who?", "answer": "…",
    "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40}, …}
   {"line": 3, "id": null, "error": {"kind": "RequestError", "message": "…"}, …}
+
+All devices serve one model, on --mesh. On a slice of several hosts every host runs the same
+command; the first reads the input and writes the output, all read the model:
+
+  v4jax batch --model=/models/v4-pro --mesh=expert=32,tensor=2 --input=docs.jsonl --output=…
 
 Several machines divide the input among themselves: with --shard=3/16 a process answers every 16th
 line, beginning with the fourth, and writes answers-00003-of-00016.jsonl (a --summary is named
@@ -71,6 +76,7 @@ def define(flags: Any, values: Any) -> None:
         "index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.",
         flag_values=values,
     )
+    host_flags.define_host_flags(flags, values)
 
 
 def run(values: Any, positional: list[str]) -> int:
@@ -80,41 +86,64 @@ def run(values: Any, positional: list[str]) -> int:
     model_flags.require(values, "model", "input", "output")
     if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
-    from v4jax.inference import BatchJob, Engine, EngineOptions, Shard, parse_shard, run_batch
+    from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
 
     shard = parse_shard(values.shard) if values.shard else Shard()
     output = shard.name_file(values.output)
     summary_file = shard.name_file(values.summary) if values.summary else None
-    _check_summary(summary_file, {"input": values.input, "output": output})
-    _check_alone(values)
-
-    options = EngineOptions(
-        frame=model_flags.build_frame(values),
-        chunk_tokens=values.chunk_tokens,
-        questions_at_once=values.questions_at_once,
-        max_tokens=values.max_tokens,
-    )
+    sampling = model_flags.build_sampling(values)
+    _join(values)
+    mesh, options = model_flags.plan_engine(values, values.questions_at_once)
     job = BatchJob(
         input=values.input,
         output=output,
         settings={
-            "model": model_flags.identify_model(values),
+            # A mesh, and the chunks it brings by default, change no more than the last bits: a job
+            # may continue on another.
+            "model": model_flags.identify_model(values, mesh),
             "numerics": values.numerics,
             "weights_seed": values.weights_seed,
             "frame": vars(options.frame),
-            "chunk_tokens": options.chunk_tokens,
+            "chunk_tokens": values.chunk_tokens or model_flags.CHUNK_TOKENS,
             "questions_at_once": options.questions_at_once,
             "max_tokens": options.max_tokens,
         },
-        sampling=model_flags.build_sampling(values),
+        sampling=sampling,
         overwrite=values.overwrite,
         shard=shard,
     )
-    summary = run_batch(job, lambda: Engine(model_flags.load_model(values), options))
-    print("\n".join(summary.lines()), flush=True)
-    if summary_file:
-        _write_summary(summary_file, summary.to_json())
+
+    def work(load_engine: Callable[[], Any]) -> dict[str, Any]:
+        _check_summary(summary_file, {"input": values.input, "output": output})
+        summary = run_batch(job, load_engine)
+        print("\n".join(summary.lines()), flush=True)
+        if summary_file:
+            _write_summary(summary_file, summary.to_json())
+        return summary.to_json()
+
+    summary = Summary(**run_together(lambda: model_flags.load_engine(values, mesh, options), work))
     return 1 if summary.documents and summary.failed == summary.documents else 0
+
+
+def _join(values: Any) -> None:
+    """Joins the other processes of the job to one model, unless each is a job of its own.
+
+    It is where --shard takes an index that differs from process to process. One that is spelled
+    out, or that of a SLURM array, is a part of the input for all of them together.
+    """
+    from v4jax.errors import UnsupportedError
+    from v4jax.parallel import hosts
+
+    found = host_flags.find_hosts(values)
+    by_process = hosts.find_index_variable() != hosts.ARRAY_VARIABLE
+    if found.count == 1 or not ((values.shard or "").startswith("auto") and by_process):
+        host_flags.start_serving(values)
+    elif found.environment.endswith("TPU"):
+        raise UnsupportedError(
+            f"{found}: the hosts of a TPU slice serve one model, and --shard={values.shard} would "
+            "give each another part of the input; name the part of the whole slice, as in "
+            "--shard=3/16"
+        )
 
 
 def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
@@ -128,27 +157,6 @@ def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
         if is_same_file(summary, path):
             raise RequestError(f"--summary and --{name} are the same file, {summary}")
     model_flags.check_writable("summary", summary)
-
-
-def _check_alone(values: Any) -> None:
-    """Raises if this is one of several processes and they would all do the same work.
-
-    Hosts of one TPU slice cannot work apart; other processes can, each on its shard.
-    """
-    from v4jax.errors import RequestError, UnsupportedError
-    from v4jax.parallel.hosts import find_hosts
-
-    hosts = find_hosts()
-    if hosts.count > 1 and hosts.environment.endswith("TPU"):
-        raise UnsupportedError(
-            f"{hosts}: batch runs on one host; take slices of one host, such as v6e-8, and give "
-            "each its part of the input with --shard"
-        )
-    if hosts.count > 1 and not values.shard:
-        raise RequestError(
-            f"{hosts}: they would all answer the same documents; --shard=auto/{hosts.count} gives "
-            "each its part"
-        )
 
 
 def _write_summary(path: str, content: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
-from v4jax.cli import model_flags
+from v4jax.cli import host_flags, model_flags
 
 SUMMARY = "needle accuracy by length and depth, as a table and a picture"
 USAGE = """
@@ -44,14 +45,13 @@ def define(flags: Any, values: Any) -> None:
     flags.DEFINE_string("answers", None, "File for every answer, as JSONL.", flag_values=values)
     flags.DEFINE_string("plot", None, "File for the grid as PNG.", flag_values=values)
     flags.DEFINE_boolean("json", False, "Print JSON instead of a table.", flag_values=values)
+    host_flags.define_host_flags(flags, values)
 
 
 def run(values: Any, positional: list[str]) -> int:
     """Prints the grid."""
-    from v4jax import log
-    from v4jax.cli import needle_grid
     from v4jax.errors import RequestError
-    from v4jax.pictures import make_figure
+    from v4jax.inference import run_together
 
     model_flags.require(values, "model")
     if positional:
@@ -66,6 +66,21 @@ def run(values: Any, positional: list[str]) -> int:
     per_length = dict(zip(lengths, questions * len(lengths), strict=False))
     if values.depths < 1:
         raise RequestError(f"--depths must be at least 1, got {values.depths}")
+    host_flags.start_serving(values)
+    mesh, options = model_flags.plan_engine(values, values.questions_at_once)
+    return run_together(
+        lambda: model_flags.load_engine(values, mesh, options),
+        lambda load_engine: _evaluate(values, lengths, per_length, load_engine),
+    )
+
+
+def _evaluate(
+    values: Any, lengths: list[int], per_length: dict[int, int], load_engine: Callable[[], Any]
+) -> int:
+    from v4jax import log
+    from v4jax.cli import needle_grid
+    from v4jax.pictures import make_figure
+
     # All of this is said before anything is read, which may take long.
     for name in ("answers", "plot"):
         if getattr(values, name):
@@ -76,17 +91,7 @@ def run(values: Any, positional: list[str]) -> int:
         lengths, values.depths, per_length.__getitem__, values.seed, values.folder
     )
 
-    from v4jax.inference import Engine, EngineOptions
-
-    engine = Engine(
-        model_flags.load_model(values),
-        EngineOptions(
-            frame=model_flags.build_frame(values),
-            chunk_tokens=values.chunk_tokens,
-            questions_at_once=values.questions_at_once,
-            max_tokens=values.max_tokens,
-        ),
-    )
+    engine = load_engine()
     done, written = 0, []
     with log.Progress("evaluate", sum(text.length for text in texts), "bytes") as progress:
 

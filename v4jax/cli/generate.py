@@ -2,10 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from v4jax.cli import model_flags
+from v4jax.cli import host_flags, model_flags
 
 SUMMARY = "answers one prompt, streaming to the terminal"
 USAGE = """
@@ -26,6 +26,7 @@ def define(flags: Any, values: Any) -> None:
     flags.DEFINE_string(
         "prompt", None, "What to answer; - reads it from stdin. Required.", flag_values=values
     )
+    host_flags.define_host_flags(flags, values)
 
 
 def run(values: Any, positional: list[str]) -> int:
@@ -38,26 +39,26 @@ def run(values: Any, positional: list[str]) -> int:
             f"unexpected argument {positional[0]!r}; quote a prompt with spaces: --prompt='…'"
         )
     from v4jax import log
-    from v4jax.inference import Engine, EngineOptions, Question
+    from v4jax.inference import Question, run_together
 
-    text = _read_prompt(values.prompt)
-    if not text.strip():
-        raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
-    prompt = Question(text, model_flags.build_sampling(values))
-    options = EngineOptions(
-        frame=model_flags.build_frame(values),
-        chunk_tokens=values.chunk_tokens,
-        max_tokens=values.max_tokens,
-    )
-    engine = Engine(model_flags.load_model(values), options)
-    answer = _show(engine.stream(prompt))
-    if answer.warning:
-        log.warning(f"generate: {answer.warning}")
-    log.info(
-        f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}, "
-        f"finish reason {answer.finish_reason}"
-    )
-    return 0
+    # All but stdin, which is that of process 0 alone, is checked before anything is loaded.
+    given = None if values.prompt == "-" else _check_prompt(values.prompt)
+    sampling = model_flags.build_sampling(values)
+    host_flags.start_serving(values)
+    mesh, options = model_flags.plan_engine(values)
+
+    def work(load_engine: Callable[[], Any]) -> int:
+        text = _check_prompt(_read_stdin()) if given is None else given
+        answer = _show(load_engine().stream(Question(text, sampling)))
+        if answer.warning:
+            log.warning(f"generate: {answer.warning}")
+        log.info(
+            f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}, "
+            f"finish reason {answer.finish_reason}"
+        )
+        return 0
+
+    return run_together(lambda: model_flags.load_engine(values, mesh, options), work)
 
 
 def _show(parts: Iterable[Any]) -> Any:
@@ -90,7 +91,15 @@ def _show(parts: Iterable[Any]) -> Any:
     return answer
 
 
-def _read_prompt(prompt: str) -> str:
+def _check_prompt(text: str) -> str:
+    from v4jax.errors import RequestError
+
+    if not text.strip():
+        raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
+    return text
+
+
+def _read_stdin() -> str:
     from v4jax.inference.documents import decode_utf8
 
-    return decode_utf8(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
+    return decode_utf8(sys.stdin.buffer.read(), "stdin")

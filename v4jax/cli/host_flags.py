@@ -3,6 +3,8 @@
 Where the environment says it (Cloud TPU, GKE, SLURM) none of them is needed.
 """
 
+import signal
+import threading
 from typing import Any
 
 
@@ -23,14 +25,51 @@ def define_host_flags(flags: Any, values: Any) -> None:
     )
 
 
+def find_hosts(values: Any) -> Any:
+    """Returns the Hosts that flags and environment describe; starts nothing."""
+    from v4jax.parallel import hosts
+
+    return hosts.find_hosts(
+        coordinator=values.coordinator,
+        process_index=values.process_index,
+        process_count=values.process_count,
+    )
+
+
 def start_hosts(values: Any) -> Any:
     """Joins the processes of the job and returns the Hosts; comes before any use of a device."""
     from v4jax.parallel import hosts
 
-    return hosts.start_hosts(
-        hosts.find_hosts(
-            coordinator=values.coordinator,
-            process_index=values.process_index,
-            process_count=values.process_count,
-        )
-    )
+    return hosts.start_hosts(find_hosts(values))
+
+
+def start_serving(values: Any) -> Any:
+    """Joins the processes of one model, as `start_hosts`, and compares their commands.
+
+    SIGTERM and ctrl-C end a process as they do one that is alone.
+
+    Raises:
+      ConfigError: the processes were given different flags.
+    """
+    from v4jax.errors import ConfigError
+    from v4jax.parallel.agreement import gather_json
+
+    hosts = start_hosts(values)
+    if hosts.count == 1:
+        return hosts
+    if threading.current_thread() is threading.main_thread():
+        # JAX listens for SIGTERM from now on, and would only take note of it.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    given = values.flag_values_dict()
+    for name in ("coordinator", "process_index", "process_count"):
+        del given[name]
+    commands = gather_json(given)
+    for process, command in enumerate(commands):
+        for name, first in commands[0].items():
+            if command[name] != first:
+                raise ConfigError(
+                    f"--{name} is {first!r} for process 0 and {command[name]!r} for process "
+                    f"{process}, which are to serve one model; give all of them the same flags. "
+                    "Jobs of their own, each with its part of the input, have --shard=auto/COUNT"
+                )
+    return hosts

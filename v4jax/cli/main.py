@@ -16,6 +16,7 @@ import signal
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from types import ModuleType
@@ -58,13 +59,36 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 2
     except _Terminated:
         print("v4jax: terminated", file=sys.stderr)
-        return 143
+        return _leave(143)
     except KeyboardInterrupt:
         print("v4jax: interrupted", file=sys.stderr)
-        return 130
+        return _leave(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        if _is_joined():
+            traceback.print_exc()
+            _leave(1)
+        raise
+
+
+def _is_joined() -> bool:
+    """Says whether this is one of several processes of a job; does not import JAX."""
+    distributed = getattr(sys.modules.get("jax"), "distributed", None)
+    return distributed is not None and distributed.is_initialized()
+
+
+def _leave(status: int) -> int:
+    """Returns the status, or ends a process of several with it, at once.
+
+    JAX would wait minutes for the others, who wait for this one; when it is gone they end as well.
+    """
+    if _is_joined():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    return status
 
 
 class _Terminated(KeyboardInterrupt):

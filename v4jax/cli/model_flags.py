@@ -1,10 +1,12 @@
-"""The flags that generate and batch share: which model, how it answers, how tokens are chosen."""
+"""The flags of the verbs that load a model: which one, where it lies, how it answers."""
 
 import os
 from typing import Any
 
 NUMERICS = ("float32", "bfloat16", "released")
 PROFILES = ("preview", "0731")
+CHUNK_TOKENS = 4096  # read at once by one device
+CHUNK_TOKENS_PER_DEVICE = 1024  # where a sequence is shared; as `v4jax plan` assumes
 
 
 def define_model_flags(flags: Any, values: Any) -> None:
@@ -32,6 +34,14 @@ def define_model_flags(flags: Any, values: Any) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
+        "mesh",
+        None,
+        "Sizes of the mesh axes data, expert, context, tensor, such as expert=8; their product is "
+        "the number of devices of all hosts. data=1: one device alone. By default all devices on "
+        "expert, and on context what does not divide the experts. v4jax plan says what fits.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "system", None, "System message. Trusted: it may hold control tokens.", flag_values=values
     )
     flags.DEFINE_boolean("thinking", False, "Reason before answering.", flag_values=values)
@@ -52,8 +62,10 @@ def define_model_flags(flags: Any, values: Any) -> None:
     )
     flags.DEFINE_integer(
         "chunk_tokens",
-        4096,
-        "Tokens read at once. Larger chunks read faster and need more memory.",
+        None,
+        f"Tokens read at once. Larger chunks read faster and need more memory. By default "
+        f"{CHUNK_TOKENS}; on a mesh {CHUNK_TOKENS_PER_DEVICE} for each device that shares a "
+        "sequence, if that is more.",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -112,13 +124,52 @@ def build_frame(values: Any) -> Any:
     )
 
 
-def load_model(values: Any) -> Any:
+def plan_engine(values: Any, questions_at_once: int | None = None) -> tuple[Any, Any]:
+    """Returns the mesh over all devices, or None for one alone, and the EngineOptions for it.
+
+    Args:
+      questions_at_once: None where the verb answers no questions to documents.
+    """
+    from v4jax.config.loading import load_model_config
+    from v4jax.inference import EngineOptions
+    from v4jax.parallel.agreement import on_all
+    from v4jax.parallel.mesh import choose_mesh
+
+    frame = build_frame(values)
+    # All of them read config.json, which may be missing on one.
+    mesh = on_all(lambda: choose_mesh(values.mesh, load_model_config(values.model)))
+    sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
+    chunk_tokens = values.chunk_tokens
+    if chunk_tokens is None:
+        sharing = sizes["expert"] * sizes["context"]
+        chunk_tokens = max(CHUNK_TOKENS, CHUNK_TOKENS_PER_DEVICE * sharing)
+    options = EngineOptions(
+        frame=frame,
+        chunk_tokens=chunk_tokens,
+        questions_at_once=sizes["data"] if questions_at_once is None else questions_at_once,
+        max_tokens=values.max_tokens,
+    )
+    options.check_data(sizes["data"])
+    return mesh, options
+
+
+def load_engine(values: Any, mesh: Any, options: Any) -> Any:
+    """Returns the Engine of the model that the flags name."""
+    from v4jax.inference import Engine
+
+    return Engine(load_model(values, mesh), options)
+
+
+def load_model(values: Any, mesh: Any) -> Any:
     """Returns the model that the flags name, and says so when its weights are random."""
     import v4jax
     from v4jax import log
 
+    _say_mesh(values, mesh)
     with log.phase("model", f"loading {values.model}") as phase:
-        model = v4jax.load(values.model, numerics=values.numerics, seed=values.weights_seed)
+        model = v4jax.load(
+            values.model, numerics=values.numerics, seed=values.weights_seed, mesh=mesh
+        )
         phase.note(f"{values.model} is ready")
     if model.folder is None:
         log.warning(
@@ -126,6 +177,22 @@ def load_model(values: Any) -> Any:
             "show that the machinery works, and how fast"
         )
     return model
+
+
+def _say_mesh(values: Any, mesh: Any) -> None:
+    """Says which devices work, where there are several."""
+    import jax
+
+    from v4jax import log
+
+    count = len(jax.devices())
+    if mesh is None and count > 1:
+        log.once(f"mesh: one device, as --mesh={values.mesh} says; {count} are here")
+    elif mesh is not None:
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
+        default = f"; --mesh names another{one}" if values.mesh is None else ""
+        log.once(f"mesh: {sizes}, all {count} devices{default}")
 
 
 def require(values: Any, *names: str) -> None:
@@ -155,6 +222,16 @@ def check_writable(name: str, path: str) -> None:
         raise RequestError(f"cannot write --{name}={path}{remedy}") from error
 
 
-def identify_model(values: Any) -> str:
-    """Returns a name for the model that does not depend on the working directory."""
-    return os.path.realpath(values.model) if os.path.isdir(values.model) else values.model
+def identify_model(values: Any, mesh: Any) -> str:
+    """Returns a name for the model that does not depend on the working directory.
+
+    Weights of a folder are the same on every mesh; random ones are others on a mesh.
+    """
+    from v4jax.checkpoint.api import pretrained_names
+    from v4jax.files import is_remote
+
+    if os.path.isdir(values.model):
+        return os.path.realpath(values.model)
+    trained = values.model in pretrained_names() and values.weights_seed is None
+    random = not (trained or is_remote(values.model))
+    return f"{values.model} on a mesh" if random and mesh is not None else values.model

@@ -138,11 +138,12 @@ def _print_plan(values: Any) -> int:
     from v4jax.cli import model_flags
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
+    from v4jax.parallel.mesh import parse_mesh
     from v4jax.planning import hardware, report, workload
 
     model_flags.require(values, "model", "topology")
     topology = hardware.parse_topology(values.topology, values.slices)
-    mesh = workload.parse_mesh(values.mesh or f"expert={topology.devices}")
+    mesh = parse_mesh(values.mesh or f"expert={topology.devices}")
     trains = values.regime == "train"
     work = workload.build_workload(
         load_model_config(values.model),

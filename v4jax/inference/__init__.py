@@ -13,6 +13,7 @@ Read `engine.py` first.
     shards.py      the part of the input that one of several processes answers
     meter.py       tokens and seconds: rates, forecast, summary
     batch.py       the job
+    hosts.py       one engine on several hosts: process 0 leads
 """
 
 import importlib
@@ -31,6 +32,7 @@ _HOMES = {
     "Summary": "meter",
     "parse_shard": "shards",
     "run_batch": "batch",
+    "run_together": "hosts",
 }
 __all__ = sorted(_HOMES)
 

@@ -218,7 +218,8 @@ class _Run:
         meter.reading.start()
         state = engine.read(encoded, on_chunk=self._show_reading)
         meter.reading.add(0)
-        meter.cache_bytes = max(meter.cache_bytes, state.bytes())
+        # On a mesh a state has several slots, all with the same document.
+        meter.cache_bytes = max(meter.cache_bytes, state.bytes() // len(state.lengths))
         for group in encoded.groups(engine.options):
             open_questions = [i for i in group if not self.answers.has(line.number, i)]
             if not open_questions:

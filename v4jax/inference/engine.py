@@ -24,6 +24,9 @@ from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
 from v4jax.inference.steps import Cache, decode, prefill
+from v4jax.parallel.mesh import divisors
+from v4jax.parallel.shard import batch_shares
+from v4jax.shapes import round_up
 from v4jax.tokenizer import Vocabulary, load_tokenizer
 
 
@@ -51,6 +54,20 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def check_data(self, parts: int) -> None:
+        """Raises unless the devices along the mesh axis `data` divide the questions.
+
+        Raises:
+          ConfigError: they do not; the message says what would do.
+        """
+        count = self.questions_at_once
+        if count % parts:
+            raise ConfigError(
+                f"mesh.data = {parts} does not divide questions_at_once = {count}, the questions "
+                f"of a document that it is to share out; sizes that would do: {divisors(count)}, "
+                f"or questions_at_once = {round_up(count, parts)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,8 @@ class Engine:
       tokenizer: by default that of the model's folder or configuration.
 
     Raises:
-      ConfigError: model and tokenizer do not belong together, or max_tokens exceeds the context.
+      ConfigError: model and tokenizer do not belong together, max_tokens exceeds the context, or
+        the mesh does not divide questions_at_once.
     """
 
     def __init__(
@@ -109,6 +127,9 @@ class Engine:
                 f"max_tokens must be at most the model's max_position_embeddings "
                 f"{config.max_position_embeddings:,}, got {options.max_tokens:,}"
             )
+        # Over `data` the questions of a document are divided, and each part has read it all.
+        self._parts = batch_shares(model.layout)
+        options.check_data(self._parts)
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.compile_seconds = 0.0
         self._compiled: set[tuple[int, int, int]] = set()  # (slots, tokens, capacity)
@@ -134,21 +155,15 @@ class Engine:
     def read(
         self, encoded: EncodedDocument, on_chunk: Callable[[int], None] = lambda tokens: None
     ) -> Cache:
-        """Returns the state after the document: a cache of one slot, which `answer` only copies.
+        """Returns the state after the document, which `answer` only copies.
+
+        It is a cache of one slot; on a mesh, of one for each of its parts along `data`.
 
         Args:
           on_chunk: told after each chunk how many tokens it held.
         """
         self.prepare(encoded)
-        cache = self.model.init_cache(1, encoded.capacity)
-        _, cache = prefill(
-            self.model,
-            [encoded.tokens],
-            cache,
-            chunk_tokens=self._chunk(len(encoded.tokens), encoded.capacity),
-            on_chunk=on_chunk,
-        )
-        return cache
+        return self._read(encoded.tokens, encoded.capacity, on_chunk)[1]
 
     def answer(
         self,
@@ -169,7 +184,7 @@ class Engine:
         rests = [encoded.question_tokens[i] for i in group]
         sampling = [encoded.sampling[i] for i in group]
         slots = self._slots(len(encoded.question_tokens))
-        forks = state.take(jnp.zeros(slots, jnp.int32))
+        forks = state.repeat(slots // self._parts)
         longest = max(map(len, rests))
         logits_bv, forks = prefill(
             self.model, rests, forks, chunk_tokens=self._chunk(longest, encoded.capacity)
@@ -194,7 +209,7 @@ class Engine:
         needed = self._check_length("prompt", [], [tokens], [prompt.sampling])
         capacity = self._capacity(needed)
         chunk_tokens = self._chunk(len(tokens), capacity)
-        self._compile({(1, chunk_tokens, capacity), (1, 1, capacity)})
+        self._compile({(self._parts, chunk_tokens, capacity), (self._parts, 1, capacity)})
         rate = Rate()
 
         def show(count: int) -> None:
@@ -203,10 +218,7 @@ class Engine:
 
         with log.Progress("read", total=len(tokens)) as progress:
             rate.start()
-            cache = self.model.init_cache(1, capacity)
-            logits_bv, cache = prefill(
-                self.model, [tokens], cache, chunk_tokens=chunk_tokens, on_chunk=show
-            )
+            logits_bv, cache = self._read(tokens, capacity, show)
         for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
             yield from pieces
             if answer is not None:
@@ -219,10 +231,22 @@ class Engine:
         longest = max(map(len, encoded.question_tokens))
         self._compile(
             {
-                (1, self._chunk(len(encoded.tokens), capacity), capacity),
+                (self._parts, self._chunk(len(encoded.tokens), capacity), capacity),
                 (slots, self._chunk(longest, capacity), capacity),
                 (slots, 1, capacity),
             }
+        )
+
+    def _read(
+        self, tokens: Sequence[int], capacity: int, on_chunk: Callable[[int], None]
+    ) -> tuple[Any, Cache]:
+        """Returns the last logits and the cache after tokens that every part of the mesh reads."""
+        return prefill(
+            self.model,
+            [tokens] * self._parts,
+            self.model.init_cache(self._parts, capacity),
+            chunk_tokens=self._chunk(len(tokens), capacity),
+            on_chunk=lambda count: on_chunk(count // self._parts),
         )
 
     def _compile(self, shapes: set[tuple[int, int, int]]) -> None:
@@ -240,15 +264,15 @@ class Engine:
 
     def _step(self, slots: int, tokens: int, capacity: int) -> None:
         """Runs one step that appends nothing."""
-        cache = self.model.init_cache(1, capacity)
-        if slots > 1:
-            cache = cache.take(jnp.zeros(slots, jnp.int32))
+        cache = self.model.init_cache(self._parts, capacity).repeat(slots // self._parts)
         tokens_bt = jnp.zeros((slots, tokens), jnp.int32)
         logits_bv, _ = self.model.extend(
             tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
         )
-        eos_token = self.model.config.eos_token_id
-        sample(logits_bv, init_sampler([], slots), eos_token=eos_token)[0].block_until_ready()
+        eos_token, layout = self.model.config.eos_token_id, self.model.layout
+        state = init_sampler([], slots)
+        tokens, _, _ = sample(logits_bv, state, eos_token=eos_token, layout=layout)
+        tokens.block_until_ready()
 
     def _write(
         self,
@@ -269,7 +293,7 @@ class Engine:
             yield slot, *reader.finish()
 
     def _slots(self, questions: int) -> int:
-        return 1 if questions == 1 else self.options.questions_at_once
+        return self._parts if questions == 1 else self.options.questions_at_once
 
     def _chunk(self, tokens: int, capacity: int) -> int:
         short, long = self.options.short_tokens, self.options.chunk_tokens

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from v4jax.inference.request import SamplingOptions
+from v4jax.parallel import Layout, activate, shard
 
 _COLDEST = 1e-6  # below this a temperature is greedy in float32
 
@@ -44,23 +45,34 @@ def init_sampler(options: Sequence[SamplingOptions], slots: int) -> SamplerState
     )
 
 
-@functools.partial(jax.jit, static_argnames="eos_token")
+@functools.partial(jax.jit, static_argnames=("eos_token", "layout"))
 def sample(
-    logits_bv: Float[Array, "b v"], state: SamplerState, *, eos_token: int
+    logits_bv: Float[Array, "b v"],
+    state: SamplerState,
+    *,
+    eos_token: int,
+    layout: Layout | None = None,
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"], SamplerState]:
     """Chooses one token per sequence.
+
+    On a mesh every device has all logits and chooses for all sequences, as a single one would:
+    they are small, and so every host can read the tokens.
 
     Returns:
       The tokens; which sequences go on after them (no EOS, and room for more); the new state. What
       stands at a sequence that had ended before is to be ignored.
     """
+    with activate(layout):
+        logits_bv = shard(logits_bv, None, None)
+        state = jax.tree.map(lambda x: shard(x, None), state)
     # Sorting a vocabulary costs far more than an argmax, and most jobs are greedy.
     tokens = jax.lax.cond(
         jnp.any((state.temperature > 0) & (state.remaining > 0)), _draw, _greedy, logits_bv, state
     )
     remaining = jnp.where(tokens == eos_token, 0, jnp.maximum(state.remaining - 1, 0))
     state = state._replace(step=state.step + 1, remaining=remaining)
-    return tokens, remaining > 0, state
+    with activate(layout):
+        return jax.tree.map(lambda x: shard(x, None), (tokens, remaining > 0, state))
 
 
 def _greedy(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from v4jax.errors import CacheError
 from v4jax.inference.request import SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
+from v4jax.parallel.global_arrays import values_of
 
 Cache = Any  # what model.init_cache gives
 
@@ -85,14 +86,14 @@ def decode(
     """
     state = init_sampler(options, slots=logits_bv.shape[0])
     left = [option.max_new_tokens for option in options]
-    for used, room in zip(cache.lengths.tolist(), left, strict=False):
+    for used, room in zip(values_of(cache.lengths).tolist(), left, strict=False):
         if used + room - 1 > cache.capacity:
             raise CacheError(
                 f"a sequence of {used} tokens and an answer of up to {room} do not fit a cache "
                 f"made for {cache.capacity}; make it larger or lower max_new_tokens"
             )
     while any(left):
-        tokens, active, state = sample(logits_bv, state, eos_token=eos_token)
+        tokens, active, state = sample(logits_bv, state, eos_token=eos_token, layout=model.layout)
         if max(left) > 1:  # the last token of an answer is never read by the model
             lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(

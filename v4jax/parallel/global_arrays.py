@@ -1,9 +1,7 @@
 """Arrays over the devices of several processes: their values on a host, whole or piece by piece."""
 
 import functools
-import json
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +21,6 @@ def values_of(array) -> np.ndarray:
 
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
-
-
-def gather_json(value: Any) -> list[Any]:
-    """Returns every process' value, in order of the processes; values are what JSON can express."""
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.pad(text, (0, int(sizes.max()) - text.size))
-    rows = np.reshape(multihost_utils.process_allgather(padded), (sizes.size, -1))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def take(array, index: tuple[int, ...], needed: bool = True) -> np.ndarray | None:

@@ -35,6 +35,8 @@ PORT = 8482  # of the coordinator, where the environment names only its host
 START_SECONDS = 300.0  # machines of one job rarely start within the same minute
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _METADATA_SECONDS = 5.0
+ARRAY_VARIABLE = "SLURM_ARRAY_TASK_ID"  # the same for all processes of a task
+_INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", ARRAY_VARIABLE, "SLURM_PROCID")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +142,19 @@ def find_job_index(variables: Mapping[str, str] | None = None) -> int:
       ConfigError: no variable says it, or one is no index.
     """
     variables = os.environ if variables is None else variables
-    names = ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID")
-    for name in names:
-        if variables.get(name):
-            return _number(variables, name)
+    name = find_index_variable(variables)
+    if name is not None:
+        return _number(variables, name)
     raise ConfigError(
-        f"none of {', '.join(names)} is set, so this process does not know which part of the job "
-        "it is; say it, as in --shard=3/16"
+        f"none of {', '.join(_INDEX_VARIABLES)} is set, so this process does not know which part "
+        "of the job it is; say it, as in --shard=3/16"
     )
+
+
+def find_index_variable(variables: Mapping[str, str] | None = None) -> str | None:
+    """Returns the variable that `find_job_index` reads; None where there is none."""
+    variables = os.environ if variables is None else variables
+    return next((name for name in _INDEX_VARIABLES if variables.get(name)), None)
 
 
 def _find_explicit(

@@ -12,6 +12,26 @@ from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES, RULES, Regime
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns mesh axis → size of "data=2,expert=8".
+
+    Raises:
+      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES or not equals or axis in sizes:
+            raise ConfigError(
+                f"mesh must name each of {', '.join(MESH_AXES)} at most once, such as "
+                f"data=1,expert=16; got {text!r}"
+            )
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def make_mesh(
     *,
     data: int = 1,
@@ -45,10 +65,68 @@ def make_mesh(
         product = " · ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ConfigError(
             f"mesh sizes must multiply to the {len(devices)} devices, got {product} = "
-            f"{math.prod(sizes.values())}; change a size, or name the devices with devices="
+            f"{math.prod(sizes.values())}; {_name_fitting(sizes, len(devices))} would do, or name "
+            "the devices with devices="
         )
     arranged = arrange_devices(sizes, dict(slices or {}), devices)
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
+    """Returns the mesh over all devices that `text` describes, or None for one device alone.
+
+    Args:
+      text: such as "expert=8"; sizes whose product is 1 leave further devices unused. None: one
+        device where there is one, else `default_sizes`.
+
+    Raises:
+      ConfigError: the text names no mesh of these devices, or it does not divide the model.
+    """
+    devices = jax.devices()
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if text is None:
+        if len(devices) == 1:
+            return None
+        sizes = default_sizes(config, len(devices))
+    else:
+        sizes = parse_mesh(text)
+        if math.prod(sizes.values()) == 1 and jax.process_count() == 1:
+            return None
+    mesh = make_mesh(**sizes, slices=_lay_slices(sizes, slices))
+    check_mesh(mesh, config, "prefill")
+    return mesh
+
+
+def default_sizes(config: ModelConfig, devices: int) -> dict[str, int]:
+    """Returns the mesh for serving where none is asked for; it divides every model.
+
+    Experts go over the devices: they are most of the weights, and their devices share the tokens
+    and entries of a sequence as well. What does not divide them falls to `context`. `data` would
+    make every part of it read the same document.
+    """
+    expert = math.gcd(devices, config.n_routed_experts)
+    return {"expert": expert, "context": devices // expert}
+
+
+def _lay_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """Returns the axis along which slices are joined: the outermost that they divide."""
+    if slices == 1:
+        return {}
+    for axis in MESH_AXES:
+        if sizes.get(axis, 1) % slices == 0:
+            return {axis: slices}
+    raise ConfigError(
+        f"mesh: the devices are {slices} slices, joined along one axis, and none of "
+        f"{dict(sizes)} is a multiple of {slices}; choose another size"
+    )
+
+
+def _name_fitting(sizes: Mapping[str, int], devices: int) -> str:
+    """Returns, axis by axis, the size with which all others multiply to the devices."""
+    product = math.prod(sizes.values())
+    others = {axis: product // size for axis, size in sizes.items()}
+    fitting = [f"{axis}={devices // rest}" for axis, rest in others.items() if devices % rest == 0]
+    return " or ".join(fitting) or f"sizes among {divisors(devices)}"
 
 
 def arrange_devices(

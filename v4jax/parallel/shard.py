@@ -94,13 +94,18 @@ def entry_shares(layout: Layout | None) -> int:
     return 1 if layout is None else layout.size(layout.array_axes("prefill", "entries"))
 
 
+def batch_shares(layout: Layout | None) -> int:
+    """Returns over how many groups of devices the sequences of a batch are divided."""
+    return 1 if layout is None else layout.size(layout.array_axes("prefill", "batch"))
+
+
 def check_batch(layout: Layout | None, batch: int) -> None:
     """Raises unless the devices along `data` divide the sequences of a batch.
 
     Raises:
       ConfigError: they do not; the message says what would do.
     """
-    shares = 1 if layout is None else layout.size(layout.array_axes("prefill", "batch"))
+    shares = batch_shares(layout)
     if batch % shares:
         raise ConfigError(
             f"mesh.data = {shares} does not divide a batch of {batch}; use a multiple of {shares} "

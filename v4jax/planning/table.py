@@ -20,6 +20,7 @@ from v4jax import log
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.errors import RequestError
+from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import hardware, memory, workload
 from v4jax.planning.compile import compile_step
 from v4jax.planning.workload import Workload
@@ -49,7 +50,7 @@ class Case:
             load_model_config(self.model),
             get_numerics("bfloat16" if trains else "released"),
             topology=hardware.parse_topology(self.topology),
-            mesh=workload.parse_mesh(self.mesh),
+            mesh=parse_mesh(self.mesh),
             regime=self.regime,
             context=self.context,
             batch=self.batch,

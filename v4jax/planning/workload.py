@@ -115,26 +115,6 @@ class Workload:
         )
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns mesh axis → size of "data=2,expert=8".
-
-    Raises:
-      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        axis, equals, size = (piece.strip() for piece in part.partition("="))
-        if axis not in MESH_AXES or not equals or axis in sizes:
-            raise ConfigError(
-                f"mesh must name each of {', '.join(MESH_AXES)} at most once, such as "
-                f"data=1,expert=16; got {text!r}"
-            )
-        if not size.isdigit() or int(size) < 1:
-            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
-        sizes[axis] = int(size)
-    return sizes
-
-
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """Returns a mesh without devices: enough for shapes, specs and tracing."""
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)

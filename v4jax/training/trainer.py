@@ -37,7 +37,7 @@ from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode
 from v4jax.parallel import make_mesh
-from v4jax.parallel.global_arrays import gather_json
+from v4jax.parallel.agreement import gather_json
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states

@@ -1,0 +1,173 @@
+"""One engine on several hosts: process 0 leads, the others follow.
+
+    status = run_together(load_engine, work)     # on every process
+
+All processes have to run the same programs in the same order. Process 0 alone runs `work`: it reads
+the input, knows which answers stand in the output, and writes. Before each call of its engine it
+says which call that is, with all tokens, and the others make the same call. So what only one host
+can see, such as a file that is missing there, never sets them apart.
+
+A call that fails on one process (memory) fails on all, and the work goes on. An error that ends the
+work ends all processes with its message. A process that is killed takes the others with it, through
+JAX; a batch job then continues from its output when it is started again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from v4jax.errors import CacheError, RequestError, V4JaxError
+from v4jax.inference.answer import Answer, Piece
+from v4jax.inference.engine import EncodedDocument, Engine
+from v4jax.inference.request import Question, SamplingOptions
+from v4jax.inference.steps import Cache
+from v4jax.parallel.agreement import on_all, share_json
+
+Loader = Callable[[], Any]
+
+
+def run_together(load_engine: Loader, work: Callable[[Loader], Any]) -> Any:
+    """Runs `work` on process 0 with an engine of all processes; returns its result on each.
+
+    Args:
+      load_engine: loads this process' share of the model.
+      work: is given what loads the engine, to be called at most once. Its result is what JSON can
+        express.
+
+    Raises:
+      V4JaxError: what `work` raised on process 0, or loading on any process.
+    """
+    if jax.process_count() == 1:
+        return work(load_engine)
+    if jax.process_index():
+        return _follow(load_engine)
+
+    def load() -> LeadingEngine:
+        share_json({"call": "load"})
+        return LeadingEngine(on_all(load_engine))
+
+    try:
+        result = work(load)
+    except V4JaxError as error:
+        share_json({"call": "end", "error": str(error)})
+        raise
+    share_json({"call": "end", "result": result})
+    return result
+
+
+class LeadingEngine:
+    """The engine of process 0 where others follow; used like an `Engine`."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._told = engine, None
+        self.options, self.encode = engine.options, engine.encode
+
+    @property
+    def compile_seconds(self) -> float:
+        """As that of `Engine`."""
+        return self._engine.compile_seconds
+
+    def prepare(self, encoded: EncodedDocument) -> None:
+        """As `Engine.prepare`."""
+        self._tell("prepare", encoded)
+        _call(lambda: self._engine.prepare(encoded))
+
+    def read(
+        self, encoded: EncodedDocument, on_chunk: Callable[[int], None] = lambda tokens: None
+    ) -> Cache:
+        """As `Engine.read`; the others keep the state of the last document only."""
+        self._tell("read", encoded)
+        return _call(lambda: self._engine.read(encoded, on_chunk))
+
+    def answer(
+        self,
+        encoded: EncodedDocument,
+        state: Cache,
+        group: Sequence[int],
+        on_piece: Callable[[int, Piece], None] = lambda index, piece: None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> list[Answer]:
+        """As `Engine.answer`, from the state of the last document read."""
+        assert encoded is self._told, "the others have another document's state"
+        share_json({"call": "answer", "group": list(group)})
+        return _call(lambda: self._engine.answer(encoded, state, group, on_piece, on_tokens))
+
+    def stream(self, prompt: Question) -> Iterator[Piece | Answer]:
+        """As `Engine.stream`; it has to be read to its end."""
+        share_json({"call": "stream", "prompt": dataclasses.asdict(prompt)})
+        return self._engine.stream(prompt)
+
+    def _tell(self, call: str, encoded: EncodedDocument) -> None:
+        """Names a call to the others, with the document if they do not have it yet."""
+        document = {}
+        if encoded is not self._told:
+            sampling = [vars(options) for options in encoded.sampling]
+            document = {"document": vars(encoded) | {"sampling": sampling}}
+        share_json({"call": call} | document)
+        self._told = encoded
+
+
+def _follow(load_engine: Loader) -> Any:
+    """Does what process 0 says until it ends the work; returns the result."""
+    follower = _Follower(load_engine)
+    while (order := share_json(None))["call"] != "end":
+        try:
+            follower.do(order)
+        except (V4JaxError, jax.errors.JaxRuntimeError) as error:
+            # Process 0 has the same error, decides what becomes of it, and says so.
+            if not (isinstance(error, V4JaxError) or _fails_alone(error)):
+                raise
+    if "error" in order:
+        raise V4JaxError(f"process 0: {order['error']}")
+    return order["result"]
+
+
+class _Follower:
+    """The engine of another process, with the document it was told and its state."""
+
+    def __init__(self, load_engine: Loader):
+        self.load_engine = load_engine
+        self.engine = self.encoded = self.state = None
+
+    def do(self, order: dict[str, Any]) -> None:
+        """Makes one call of the leading engine."""
+        if "document" in order:
+            self.encoded, self.state = _to_document(order["document"]), None
+        match order["call"]:
+            case "load":
+                self.engine = on_all(self.load_engine)
+            case "prepare":
+                _call(lambda: self.engine.prepare(self.encoded))
+            case "read":
+                self.state = _call(lambda: self.engine.read(self.encoded))
+            case "answer":
+                _call(lambda: self.engine.answer(self.encoded, self.state, order["group"]))
+            case "stream":
+                for _ in self.engine.stream(_to_question(**order["prompt"])):
+                    pass
+
+
+def _call(call: Callable[[], Any]) -> Any:
+    return on_all(call, fails=_fails_alone, as_error=RequestError)
+
+
+def _fails_alone(error: Exception) -> bool:
+    """Whether an error is of one request or document, and leaves the engine as it was."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, RequestError | CacheError)
+
+
+def _to_document(fields: dict[str, Any]) -> EncodedDocument:
+    return EncodedDocument(
+        tokens=tuple(fields["tokens"]),
+        question_tokens=tuple(map(tuple, fields["question_tokens"])),
+        sampling=tuple(SamplingOptions(**options) for options in fields["sampling"]),
+        capacity=fields["capacity"],
+    )
+
+
+def _to_question(text: str, sampling: dict[str, Any]) -> Question:
+    return Question(text, SamplingOptions(**sampling))
