@@ -113,6 +113,21 @@ def test_absent_ids_anywhere(tokens, capacity):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_places_behind_the_last_are_not_fetched():
+    """Of a share of the entries; for an absent id entry 0 would be fetched: here no number."""
+    queries, recent, sink, start, stored, selected = draw("fp8", 3, 384, [600, 1200])
+    selected[:] = -1
+    random = np.random.RandomState(3)
+    for query, count in zip(np.ndindex(2, 3), (1, 3, 4, 5, COUNT - 1, COUNT), strict=True):
+        selected[query][:count] = random.permutation(149)[:count] + 1
+    broken = stored | {"values": stored["values"].at[:, :, 0].set(jnp.nan)}
+    arguments = queries, recent[:, WINDOW:], sink, start
+    got = attend(*arguments, broken, selected, kind="fp8", pallas=True)
+    expected = attend(*arguments, stored, selected, kind="fp8", pallas=False)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, expected)), 0, BFLOAT16)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "tokens, capacity, kind", [(19, 160, "bfloat16"), (3, 384, "bfloat16"), (3, 384, "fp8")]
 )
