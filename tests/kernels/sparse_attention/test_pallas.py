@@ -84,7 +84,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, kind):
     tokens, capacity, start = CASES[name]
-    assert pallas_tpu.gathers_one_by_one(tokens, COUNT, capacity) == name.startswith("one by one")
+    assert pallas_tpu.gathers_one_by_one(tokens, COUNT, capacity, WINDOW) == name.startswith(
+        "one by one"
+    )
     check(*draw(kind, tokens, capacity, start), kind=kind)
 
 
@@ -247,6 +249,13 @@ SHAPES = {
     "Pro, prefill": dict(batch=1, tokens=2048, heads=128, count=1024),
     "Flash, decode": dict(batch=16, tokens=1, heads=64, count=512),
     "Pro, decode": dict(batch=8, tokens=1, heads=128, count=1024),
+    "Flash, decode of a sixteenth": dict(
+        batch=16, tokens=1, heads=64, count=512, entries=16384, window=0
+    ),
+    "Pro, decode of a thirty-second": dict(
+        batch=8, tokens=1, heads=128, count=1024, entries=8192, window=0
+    ),
+    "Pro, drafts in a short document": dict(batch=8, tokens=3, heads=64, count=1024, entries=8192),
     "Flash, training on packed rows": dict(
         batch=1, tokens=4096, heads=64, count=512, entries=1024, packed=True
     ),
@@ -276,7 +285,7 @@ MODEST_BYTES = 64 * 2**20  # ids, unions and padded queries
 def test_compiles(chip, name):
     shape = SHAPES[name]
     batch, tokens, heads, count = (shape[key] for key in ("batch", "tokens", "heads", "count"))
-    window, channels, backward = 128, 512, "training" in name
+    window, channels, backward = shape.get("window", 128), 512, "training" in name
     entries = shape.get("entries", 1_048_576 // RATIO)
     stored_as = EntryFormat("bfloat16" if backward else "fp8", channels, 64, "bfloat16")
 
