@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from v4jax.config import ModelConfig
 from v4jax.parallel.axes import Regime
 from v4jax.parallel.layout import Layout, split_axes
-from v4jax.parallel.shard import check_batch, gather, share_index, shares
+from v4jax.parallel.shard import check_batch, share_index, shares
 
 
 def token_unit(config: ModelConfig) -> int:
@@ -134,24 +134,6 @@ def take_token(x: jax.Array, index: Int[Array, "b"]) -> jax.Array:
     owned = (local >= 0) & (local < x.shape[1])
     rows = x[jnp.arange(x.shape[0])[:, None], jnp.clip(local, 0, x.shape[1] - 1)]
     return take_owned(rows, owned)[:, 0]
-
-
-def merge_candidates(
-    ids: Int[Array, "b t k"], scores: Float[Array, "b t k"], count: int
-) -> Int[Array, "b t j"]:
-    """Returns the `count` best of all devices' candidates, −1 where there are fewer.
-
-    Ties go to the smaller id: shares hold ascending ranges of ids, and each is sorted by id.
-
-    Args:
-      ids: this device's candidates, in the numbering of all entries; −1 for none.
-      scores: −∞ for none.
-    """
-    order = jnp.argsort(jnp.where(ids < 0, jnp.iinfo(jnp.int32).max, ids), axis=-1)
-    ids, scores = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, scores))
-    ids, scores = (gather(x, "read_entries", axis=x.ndim - 1) for x in (ids, scores))
-    values, chosen = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-    return jnp.where(values > -jnp.inf, jnp.take_along_axis(ids, chosen, axis=-1), -1)
 
 
 def merge_partials(

@@ -78,7 +78,7 @@ CASES: Mapping[str, Case] = {
     **_serving("v4_flash", "v6e-16", "expert=16", 8),
     **_serving("v4_flash", "v5p-16", "expert=8", 32),
     **_serving("v4_flash", "tpu7x-8", "expert=8", 32),
-    **_serving("v4_pro", "v6e-64", "expert=32,tensor=2", 16),
+    **_serving("v4_pro", "v6e-64", "expert=32,tensor=2", 8),
     **_serving("v4_pro", "v5p-64", "expert=32", 32),
     **_serving("v4_pro", "tpu7x-32", "expert=32", 32),
     "flash_lora_128k": Case("v4_flash", "v6e-16", "expert=16", "train", 131072, 1, training="lora"),

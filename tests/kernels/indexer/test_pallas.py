@@ -180,6 +180,43 @@ def test_few_queries(kind, count, scores, start):
     np.testing.assert_array_equal(got, expected)
 
 
+# Two heads' sums of 128 products of bfloat16, of size 30 at most, in another order.
+SCORE_TOLERANCE = 1e-4
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "blocks"))
+def select_with_scores(queries, weights, stored, start, end, kind, blocks):
+    """Returns ids, their scores, the same scores by the reference, and ids without scores."""
+    table = EntryTable(stored, jnp.int32(1), EntryFormat(kind, CHANNELS, 64, "bfloat16"))
+    arguments, sizes = (queries, weights, table, start, end), dict(ratio=RATIO, count=COUNT)
+    options = sizes | dict(blocks=blocks, interpret=True)
+    ids, scores = pallas_tpu.select_with_scores(*arguments, **options)
+    expected = jnp.where(
+        ids < 0, -jnp.inf, reference.score_taken(queries, weights, table, jnp.maximum(ids, 0))
+    )
+    return ids, scores, expected, pallas_tpu.select(*arguments, **options)
+
+
+@pytest.mark.parametrize("tokens", [2, TOKENS])
+@pytest.mark.parametrize("kind", ["bfloat16", "fp4"])
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_scores_of_the_selected(start, kind, tokens):
+    """Scores stand beside their ids, also where all visible entries are selected, or none."""
+    start, end = (np.array(x, np.int32) for x in start)
+    end = np.minimum(end, start + tokens)
+    queries, weights, stored = draw("reals", kind)
+    queries, weights, blocks = queries[:, :tokens], weights[:, :tokens], BLOCKS
+    if tokens == 2:
+        blocks = FEW
+        stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 1900), (0, 0)]), stored)
+    arguments = queries, weights, stored, start, end, kind, blocks
+    ids, scores, expected, plain = map(np.asarray, select_with_scores(*arguments))
+    for b in range(2):
+        real = min(end[b] - start[b], tokens)
+        np.testing.assert_array_equal(np.sort(ids[b, :real]), np.sort(plain[b, :real]))
+        np.testing.assert_allclose(scores[b, :real], expected[b, :real], atol=SCORE_TOLERANCE)
+
+
 def test_not_a_number_selects_no_garbage():
     queries, weights, stored = draw("reals", "bfloat16")
     stored = {"values": stored["values"].at[:, :, 7].set(jnp.nan)}
@@ -243,6 +280,8 @@ SHAPES = {
     "Flash, decode": dict(batch=64, tokens=1, count=512, kind="fp4"),
     "Pro, prefill": dict(batch=1, tokens=2048, count=1024, kind="fp4"),
     "Pro, decode with drafts": dict(batch=16, tokens=2, count=1024, kind="fp4"),
+    "Pro, decode on devices": dict(batch=16, tokens=1, count=1024, kind="fp4", devices=32),
+    "Pro, a short chunk on devices": dict(batch=1, tokens=512, count=1024, kind="fp4", devices=32),
 }
 
 
@@ -253,13 +292,16 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("chip", ahead_of_time.TOPOLOGIES)
 def test_compiles(chip, shape):
-    batch, tokens, entries = shape["batch"], shape["tokens"], 1_048_576 // RATIO
+    batch, tokens, devices = shape["batch"], shape["tokens"], shape.get("devices", 1)
+    entries = 1_048_576 // RATIO // devices
     stored_as = EntryFormat(shape["kind"], CHANNELS, 64, "bfloat16")
 
     def run(queries, weights, stored, layer, start, end, begin):
         table = EntryTable(stored, layer, stored_as)
-        options = dict(ratio=RATIO, count=shape["count"], begin=begin)
-        return indexer.select(queries, weights, table, start, end, **options)
+        options = dict(ratio=RATIO, count=shape["count"])
+        if devices > 1:
+            return indexer.select_with_scores(queries, weights, table, start, end, **options)
+        return indexer.select(queries, weights, table, start, end, **options, begin=begin)
 
     spec = jax.ShapeDtypeStruct
     compiled = ahead_of_time.compile_for(

@@ -84,7 +84,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, kind):
     tokens, capacity, start = CASES[name]
-    assert pallas_tpu.gathers_one_by_one(tokens, COUNT, capacity) == name.startswith("one by one")
+    assert pallas_tpu.gathers_one_by_one(tokens, COUNT, capacity, WINDOW) == name.startswith(
+        "one by one"
+    )
     check(*draw(kind, tokens, capacity, start), kind=kind)
 
 
@@ -110,6 +112,21 @@ def test_absent_ids_anywhere(tokens, capacity):
     assert not wanted.all(), "some entries must be selected by nobody"
     values = jnp.where(wanted[None, :, :, None], stored["values"], 1e4)
     check(queries, recent, sink, start, {"values": values}, selected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_places_behind_the_last_are_not_fetched():
+    """Of a share of the entries; for an absent id entry 0 would be fetched: here no number."""
+    queries, recent, sink, start, stored, selected = draw("fp8", 3, 384, [600, 1200])
+    selected[:] = -1
+    random = np.random.RandomState(3)
+    for query, count in zip(np.ndindex(2, 3), (1, 3, 4, 5, COUNT - 1, COUNT), strict=True):
+        selected[query][:count] = random.permutation(149)[:count] + 1
+    broken = stored | {"values": stored["values"].at[:, :, 0].set(jnp.nan)}
+    arguments = queries, recent[:, WINDOW:], sink, start
+    got = attend(*arguments, broken, selected, kind="fp8", pallas=True)
+    expected = attend(*arguments, stored, selected, kind="fp8", pallas=False)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, expected)), 0, BFLOAT16)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -232,6 +249,13 @@ SHAPES = {
     "Pro, prefill": dict(batch=1, tokens=2048, heads=128, count=1024),
     "Flash, decode": dict(batch=16, tokens=1, heads=64, count=512),
     "Pro, decode": dict(batch=8, tokens=1, heads=128, count=1024),
+    "Flash, decode of a sixteenth": dict(
+        batch=16, tokens=1, heads=64, count=512, entries=16384, window=0
+    ),
+    "Pro, decode of a thirty-second": dict(
+        batch=8, tokens=1, heads=128, count=1024, entries=8192, window=0
+    ),
+    "Pro, drafts in a short document": dict(batch=8, tokens=3, heads=64, count=1024, entries=8192),
     "Flash, training on packed rows": dict(
         batch=1, tokens=4096, heads=64, count=512, entries=1024, packed=True
     ),
@@ -261,7 +285,7 @@ MODEST_BYTES = 64 * 2**20  # ids, unions and padded queries
 def test_compiles(chip, name):
     shape = SHAPES[name]
     batch, tokens, heads, count = (shape[key] for key in ("batch", "tokens", "heads", "count"))
-    window, channels, backward = 128, 512, "training" in name
+    window, channels, backward = shape.get("window", 128), 512, "training" in name
     entries = shape.get("entries", 1_048_576 // RATIO)
     stored_as = EntryFormat("bfloat16" if backward else "fp8", channels, 64, "bfloat16")
 

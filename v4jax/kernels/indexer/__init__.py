@@ -1,7 +1,6 @@
 """The lightning indexer: which compressed entries a query attends to."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
@@ -55,24 +54,37 @@ def select(
     return implementation.select(queries, head_weights, keys, start, end, **options)
 
 
-def score_selected(
+def select_with_scores(
     queries: Float[Array, "b t i x"],
     head_weights: Float[Array, "b t i"],
     keys: EntryTable,
-    selected: Int[Array, "b t k"],
-) -> Float[Array, "b t k"]:
-    """Returns the scores of selected entries in float32, −∞ for the id −1: see `select`."""
-    scores = reference.score_taken(queries, head_weights, keys, selected)
-    return jnp.where(selected >= 0, scores, -jnp.inf)
+    start: Int[Array, "b"],
+    end: Int[Array, "b"],
+    *,
+    ratio: int,
+    count: int,
+) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
+    """As `select`, and the scores of the selected in float32, −∞ for the id −1.
+
+    Candidates of several tables of one sequence are compared by them.
+    """
+    batch, tokens, heads, _ = queries.shape
+    check_shape("head_weights", head_weights, (batch, tokens, heads))
+    queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
+    implementation = reference
+    if _choose(queries, keys, count, scored=True) == "pallas_tpu":
+        from v4jax.kernels.indexer import pallas_tpu as implementation
+    options = {"ratio": ratio, "count": count}
+    return implementation.select_with_scores(queries, head_weights, keys, start, end, **options)
 
 
-def _choose(queries, keys, count, begin=None) -> str:
+def _choose(queries, keys, count, begin=None, scored=False) -> str:
     def check_tpu():
         reason = dispatch.needs_platform("tpu")
         if reason is not None:
             return reason
         from v4jax.kernels.indexer import pallas_tpu
 
-        return pallas_tpu.supported(queries, keys, count, begin)
+        return pallas_tpu.supported(queries, keys, count, begin, scored)
 
     return dispatch.choose("indexer", {"pallas_tpu": check_tpu, "reference": lambda: None})

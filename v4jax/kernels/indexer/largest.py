@@ -36,19 +36,24 @@ def sort_largest(values, count: int):
 def count_largest(values, count: int):
     """`find_largest` by counting."""
     missing = -values.shape[1] % LANES
-    keys = order_keys(jnp.pad(values, [(0, 0), (0, missing)], constant_values=-jnp.inf))
+    values = jnp.pad(values, [(0, 0), (0, missing)], constant_values=-jnp.inf)
+    return pack_positions(mark_largest(values, count), count)
+
+
+def mark_largest(values: jax.Array, count: int) -> jax.Array:
+    """Returns which of values [r, n] `find_largest` finds; n must divide by `LANES`."""
+    keys = order_keys(values)
     floor = find_floor(keys, count)
     chosen = (keys >= floor[:, None]) & (keys > NOTHING)
     ties = keys == floor[:, None]
     allowed = count - count_true(chosen & ~ties)
-    chosen = jax.lax.cond(
+    return jax.lax.cond(
         jnp.any(count_true(chosen) > count),
         lambda: (
             chosen & (~ties | (find_position(ties, allowed)[:, None] > jnp.arange(keys.shape[1])))
         ),
         lambda: chosen,
     )
-    return pack_positions(chosen, count)
 
 
 def order_keys(values):

@@ -95,7 +95,9 @@ MANY = Blocks()
 FEW = Blocks(entries=4096, dense=2)
 
 
-def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
+def supported(
+    queries, keys: EntryTable, count: int, begin=None, scored: bool = False
+) -> str | None:
     """Returns why these kernels cannot run, or None."""
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
@@ -115,7 +117,7 @@ def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
     programs = batch * (tokens if few else ceil_div(tokens, LANES))
     if 4 * programs * (1 if begin is None else 2) > SCALAR_BYTES:
         return f"{programs} programs have more sizes than fit in {SCALAR_BYTES} bytes"
-    rows = 2 * blocks.capacity(count, SUBLANES)  # keys and ids
+    rows = (3 if scored else 2) * blocks.capacity(count, SUBLANES)  # keys and ids; order
     values = heads * channels * (1 if few else LANES)  # queries, fetched ahead
     products = heads * blocks.entries if few else 0
     needed = 4 * (rows * SUBLANES * LANES + values + products) + ROOM_BYTES
@@ -127,7 +129,18 @@ def supported(queries, keys: EntryTable, count: int, begin=None) -> str | None:
     return dispatch.needs_platform("tpu")
 
 
-def select(
+def select(queries, head_weights, keys, start, end, **options):
+    """See `v4jax.kernels.indexer.select`."""
+    return _select(queries, head_weights, keys, start, end, scored=False, **options)[0]
+
+
+def select_with_scores(queries, head_weights, keys, start, end, **options):
+    """See `v4jax.kernels.indexer.select_with_scores`."""
+    ids, scores = _select(queries, head_weights, keys, start, end, scored=True, **options)
+    return ids, scores * 0.5 if keys.format.kind == "fp4" else scores  # of doubled keys
+
+
+def _select(
     queries,
     head_weights,
     keys,
@@ -136,11 +149,12 @@ def select(
     *,
     ratio,
     count,
+    scored,
     begin=None,
     blocks=None,
     interpret=False,
 ):
-    """See `v4jax.kernels.indexer.select`."""
+    """Returns the ids, and if `scored` their scores."""
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
     blocks = blocks or (FEW if few else MANY)
@@ -197,25 +211,27 @@ def select(
     streams = SUBLANES * LANES if few else SUBLANES
     places = (SUBLANES, LANES)
     candidates = pltpu.VMEM((blocks.capacity(count, streams), *places), jnp.int32)
-    out_shape = (batch, tiles, ceil_div(count, streams), *places)
-    out_shape = jax.ShapeDtypeStruct(out_shape, jnp.int32)
-    chosen = pl.pallas_call(
-        functools.partial(
-            _body, names=names, count=count, blocks=blocks, few=few, packed=begin is not None
-        ),
+    shape = (batch, tiles, ceil_div(count, streams), *places)
+    out_shape = [jax.ShapeDtypeStruct(shape, jnp.int32)]
+    if scored:
+        out_shape.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    options = dict(count=count, blocks=blocks, few=few, packed=begin is not None, scored=scored)
+    found = pl.pallas_call(
+        functools.partial(_body, names=names, **options),
         name="indexer_select",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             # layer [1], needed [b · tiles], with documents firsts [b · tiles]
             num_scalar_prefetch=2 + len(firsts),
             grid=(batch, tiles, steps),
             in_specs=[*map(of_tile, (queries, weights, seen)), *map(of_entries, stored)],
-            out_specs=of_tile(out_shape),
+            out_specs=[*map(of_tile, out_shape)],
             scratch_shapes=[
                 pltpu.VMEM((blocks.entries // streams, *places), jnp.int32),  # keys of a block
                 candidates,  # keys
                 candidates,  # rows of entries
                 pltpu.VMEM(places, jnp.int32),  # floor of each query
                 pltpu.SMEM((2,), jnp.int32),  # rows used, rows at which to refresh
+                *([candidates] if scored else []),  # the keys again, in order of the ids
             ],
         ),
         out_shape=out_shape,
@@ -231,21 +247,23 @@ def select(
         *(queries, weights, seen, *stored),
     )
     if few:
-        return chosen.reshape(batch, tokens, -1)[..., :count]
-    chosen = chosen.reshape(batch, tiles, -1, LANES)[:, :, :count]  # [b, tile, k, q]
-    return chosen.swapaxes(-1, -2).reshape(batch, tiles * LANES, count)[:, :tokens]
+        return [x.reshape(batch, tokens, -1)[..., :count] for x in found]
+    found = [x.reshape(batch, tiles, -1, LANES)[:, :, :count] for x in found]  # [b, tile, k, q]
+    return [x.swapaxes(-1, -2).reshape(batch, tiles * LANES, count)[:, :tokens] for x in found]
 
 
-def _body(layer, needed, *refs, names, count, blocks, few, packed):
+def _body(layer, needed, *refs, names, count, blocks, few, packed, scored):
     """One block of entries for one tile of queries, or for one query if `few`.
 
     Prefetch: layer [1], needed [b · tiles], if `packed` firsts [b · tiles]. Input: queries
     [i, x, q] bf16 and weights [i, q] f32 (few: [i, x], [i, 1]), seen [1, q] int32, stored keys of
     the block [entries, x] or, in fp4, [bytes, entries]. Output: chosen [⌈count/streams⌉, 8, 128]
-    int32. Scratch: as in `select`.
+    int32, if `scored` their scores, float32. Scratch: as in `_select`.
     """
     firsts, queries, weights, seen, *refs = refs if packed else (None, *refs)
-    *stored, chosen, block_keys, candidates, ids, floor, state = refs
+    refs, order = (refs[:-1], refs[-1]) if scored else (refs, None)
+    *refs, block_keys, candidates, ids, floor, state = refs
+    *stored, chosen, scores = refs if scored else (*refs, None)
     stored = dict(zip(names, stored, strict=True))
     b, t, step = (pl.program_id(axis) for axis in range(3))
     sieve = Sieve(candidates, ids, floor, state, count, blocks, wide=few)
@@ -260,7 +278,9 @@ def _body(layer, needed, *refs, names, count, blocks, few, packed):
 
     program = b * pl.num_programs(1) + t
     needed, first = needed[program], firsts[program] if packed else 0
-    sifted, seen_here = needed - first > count, step * blocks.entries < needed
+    # All of so few entries are selected, whatever their scores.
+    enough = 0 if scored else count
+    sifted, seen_here = needed - first > enough, step * blocks.entries < needed
     if packed:
         seen_here &= (step + 1) * blocks.entries > first
 
@@ -285,12 +305,14 @@ def _body(layer, needed, *refs, names, count, blocks, few, packed):
 
     @pl.when(sifted & last)
     def _():
-        sieve.write(chosen)
+        sieve.write(chosen, scores, order)
 
     @pl.when(jnp.logical_not(sifted) & last)
     def _():
         entry = entry_index(0, chosen.shape) + first
         chosen[...] = jnp.where(entry < seen[...][None], entry, -1)
+        if scored:  # there are none
+            scores[...] = jnp.full(scores.shape, -jnp.inf, jnp.float32)
 
 
 def score_many(stored, queries, weights, block_keys, unrolled: int):

@@ -187,6 +187,13 @@ def largest_of(values, count):
     return chosen.reshape(*values.shape[:-1], -1)
 
 
+def select_with_scores(queries, head_weights, keys: EntryTable, start, end, *, ratio, count):
+    """See `v4jax.kernels.indexer.select_with_scores`."""
+    ids = select(queries, head_weights, keys, start, end, ratio=ratio, count=count)
+    scores = score_taken(queries, head_weights, keys, ids)
+    return ids, jnp.where(ids >= 0, scores, UNSEEN)
+
+
 def score_taken(queries_bqix, weights_bqi, keys, ids_bqw):
     """Returns the scores of every query's own entries [b, q, w]."""
     tile = GATHERED_ELEMENTS // (ids_bqw.shape[-1] * queries_bqix.shape[-1])

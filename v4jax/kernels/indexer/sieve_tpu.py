@@ -264,13 +264,21 @@ class Sieve:
             x = x + jnp.where(sublane >= shift, pltpu.roll(x, shift, 0), 0)
         return earlier + x
 
-    def write(self, chosen):
-        """Writes the ids of all candidates, −1 in the places left; the sieve is used up."""
+    def write(self, chosen, scores=None, order=None):
+        """Writes the ids of all candidates, −1 in the places left; the sieve is used up.
+
+        Args:
+          scores: where their scores go, in the same places; −∞ in those left.
+          order: room for as many keys as there are candidates; goes with `scores`.
+        """
         rows = self.used
         stream = stream_index(self.shape, self.wide)
 
         def mark(at, gaps):
-            empty = (self.keys[at] == NOTHING).astype(jnp.int32)
+            keys = self.keys[at]
+            if order is not None:
+                order[at] = keys
+            empty = (keys == NOTHING).astype(jnp.int32)
             # The gaps take the keys' place: the order has done its work.
             before = gaps + self._running_sum(empty)
             self.keys[at] = jnp.where(empty == 1, NOTHING, before)
@@ -278,15 +286,16 @@ class Sieve:
             return gaps + self._over_streams(jnp.add, empty)
 
         jax.lax.fori_loop(0, rows, mark, jnp.zeros(self.shape, jnp.int32))
+        carried = [self.ids] if order is None else [self.ids, order]
 
         def close(distance, ahead):
             def move(at, _):
-                gaps, ids = self.keys[at], self.ids[at]
-                moving, moving_ids = ahead(self.keys, at), ahead(self.ids, at)
+                gaps, moving = self.keys[at], ahead(self.keys, at)
                 arrives = (moving >= 0) & ((moving & distance) != 0)
                 leaves = (gaps >= 0) & ((gaps & distance) != 0)
                 self.keys[at] = jnp.where(arrives, moving, jnp.where(leaves, NOTHING, gaps))
-                self.ids[at] = jnp.where(arrives, moving_ids, ids)
+                for array in carried:
+                    array[at] = jnp.where(arrives, ahead(array, at), array[at])
                 return 0
 
             jax.lax.fori_loop(0, rows, move, 0)
@@ -304,7 +313,10 @@ class Sieve:
 
         jax.lax.while_loop(lambda distance: distance < rows, close_rows, jnp.int32(1))
         size = chosen.shape[0]
-        chosen[...] = jnp.where(self.keys[:size] >= 0, self.ids[:size], -1)
+        found = self.keys[:size] >= 0
+        chosen[...] = jnp.where(found, self.ids[:size], -1)
+        if scores is not None:
+            scores[...] = jnp.where(found, order_values(order[:size]), -jnp.inf)
 
     def _ahead(self, array, at, shift: int):
         """Returns row `at` of what stands `shift` streams further on, a power of two."""

@@ -6,6 +6,10 @@ entries (see `dense_attention.entries_tpu`), where the least that can be copied 
 of a register's lanes. So each selected entry comes with its neighbours, and a rotation of the lanes
 brings it to its place: 74 KiB an entry, far less than the table that a gather by XLA would have
 turned first. Entries in bfloat16 lie in rows, which XLA gathers.
+
+A device that shares the entries of a sequence with others has few of those selected, gets them in
+front, and attends without a window: then what stands behind the last one costs nothing. Loops of
+unknown length cost a tenth more for each, so other calls fetch for every place.
 """
 
 import functools
@@ -69,10 +73,12 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
         specs.append(pl.BlockSpec((1, 1, count, channels), lambda b, t, *_: (b, t, 0, 0)))
         operands.append(entries.take(selected))
         scratch = []
+    places = jnp.where(selected >= 0, jnp.arange(1, count + 1, dtype=jnp.int32), 0)
+    needed = places.max(axis=-1).reshape(-1)
     call = pl.pallas_call(
         functools.partial(_body, window, turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, tokens),
             in_specs=specs,
             out_specs=[
@@ -94,26 +100,39 @@ def attend(queries, recent, sink, start, *, window, entries, selected):
         name="sparse_attention",
     )
     layer = jnp.asarray(entries.layer, jnp.int32)[None]
-    attended, log_mass = call(layer, start.astype(jnp.int32), *operands)
+    attended, log_mass = call(layer, start.astype(jnp.int32), needed, *operands)
     return attended.reshape(queries.shape), log_mass[:, :, 0]
 
 
 def _body(
-    window, turned, layer_ref, start_ref, queries_ref, recent_ref, sink_ref, selected_ref, *rest
+    window,
+    turned,
+    layer_ref,
+    start_ref,
+    needed_ref,
+    queries_ref,
+    recent_ref,
+    sink_ref,
+    selected_ref,
+    *rest,
 ):
     """One query.
 
-    prefetch: layer [1], start [b]. input: queries [1, heads, c], recent [1, window + tokens, c],
-    sink [heads, 128] (a column, repeated), selected [1, 1, 1, k]; then either ids [1, 1, k] in SMEM
-    and turned stored arrays [l, b, …, w] in HBM, or gathered entries [1, 1, k, c]. output: attended
-    [1, heads, c], log_mass [1, 1, 1, heads]. scratch, with turned arrays: decoded entries [c, k],
-    fetched lanes [depth, …, 128] of each array, and their semaphores.
+    prefetch: layer [1], start [b], needed [b · t] (places to the last with an entry). input:
+    queries [1, heads, c], recent [1, window + tokens, c], sink [heads, 128] (a column, repeated),
+    selected [1, 1, 1, k]; then either ids [1, 1, k] in SMEM and turned stored arrays [l, b, …, w]
+    in HBM, or gathered entries [1, 1, k, c]. output: attended [1, heads, c], log_mass [1, 1, 1,
+    heads]. scratch, with turned arrays: decoded entries [c, k], fetched lanes [depth, …, 128] of
+    each array, and their semaphores.
     """
     sequence, token = pl.program_id(0), pl.program_id(1)
     if turned:
         ids_ref, *stored, attended_ref, log_mass_ref, keys_ref = rest[:7]
         stored_at = [x.at[layer_ref[0], sequence] for x in stored]
-        _gather(ids_ref, stored_at, keys_ref, *rest[7:])
+        needed = keys_ref.shape[1]
+        if window == 0:
+            needed = needed_ref[sequence * pl.num_programs(1) + token]
+        _gather(ids_ref, needed, stored_at, keys_ref, *rest[7:])
         keys = keys_ref[...]
     else:
         gathered_ref, attended_ref, log_mass_ref = rest
@@ -144,10 +163,11 @@ def _body(
     log_mass_ref[0, 0] = jnp.where(row == lane, log_mass, 0.0).sum(0, keepdims=True)
 
 
-def _gather(ids_ref, stored, keys_ref, *scratch):
-    """Decodes the entries with these ids into the columns of `keys`."""
+def _gather(ids_ref, needed, stored, keys_ref, *scratch):
+    """Decodes the first `needed` entries into the columns of `keys`; zeros stand behind them."""
     *buffers, semaphores = scratch
     count = keys_ref.shape[1]
+    whole = isinstance(needed, int)
 
     def copies(place):
         slot = place & (DEPTH - 1)
@@ -159,7 +179,7 @@ def _gather(ids_ref, stored, keys_ref, *scratch):
             for source, buffer in zip(stored, buffers, strict=True)
         ]
 
-    @pl.loop(0, DEPTH)
+    @pl.loop(0, DEPTH if whole else jnp.minimum(needed, DEPTH))
     def _(place):
         for copy in copies(place):
             copy.start()
@@ -178,7 +198,7 @@ def _gather(ids_ref, stored, keys_ref, *scratch):
             shift = (index - ids_ref[0, 0, place]) & (LANES - 1)
             fetched = [pltpu.bitcast(buffer[slot], jnp.int32) for buffer in buffers]
 
-            @pl.when(place + DEPTH < count)
+            @pl.when(place + DEPTH < needed)
             def _():
                 for copy in copies(place + DEPTH):
                     copy.start()
@@ -189,7 +209,8 @@ def _gather(ids_ref, stored, keys_ref, *scratch):
             )
 
         zeros = tuple(jnp.zeros(shape, jnp.int32) for shape in words)
-        columns = jax.lax.fori_loop(0, LANES, take, zeros)
+        here = LANES if whole else jnp.clip(needed - chunk * LANES, 0, LANES)
+        columns = jax.lax.fori_loop(0, here, take, zeros)
         values, rope, scales = (
             pltpu.bitcast(x, buffer.dtype) for x, buffer in zip(columns, buffers, strict=True)
         )

@@ -39,7 +39,7 @@ def supported(queries, recent, window, entries, selected, begin=None) -> str | N
     count = selected.shape[-1]
     if count % LANES or count > LARGEST_COUNT:
         return f"selected entries must divide by {LANES} and be at most {LARGEST_COUNT}: {count}"
-    if begin is not None and gathers_one_by_one(queries.shape[1], count, entries.capacity):
+    if begin is not None and gathers_one_by_one(queries.shape[1], count, entries.capacity, window):
         return f"rows of several documents need more than {MOST_QUERIES} queries"
     return None
 
@@ -54,7 +54,7 @@ def attend_with_mass(queries, recent, sink, start, *, window, entries, selected,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(window, stored_as, queries, recent, sink, start, begin, stored, layer, selected):
     entries = gradient.close_table(stored, layer, stored_as)
-    few = gathers_one_by_one(queries.shape[1], selected.shape[-1], entries.capacity)
+    few = gathers_one_by_one(queries.shape[1], selected.shape[-1], entries.capacity, window)
     options = {"window": window, "entries": entries, "selected": selected}
     if few:
         return decode_tpu.attend(queries, recent, sink, start, **options)
@@ -69,7 +69,11 @@ def _attend_forward(window, stored_as, *arguments):
 _attend.defvjp(_attend_forward, reference.attend_backward)
 
 
-def gathers_one_by_one(tokens: int, count: int, capacity: int) -> bool:
-    """Returns whether few queries read less of the table than all its entries."""
-    cheap = tokens * count * REWRITTEN_ROWS <= capacity
+def gathers_one_by_one(tokens: int, count: int, capacity: int, window: int) -> bool:
+    """Returns whether few queries read less of the table than all its entries.
+
+    Without a window the table is a share of a sequence's entries (`cache.split_entries`), and few
+    of those selected are in it.
+    """
+    cheap = window == 0 or tokens * count * REWRITTEN_ROWS <= capacity
     return cheap and tokens <= MOST_QUERIES and capacity % LANES == 0

@@ -114,7 +114,8 @@ def attend(queries, recent, sink, start, *, window, entries, selected, begin=Non
                 pl.BlockSpec((1, plan.groups * plan.rows, channels), place),
                 pl.BlockSpec(
                     tuple(map(pl.Element, (1, plan.tokens + window + ALIGNMENT, channels))),
-                    lambda b, tile, *_: (b, tile * plan.tokens, 0),
+                    # A single tile may have fewer tokens than a register has rows.
+                    lambda b, tile, *_: (b, tile * plan.tokens if plan.tiles > 1 else 0, 0),
                 ),
                 pl.BlockSpec((plan.rows, LANES), lambda *_: (0, 0)),
                 pl.BlockSpec((1, plan.groups, 1, plan.places), lambda b, i, *_: (b, i, 0, 0)),
