@@ -23,7 +23,7 @@ from v4jax.inference.answer import Answer, Piece
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.request import Question, SamplingOptions
 from v4jax.inference.steps import Cache
-from v4jax.parallel.agreement import on_all, share_json
+from v4jax.parallel.agreement import meet, on_all, share_json
 
 Loader = Callable[[], Any]
 
@@ -46,7 +46,7 @@ def run_together(load_engine: Loader, work: Callable[[Loader], Any]) -> Any:
 
     def load() -> LeadingEngine:
         share_json({"call": "load"})
-        return LeadingEngine(on_all(load_engine))
+        return LeadingEngine(_load(load_engine))
 
     try:
         result = work(load)
@@ -137,7 +137,7 @@ class _Follower:
             self.encoded, self.state = _to_document(order["document"]), None
         match order["call"]:
             case "load":
-                self.engine = on_all(self.load_engine)
+                self.engine = _load(self.load_engine)
             case "prepare":
                 _call(lambda: self.engine.prepare(self.encoded))
             case "read":
@@ -147,6 +147,12 @@ class _Follower:
             case "stream":
                 for _ in self.engine.stream(_to_question(**order["prompt"])):
                     pass
+
+
+def _load(load_engine: Loader) -> Engine:
+    engine = on_all(load_engine)
+    meet(engine.model.layout)
+    return engine
 
 
 def _call(call: Callable[[], Any]) -> Any:

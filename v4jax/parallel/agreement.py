@@ -5,6 +5,8 @@ the program. With one process nothing is sent.
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import threading
@@ -12,10 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from v4jax import log
 from v4jax.errors import V4JaxError
+from v4jax.parallel.layout import Layout
 
 Result = TypeVar("Result")
 _SMALLEST_BYTES = 1024  # of a message; each size compiles a program, so sizes are powers of two
@@ -86,6 +91,28 @@ def on_all(
 def _describe(error: Exception) -> str:
     """Returns what an error says; of one that is not ours, which may be long, the first line."""
     return str(error) if isinstance(error, V4JaxError) else str(error).partition("\n")[0]
+
+
+def meet(layout: Layout | None) -> None:
+    """Lets all groups of devices that collectives can name meet once, while the hosts are in step.
+
+    On CPUs a group has 30 s to meet for the first time (gloo). Hosts that compile a large program
+    for longer than others would miss that; later they wait for each other as long as it takes.
+    """
+    if layout is None or jax.process_count() == 1:
+        return
+    axes = [axis for axis, size in layout.mesh.shape.items() if size > 1]
+    groups = [g for count in range(len(axes)) for g in itertools.combinations(axes, count + 1)]
+
+    def run() -> jax.Array:
+        # Of another value on each device: the sum of equal ones is known without a meeting.
+        own = jax.lax.axis_index(axes).astype(jnp.float32)
+        return functools.reduce(lambda x, group: own + jax.lax.psum(x, group), groups, own)[None]
+
+    together = jax.shard_map(
+        run, mesh=layout.mesh, in_specs=(), out_specs=P(tuple(axes)), check_vma=False
+    )
+    jax.block_until_ready(jax.jit(together)())
 
 
 @contextlib.contextmanager
