@@ -123,14 +123,18 @@ class TilePlan(NamedTuple):
     places: jax.Array | None
 
     def lay_out(self, values, chosen: int = 1):
-        """Returns the rows of all tiles [n·q, …] of what each token has, of `chosen` assignments
-        each; of the first in empty rows, or zeros."""
+        """Returns the rows of all tiles [n·q, …] with what their tokens have; empty ones, anything.
+
+        Args:
+          values: [t, …], a token's, or an assignment's with `chosen` 1.
+          chosen: assignments that share a value.
+        """
         if self.assignments is None:
             return jnp.pad(values, [(0, self.valid.size - len(values)), (0, 0)])
         return values[self.assignments.reshape(-1) // chosen]
 
     def take_back(self, rows, tokens: int):
-        """Returns what stands in the rows [n·q, …] of each token's assignments [t, k, …]."""
+        """Returns the rows of each token's assignments [t, k, …] out of `rows` [n·q, …]."""
         rows = rows[:tokens] if self.places is None else rows[self.places]
         return rows.reshape(tokens, -1, *rows.shape[1:])
 
@@ -172,8 +176,8 @@ def plan_tiles(flat_ids, experts: int, tile: int) -> TilePlan:
     first_tile_e = last_tile_e - tiles_e
     tiles = min(count // tile + experts, count)
     # Tiles of an expert are contiguous, its rows too.
-    own_e = jnp.minimum(flat_ids, experts - 1)
-    place_a = jnp.where(flat_ids < experts, first_tile_e[own_e] * tile + rank_a, 0)
+    own_a = jnp.minimum(flat_ids, experts - 1)
+    place_a = jnp.where(flat_ids < experts, first_tile_e[own_a] * tile + rank_a, 0)
     every_a = jnp.arange(count, dtype=jnp.int32)
     target_a = jnp.where(flat_ids < experts, place_a, tiles * tile + every_a)
     source_nq = jnp.full(tiles * tile, -1, jnp.int32)

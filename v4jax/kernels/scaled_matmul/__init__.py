@@ -43,7 +43,7 @@ def contract(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     float32, which a unit for bfloat16 multiplies in several passes, for the same result.
 
     Args:
-      subscripts: such as "ni,oi->no", each letter in two of the three.
+      subscripts: such as "ni,oi->no", each letter in at least two of the three.
     """
     return formats.round_to(_einsum(subscripts, x, weight), x.dtype)
 
