@@ -34,11 +34,17 @@ HloModule jit_step
   ROOT %r = f32[16]{0} reduce-scatter(%p), to_apply=%add
 }
 
+%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
+  %r = bf16[64,8]{1,0} all-reduce(%input), to_apply=%add
+  ROOT %own = bf16[16,8]{1,0} dynamic-slice(%r, %first, %zero), dynamic_slice_sizes={16,8}
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%below, body=%layer
   %v = (s32[]) while(%t), body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   %u = (s32[]) while(%t), condition=%unknown, body=%inner
   %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%rows
+  %s = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
 
@@ -48,5 +54,5 @@ def test_collectives_of_a_text():
         Collective("all-gather", 20, 20 * 64 * 8 * 2),
         Collective("all-reduce", 20, 20 * 4 * 8 * 4),
         Collective("collective-permute", 4, 4 * 32),
-        Collective("reduce-scatter", 1, 64),
+        Collective("reduce-scatter", 2, 64 + 16 * 8 * 2),
     ]

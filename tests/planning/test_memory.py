@@ -1,5 +1,7 @@
 """Bytes of a device, against published totals and against sums by hand."""
 
+import dataclasses
+
 import pytest
 
 from v4jax.planning import inventory, memory
@@ -78,6 +80,15 @@ def test_adapters_by_hand():
     experts = 257 * ((2 * (f + d)) + (d + f))  # gate and up apart, then down; one is shared
     assert memory.optimizer_bytes(lora)["adapters"] == 44 * 16 * 4 * (attention + experts)
     assert sum(memory.weight_bytes(lora).values()) < 160e9
+
+
+def test_offloaded_streams_are_those_of_one_layer():
+    kept = work("v5p-8", "data=4", "train", model="nano", context=1024, batch=4)
+    offloaded = dataclasses.replace(kept, offload=("streams",))
+    layers = kept.config.num_hidden_layers + kept.config.num_nextn_predict_layers
+    sizes = [memory.activation_bytes(one)["streams"] for one in (kept, offloaded)]
+    assert sizes[0] == layers * sizes[1] > 0
+    assert offloaded.with_batch(8).offload == ("streams",)
 
 
 def test_training_splits_storage():

@@ -71,6 +71,24 @@ def test_all_cases(compiler, tmp_path):
     assert rows["small"]["versions"].keys() == {"jax", "libtpu"}
 
 
+def test_rows_from_before_a_field_stay(compiler, tmp_path):
+    rows, _ = fill(tmp_path)
+    for row in rows.values():
+        del row["case"]["offload"]
+    (tmp_path / "page.json").write_text(json.dumps(rows))
+    _, text = fill(tmp_path)
+    assert len(compiler) == 3
+    assert TABLE in text
+
+
+def test_offloaded_is_said(compiler, tmp_path, monkeypatch):
+    case = dataclasses.replace(CASES["trained"], offload="streams,moe_output")
+    assert case.workload().offload == ("streams", "moe_output")
+    monkeypatch.setattr(table, "CASES", {"trained": case})
+    _, text = fill(tmp_path)
+    assert "4 sequences, adamw, streams,moe_output offloaded |" in text
+
+
 def test_goes_on_where_it_ended(compiler, tmp_path, monkeypatch):
     fill(tmp_path, "trained")
     fill(tmp_path)

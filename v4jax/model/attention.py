@@ -1,13 +1,12 @@
 """Attention: low-rank queries, one shared key-value per token, window, entries, sinks."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from v4jax.cache import LayerMemory, split_entries
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
-from v4jax.kernels.scaled_matmul import matmul
+from v4jax.kernels.scaled_matmul import contract, matmul
 from v4jax.model import observe
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
@@ -17,7 +16,6 @@ from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotate
 from v4jax.parallel.shard import sum_over
 from v4jax.quant import ScaledArray
-from v4jax.quant.formats import round_to
 
 
 class Attention(nnx.Module):
@@ -107,14 +105,7 @@ class Attention(nnx.Module):
         if isinstance(weight, ScaledArray):  # expanded without rounding its input, as published
             weight = weight.dequantize(grouped.dtype)
         weight_grk = weight.astype(grouped.dtype).reshape(-1, rank, width)
-        low_btgr = jnp.einsum(
-            "btgk,grk->btgr",
-            grouped,
-            weight_grk,
-            preferred_element_type=jnp.float32,
-            precision="highest",
-        )
-        low_btgr = round_to(low_btgr, grouped.dtype)
+        low_btgr = contract("btgk,grk->btgr", grouped, weight_grk)
         output = self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)
         return sum_over(output, "heads")
 

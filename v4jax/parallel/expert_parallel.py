@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from v4jax.errors import ConfigError
 from v4jax.parallel.layout import Dispatch, active, split_axes
 from v4jax.quant import formats
+from v4jax.ranks import rank
 from v4jax.shapes import ceil_div, round_up
 
 Compute = Callable[[Any, Array, Array, Array], Array]
@@ -97,7 +98,8 @@ def _gather(compute, x, ids, weights, first, local, distinct, repeated):
 class _Plan(NamedTuple):
     """Where each assignment (token, choice) of this device goes.
 
-    owner [a]: device, `devices` for none. rank [a]: its place among those of the same owner.
+    owner [a]: device, `devices` for none. rank [a]: its place among those of the same owner, of
+    none meaningless.
     load: assignments for the fullest pair of devices, the same number everywhere.
     """
 
@@ -116,62 +118,113 @@ def _exchange(compute, operands, ids, local, axes, dispatch: Dispatch):
     bound = buffer_rows(*ids.shape, devices, dispatch.slack)
     plan = _plan(ids.reshape(-1) // local, devices)
     run = functools.partial(_run_round, compute, local, axes, devices, dispatch, bound)
-    output_td = run(operands, ids, plan, jnp.int32(0))
     if bound >= ids.size:
-        return output_td
-    return output_td + _run_further(run, operands, ids, plan, ceil_div(plan.load, bound))
+        return run(operands, ids, plan, jnp.int32(0))
+    return _run_rounds(run, operands, ids, plan, ceil_div(plan.load, bound))
 
 
 def _run_round(compute, local, axes, devices, dispatch, bound, operands, ids, plan, number):
     """Returns what the assignments of one round add; no layout need be active."""
-    (parameters, x, weights), (tokens, chosen) = operands, ids.shape
+    (parameters, x, weights), chosen = operands, ids.shape[1]
     place_a = plan.rank - number * bound
     sent_a = (place_a >= 0) & (place_a < bound) & (plan.owner < devices)
-    slot_a = jnp.where(sent_a, plan.owner * bound + place_a, devices * bound)
-    every_a = jnp.arange(tokens * chosen, dtype=jnp.int32)
-    source_s = jnp.zeros(devices * bound, jnp.int32).at[slot_a].set(every_a, mode="drop")
-    used_s = jnp.zeros(devices * bound, bool).at[slot_a].set(True, mode="drop")
-    ids_s = jnp.where(used_s, ids.reshape(-1)[source_s] % local, local)
-    weights_s = jnp.where(used_s, weights.reshape(-1)[source_s], 0.0)
-    rows_sd = jnp.where(used_s[:, None], x[source_s // chosen], 0)
+    every_a = jnp.arange(ids.size, dtype=jnp.int32)
+    slots = devices * bound
+    # What is not sent has a slot of its own behind the last one.
+    slot_a = jnp.where(sent_a, plan.owner * bound + place_a, slots + every_a)
+    source_s = jnp.full(slots, -1, jnp.int32)
+    source_s = source_s.at[slot_a].set(every_a, mode="drop", unique_indices=True)
+    used_s = source_s >= 0
+    ids_s = jnp.where(used_s, ids.reshape(-1)[jnp.maximum(source_s, 0)] % local, local)
+    weights_s1 = _fill_slots(1, weights.reshape(-1, 1), source_s, slot_a)
+    rows_sd = _fill_slots(chosen, x, source_s, slot_a)
     # A buffer is filled from its front, so counts say which rows are real.
     counts = used_s.reshape(devices, bound).sum(axis=1, dtype=jnp.int32)
     arriving = jax.lax.all_to_all(counts, axes, 0, 0, tiled=True)
     send = functools.partial(_send, axes, dispatch.transport, bound)
-    ids_s, weights_s = (
-        jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s)
+    ids_s, weights_s1 = (
+        jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s1)
     )
     if dispatch.payload == "fp8":
         rows_sd = _send_fp8(axes, dispatch.transport, bound, rows_sd, counts, arriving)
     else:
         rows_sd = send(rows_sd, counts, arriving)
-    output_sd = compute(parameters, rows_sd, ids_s[:, None], weights_s[:, None])
+    output_sd = compute(parameters, rows_sd, ids_s[:, None], weights_s1)
     output_sd = jnp.where((ids_s < local)[:, None], output_sd, 0.0).astype(x.dtype)
     output_sd = send(output_sd, arriving, counts)
-    output_ad = output_sd[jnp.minimum(slot_a, devices * bound - 1)].astype(jnp.float32)
-    output_ad = jnp.where(sent_a[:, None], output_ad, 0.0)
-    return output_ad.reshape(tokens, chosen, -1).sum(axis=1)
+    return _sum_slots(chosen, output_sd, source_s, slot_a)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_further(run, operands, ids, plan, rounds):
-    """Returns the sum of run(operands, ids, plan, n) for n = 1 … rounds−1: mostly there are none.
+def _fill_slots(chosen, x_td, source_s, slot_a):
+    """Returns in every slot the token of its assignment, zeros in empty ones.
 
-    They keep nothing for the backward pass, which computes them again one by one, and cost neither
-    time nor memory of their own where loads are even.
+    Here and in `_sum_slots` both directions are told, the assignment of a slot and the slot of an
+    assignment, so that the gradients gather as well: an addition at given places would sort them.
+
+    Args:
+      chosen: assignments of a token.
+      source_s: assignment in each slot, −1 for none.
+      slot_a: slot of each assignment; past the last one for none.
+    """
+    del slot_a
+    rows_sd = x_td[jnp.maximum(source_s, 0) // chosen]
+    return jnp.where((source_s >= 0)[:, None], rows_sd, jnp.zeros((), x_td.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_slots(chosen, rows_sd, source_s, slot_a):
+    """Returns the sum over each token's assignments of what stands in their slots, float32."""
+    del source_s
+    slots = rows_sd.shape[0]
+    rows_ad = rows_sd[jnp.minimum(slot_a, slots - 1)].astype(jnp.float32)
+    rows_ad = jnp.where((slot_a < slots)[:, None], rows_ad, 0.0)
+    return rows_ad.reshape(-1, chosen, rows_sd.shape[1]).sum(axis=1)
+
+
+def _keep_places(function):
+    """Returns the forward rule of a function of rows: it keeps their type and the places."""
+
+    def forward(chosen, x, source_s, slot_a):
+        like = jnp.zeros((), x.dtype)
+        return function(chosen, x, source_s, slot_a), (like, source_s, slot_a)
+
+    return forward
+
+
+def _gradient_by(function):
+    """Returns the backward rule whose gradient is what `function` gives for the cotangent."""
+
+    def backward(chosen, kept, gradient):
+        like, source_s, slot_a = kept
+        return function(chosen, gradient, source_s, slot_a).astype(like.dtype), None, None
+
+    return backward
+
+
+_fill_slots.defvjp(_keep_places(_fill_slots), _gradient_by(_sum_slots))
+_sum_slots.defvjp(_keep_places(_sum_slots), _gradient_by(_fill_slots))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_rounds(run, operands, ids, plan, rounds):
+    """Returns the sum of run(operands, ids, plan, n) for n = 0 … rounds−1: mostly there is one.
+
+    A loop, so that kernels are compiled once, whichever rounds there are. Rounds keep nothing for
+    the backward pass, which computes them again one by one.
     """
     _, x, _ = operands
     start = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.fori_loop(
-        1, rounds, lambda number, sums: sums + run(operands, ids, plan, number), start
+        0, rounds, lambda number, sums: sums + run(operands, ids, plan, number), start
     )
 
 
-def _run_further_forward(run, *arguments):
-    return _run_further(run, *arguments), arguments
+def _run_rounds_forward(run, *arguments):
+    return _run_rounds(run, *arguments), arguments
 
 
-def _run_further_backward(run, kept, gradient):
+def _run_rounds_backward(run, kept, gradient):
     operands, ids, plan, rounds = kept
     leaves, structure = jax.tree.flatten(operands)
     trains = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
@@ -182,7 +235,7 @@ def _run_further_backward(run, kept, gradient):
         return [total + grad for total, grad in zip(sums, grads, strict=True)]
 
     start = [jnp.zeros_like(leaf) for leaf in itertools.compress(leaves, trains)]
-    sums = iter(jax.lax.fori_loop(1, rounds, add, start))
+    sums = iter(jax.lax.fori_loop(0, rounds, add, start))
     grads = [
         next(sums) if trained else np.zeros(leaf.shape, jax.dtypes.float0)
         for leaf, trained in zip(leaves, trains, strict=True)
@@ -190,7 +243,7 @@ def _run_further_backward(run, kept, gradient):
     return jax.tree.unflatten(structure, grads), None, None, None
 
 
-_run_further.defvjp(_run_further_forward, _run_further_backward)
+_run_rounds.defvjp(_run_rounds_forward, _run_rounds_backward)
 
 
 def buffer_rows(tokens: int, chosen: int, devices: int, slack: float) -> int:
@@ -201,13 +254,9 @@ def buffer_rows(tokens: int, chosen: int, devices: int, slack: float) -> int:
 
 def _plan(owner_a, devices: int) -> _Plan:
     owner_a = jnp.minimum(owner_a, devices).astype(jnp.int32)
-    order = jnp.argsort(owner_a, stable=True)
-    load_o = jnp.bincount(owner_a, length=devices + 1)
-    first_o = jnp.cumsum(load_o) - load_o
-    sorted_rank = jnp.arange(owner_a.shape[0]) - first_o[owner_a[order]]
-    rank_a = jnp.zeros_like(owner_a).at[order].set(sorted_rank.astype(jnp.int32))
+    rank_a, load_o = rank(owner_a, devices)
     # Every device of the mesh must agree on the rounds, as they all take part in them.
-    load = jax.lax.pmax(load_o[:devices].max(), active().layout.mesh.axis_names)
+    load = jax.lax.pmax(load_o.max(), active().layout.mesh.axis_names)
     return _Plan(owner_a, rank_a, load)
 
 

@@ -216,7 +216,11 @@ def whole(module: Module) -> Module:
         dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away
         for axis, (name, split) in enumerate(zip(axes, spec, strict=True)):
             if split and name not in COMPUTED_ON:
-                leaf = jax.lax.all_gather(leaf, split, axis=axis - dropped, tiled=True)
+                # One mesh axis after the other, the innermost first. Asked for all devices of a
+                # slice at once, compilers for TPUs add up whole arrays of zeros instead, and make
+                # the gradient whole on every device before they cut it.
+                for mesh_axis in reversed((split,) if isinstance(split, str) else split):
+                    leaf = jax.lax.all_gather(leaf, mesh_axis, axis=axis - dropped, tiled=True)
         return leaf
 
     return jax.tree.map(prepare, module, is_leaf=is_variable)

@@ -177,7 +177,8 @@ def _collect(jaxpr, layout: Layout, times: int, messages: collections.Counter) -
                 _collect(branch.jaxpr, layout, times, branches[-1])
             messages.update(min(branches, key=_size))
         elif name == "while":
-            continue  # rounds of an uneven load; an even one has none
+            # Rounds that send to experts: an even load takes one.
+            _collect(p["body_jaxpr"].jaxpr, layout, times, messages)
         elif name != "pallas_call":
             for inner in _bodies(p):
                 _collect(inner, layout, times, messages)

@@ -134,14 +134,15 @@ def _state_bytes(parameters: list) -> int:
 def activation_bytes(work: Workload) -> dict[str, int]:
     """Returns what a step holds beside its arguments → bytes on one device at the fullest moment.
 
-    In training the input of every layer is kept and the layer computed again in the backward pass.
+    In training the input of every layer is kept, unless the host has it, and the layer computed
+    again in the backward pass.
     Logits are those of one token per sequence: a training step makes its own chunk by chunk.
     """
     config = work.config
     tokens = work.local_batch * work.local_tokens
     dtype = jnp.dtype(work.numerics.activation_dtype)
     streams = tokens * config.hc_mult * config.hidden_size * dtype.itemsize
-    if work.regime == "train":
+    if work.regime == "train" and "streams" not in work.offload:
         streams *= config.num_hidden_layers + config.num_nextn_predict_layers
     vocab = config.vocab_size // work.weight_parts("vocab")
     largest = max(trace.peak_bytes for trace in trace_layers(work))

@@ -32,7 +32,10 @@ _MILLION = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: `Workload` by its names; chips of a topology with two devices count once."""
+    """One row: `Workload` by its names; chips of a topology with two devices count once.
+
+    offload: names with commas between.
+    """
 
     model: str
     topology: str
@@ -42,6 +45,7 @@ class Case:
     batch: int
     chunk: int | None = None
     training: str = "adamw"
+    offload: str = ""
 
     def workload(self) -> Workload:
         """Returns what the row plans."""
@@ -56,6 +60,7 @@ class Case:
             batch=self.batch,
             chunk=self.chunk,
             training=self.training,
+            offload=tuple(filter(None, self.offload.split(","))),
         )
 
 
@@ -81,7 +86,11 @@ CASES: Mapping[str, Case] = {
     **_serving("v4_pro", "v6e-64", "expert=32,tensor=2", 8),
     **_serving("v4_pro", "v5p-64", "expert=32", 32),
     **_serving("v4_pro", "tpu7x-32", "expert=32", 32),
-    "flash_lora_128k": Case("v4_flash", "v6e-16", "expert=16", "train", 131072, 1, training="lora"),
+    "flash_lora_128k": Case(
+        *("v4_flash", "v6e-16", "expert=16", "train", 131072, 1),
+        training="lora",
+        offload="streams",
+    ),
 }
 
 
@@ -122,7 +131,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return {
         name: rows[name]
         for name, case in CASES.items()
-        if name in rows and rows[name]["case"] == dataclasses.asdict(case)
+        if name in rows and Case(**rows[name]["case"]) == case
     }
 
 
@@ -183,6 +192,7 @@ def _describe_step(row: Mapping[str, Any]) -> str:
     sequences = f"{case['batch']} sequence{'s' if case['batch'] > 1 else ''}"
     of = {"prefill": f"{row['chunk']:,} of ", "decode": "1 of ", "train": ""}[case["regime"]]
     how = f", {case['training']}" if case["regime"] == "train" else ""
+    how += f", {case['offload']} offloaded" if case.get("offload") else ""
     return f"{case['regime']}: {of}{case['context'] // 1024:,} K tokens, {sequences}{how}"
 
 

@@ -25,7 +25,8 @@ class Workload:
 
     context: tokens of a sequence, prompt and answer together. batch: sequences of a step, over all
     devices. chunk: tokens of each sequence that one step reads (1 in decode, all in training).
-    training: which parameters get gradients and what the optimizer keeps.
+    training: which parameters get gradients and what the optimizer keeps. offload: what a training
+    step keeps in the host's memory, as `train.offload`.
     """
 
     config: ModelConfig
@@ -38,6 +39,7 @@ class Workload:
     chunk: int
     training: str = "adamw"
     lora_rank: int = _LORA_RANK
+    offload: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -111,6 +113,7 @@ class Workload:
             chunk=chunk,
             training=self.training,
             lora_rank=self.lora_rank,
+            offload=self.offload,
             **fields,
         )
 
@@ -133,6 +136,7 @@ def build_workload(
     chunk: int | None = None,
     training: str = "adamw",
     lora_rank: int = _LORA_RANK,
+    offload: tuple[str, ...] = (),
 ) -> Workload:
     """Returns a checked `Workload`.
 
@@ -162,7 +166,7 @@ def build_workload(
     check_mesh(abstract_mesh(sizes), config, regime)
     work = Workload(
         *(config, numerics, topology, tuple(sizes.items()), regime, context, batch),
-        *(1, training, lora_rank),
+        *(1, training, lora_rank, offload),
     )
     if batch % work.parts("batch"):
         raise ConfigError(

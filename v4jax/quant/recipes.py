@@ -49,23 +49,32 @@ class LowRank:
         return getattr(self.base, "block", None)
 
     def expand(self) -> jax.Array | ScaledArray:
-        """Returns the weight as a layer uses it."""
-        weight = self.merge(self.dtype)
+        """Returns the weight as a layer uses it.
+
+        One expert at a time: what is float32 on the way stays small.
+        """
+        parts, merge = self._parts, functools.partial(_merge, self.scale, self.dtype)
+        mapped = self.up.ndim > 2
+        weight = jax.lax.map(lambda one: merge(*one), parts) if mapped else merge(*parts)
         quantized = isinstance(self.base, ScaledArray)
         return _as_quantized(weight) if quantized and self.rounds_inputs else weight
 
     def merge(self, dtype: str) -> jax.Array:
         """Returns the weight as a plain array, summed in float32 and rounded once."""
-        quantized = isinstance(self.base, ScaledArray)
-        base = self.base.dequantize() if quantized else self.base.astype(jnp.float32)
-        change = jnp.einsum(
-            "...or,...ri->...oi",
-            self.up,
-            self.down,
-            preferred_element_type=jnp.float32,
-            precision="highest",
-        )
-        return round_to(base + self.scale * change, dtype)
+        return _merge(self.scale, dtype, *self._parts)
+
+    @property
+    def _parts(self):
+        return self.base, self.down, self.up
+
+
+def _merge(scale, dtype, base, down, up):
+    quantized = isinstance(base, ScaledArray)
+    base = base.dequantize() if quantized else base.astype(jnp.float32)
+    change = jnp.einsum(
+        "...or,...ri->...oi", up, down, preferred_element_type=jnp.float32, precision="highest"
+    )
+    return round_to(base + scale * change, dtype)
 
 
 @jax.tree_util.register_dataclass

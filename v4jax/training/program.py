@@ -36,6 +36,7 @@ def planned_program(work: Workload, layout: Layout) -> Program:
         numerics=work.numerics.name,
         optimizer=OptimizerConfig(kind="adamw" if adapts else work.training),
         lora=LoraConfig(rank=work.lora_rank) if adapts else None,
+        offload=work.offload,
     )
     return abstract_program(config, work.config, layout, work.storage)
 

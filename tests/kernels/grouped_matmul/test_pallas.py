@@ -126,6 +126,27 @@ def test_shared_expert():
     np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
 
 
+def test_gradients_of_a_shared_expert():
+    x = draw(37)[0]
+    arguments = x, *jax.tree.map(lambda a: a[2], make_weights("bfloat16"))
+    slope = jnp.asarray(np.random.RandomState(2).standard_normal(x.shape), jnp.float32)
+    found, expected = (
+        jax.jit(
+            jax.grad(
+                lambda *parts, module=module: (
+                    module.apply_shared_expert(*parts, limit=LIMIT, quantize_activations=False)
+                    * slope
+                ).sum(),
+                argnums=(0, 1, 2),
+            )
+        )(*arguments)
+        for module in (pallas_tpu, reference)
+    )
+    for got, want in zip(found, expected, strict=True):
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+
+
 def test_blocks_of_several_passes():
     """More outputs than a block and a pass hold, and successive tiles of one expert."""
     random = np.random.RandomState(3)

@@ -9,7 +9,7 @@ import pytest
 from oracle import quantizers
 
 from v4jax.kernels import scaled_matmul
-from v4jax.quant import ScaledArray
+from v4jax.quant import ScaledArray, formats
 
 from .. import naive
 
@@ -104,3 +104,29 @@ def test_rounding_activations_has_the_gradient_of_the_identity():
 
     expected = np.broadcast_to(slope * exact.sum(axis=0), x.shape)
     np.testing.assert_allclose(jax.grad(loss)(x), expected, 0, naive.FLOAT32 * slope)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients(dtype):
+    """Those of autodiff through the rounded product, without a product of float32 for bfloat16."""
+    random = np.random.RandomState(2)
+    x, weight, slope = (
+        jnp.asarray(random.standard_normal(shape), dtype)
+        for shape in ((2, 3, 64), (8, 64), (2, 3, 8))
+    )
+
+    def plain(x, weight):
+        return formats.round_to(scaled_matmul.product(x, weight), x.dtype)
+
+    found, wanted = (
+        jax.jit(lambda run=run: jax.vjp(run, x, weight)[1](slope))()
+        for run in (scaled_matmul.matmul, plain)
+    )
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype
+        # Sums of float32 in another order; rounded to bfloat16 they may fall to the other side.
+        tolerance = naive.FLOAT32 if dtype == "float32" else 2**-7
+        np.testing.assert_allclose(got.astype(float), want.astype(float), tolerance, naive.FLOAT32)
+    text = str(jax.make_jaxpr(lambda: jax.vjp(scaled_matmul.matmul, x, weight)[1](slope))())
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3

@@ -44,15 +44,17 @@ def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_acti
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
-    tokens, chosen = expert_ids.shape
+    tokens, chosen = weights.shape
     quantized = quantize_activations and isinstance(gate_up, ScaledArray)
     if quantized:
         x = round_activations(x)
     experts = gate_up.shape[0]
     tile = choose_tile(tokens * chosen, experts)
-    plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
-    weights_nq = jnp.where(plan.valid, weights.reshape(-1)[plan.assignments], 0.0)
-    rows_ad = ordered(x, gate_up)[plan.assignments.reshape(-1) // chosen]
+    plan = _plan(expert_ids, tokens, experts, tile)
+    weights_nq = jnp.where(
+        plan.valid, plan.lay_out(weights.reshape(-1, 1)).reshape(plan.valid.shape), 0.0
+    )
+    rows_ad = plan.lay_out(ordered(x, gate_up), chosen)
     used = plan.valid[:, 0].sum().astype(jnp.int32)
     places = plan.experts.astype(jnp.int32)
     # The tiles of a single expert are full but for one.
@@ -60,8 +62,13 @@ def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
     options = {"limit": limit, "quantized": quantized, "loads": loads}
     hidden_af = multiply_gated(rows_ad, weights_nq, gate_up, down, places, used, **options)
     output_ad = linear.multiply_tiles(hidden_af, down, places, used, tile=tile, loads=loads)
-    chosen_tkd = output_ad[plan.places].reshape(tokens, chosen, -1)
-    return chosen_tkd.astype(jnp.float32).sum(axis=1)
+    return plan.take_back(output_ad, tokens).astype(jnp.float32).sum(axis=1)
+
+
+def _plan(expert_ids, tokens, experts, tile):
+    if expert_ids is None:
+        return reference.plan_single(tokens, tile)
+    return reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
 
 
 def _apply_forward(limit, quantize_activations, *arguments):
@@ -77,15 +84,16 @@ def _apply_backward(limit, quantize_activations, arguments, gradient):
     experts = gate_up.shape[0]
     if quantize_activations and isinstance(gate_up, ScaledArray):
         x = round_activations(x)
-    tile = choose_backward_tile(expert_ids.size, experts)
-    plan = reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
+    tile = choose_backward_tile(weights.size, experts)
+    plan = _plan(expert_ids, len(x), experts, tile)
     d_x, d_weights, *d_stored = pallas_tpu_backward.backward(
         plan, tile, x, weights, _expand(gate_up), _expand(down), gradient, limit=limit
     )
     for i, weight in enumerate((gate_up, down)):
         if isinstance(weight, ScaledArray):
             d_stored[i] = jax.tree.map(linear.zero_gradient, weight)
-    return d_x, linear.zero_gradient(expert_ids), d_weights, *d_stored
+    d_ids = jax.tree.map(linear.zero_gradient, expert_ids)
+    return d_x, d_ids, d_weights, *d_stored
 
 
 def _expand(weight):
@@ -106,16 +114,8 @@ _apply.defvjp(_apply_forward, _apply_backward)
 def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
     """See `v4jax.kernels.grouped_matmul.apply_shared_expert`: one expert that has every token."""
     gate_up, down = jax.tree.map(lambda array: array[None], (gate_up, down))
-    ids = jnp.zeros((x.shape[0], 1), jnp.int32)
-    return apply_experts(
-        x,
-        ids,
-        jnp.ones(ids.shape, jnp.float32),
-        gate_up,
-        down,
-        limit=limit,
-        quantize_activations=quantize_activations,
-    )
+    weights = jnp.ones((x.shape[0], 1), jnp.float32)
+    return _apply(limit, quantize_activations, x, None, weights, gate_up, down)
 
 
 def choose_tile(assignments: int, experts: int) -> int:

@@ -32,14 +32,14 @@ def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
     """Returns the gradients of x, routing weights, gate_up and down.
 
     Args:
-      plan: `reference.plan_tiles` with tiles of `tile` rows.
+      plan: of `reference`, with tiles of `tile` rows.
       gradient: [t, d] of the experts' sum.
     """
     tokens, chosen = weights.shape
-    sources = plan.assignments.reshape(-1) // chosen
-    rows_ad, gradient_ad = x[sources], gradient.astype(jnp.bfloat16)[sources]
-    weights_a1 = jnp.where(plan.valid, weights.reshape(-1)[plan.assignments], 0.0)
-    weights_a1 = weights_a1.astype(jnp.float32).reshape(-1, 1)
+    rows_ad = plan.lay_out(x, chosen)
+    gradient_ad = plan.lay_out(gradient.astype(jnp.bfloat16), chosen)
+    weights_a1 = plan.lay_out(weights.reshape(-1, 1)).astype(jnp.float32)
+    weights_a1 = jnp.where(plan.valid.reshape(-1, 1), weights_a1, 0.0)
     experts, used = plan.experts.astype(jnp.int32), plan.valid[:, 0].sum().astype(jnp.int32)
     hidden_af, inner_a2f, shares_a = inner(
         rows_ad, gradient_ad, weights_a1, gate_up, down, experts, used, tile=tile, limit=limit
@@ -47,8 +47,9 @@ def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
     count, _, width_f, width_d = gate_up.shape
     flat_gate_up = gate_up.reshape(count, 2 * width_f, width_d)
     d_rows_ad = multiply_transposed(inner_a2f, flat_gate_up, experts, used, tile=tile)
-    d_x = d_rows_ad[plan.places].reshape(tokens, chosen, -1).astype(jnp.float32).sum(axis=1)
-    has_tokens = jnp.zeros(count, bool).at[experts].max(plan.valid[:, 0])[:, None, None]
+    d_x = plan.take_back(d_rows_ad, tokens).astype(jnp.float32).sum(axis=1)
+    has_tokens = (experts[:, None] == jnp.arange(count)) & plan.valid[:, :1]
+    has_tokens = has_tokens.any(axis=0)[:, None, None]
 
     def weight_gradient(left, right):
         total = sum_products(left, right, experts, used, count=count, tile=tile)
@@ -56,7 +57,7 @@ def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
 
     return (
         d_x.astype(x.dtype),
-        shares_a[plan.places].reshape(weights.shape).astype(weights.dtype),
+        plan.take_back(shares_a, tokens).astype(weights.dtype),
         weight_gradient(inner_a2f, rows_ad).reshape(gate_up.shape),
         weight_gradient(gradient_ad, hidden_af),
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from v4jax.kernels.scaled_matmul import product, round_activations
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import round_to
+from v4jax.ranks import rank
 from v4jax.shapes import ceil_div
 
 LARGEST_TILE = 256
@@ -112,13 +113,30 @@ class TilePlan(NamedTuple):
     """Where each assignment (token, choice) goes: n tiles of one expert and q rows each.
 
     experts [n]; assignments [n, q] (0 where the row is empty); valid [n, q]; places [t·k]: row of
-    each assignment in the flattened tiles.
+    each assignment in the flattened tiles. assignments and places are None where they would be
+    successive numbers: one expert has all the rows.
     """
 
     experts: jax.Array
-    assignments: jax.Array
+    assignments: jax.Array | None
     valid: jax.Array
-    places: jax.Array
+    places: jax.Array | None
+
+    def lay_out(self, values, chosen: int = 1):
+        """Returns the rows of all tiles [n·q, …] with what their tokens have; empty ones, anything.
+
+        Args:
+          values: [t, …], a token's, or an assignment's with `chosen` 1.
+          chosen: assignments that share a value.
+        """
+        if self.assignments is None:
+            return jnp.pad(values, [(0, self.valid.size - len(values)), (0, 0)])
+        return values[self.assignments.reshape(-1) // chosen]
+
+    def take_back(self, rows, tokens: int):
+        """Returns the rows of each token's assignments [t, k, …] out of `rows` [n·q, …]."""
+        rows = rows[:tokens] if self.places is None else rows[self.places]
+        return rows.reshape(tokens, -1, *rows.shape[1:])
 
 
 def choose_tile(assignments: int, experts: int) -> int:
@@ -138,29 +156,34 @@ def fill_steps(array, tiles: int):
     return jnp.pad(array, [(0, tiles - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
 
 
-def plan_tiles(flat_ids, experts: int, tile: int) -> TilePlan:
-    """Sorts assignments by expert and gives every expert as many tiles as its load needs.
+def plan_single(rows: int, tile: int) -> TilePlan:
+    """Returns the plan of rows that are all the same expert's."""
+    tiles = ceil_div(rows, tile)
+    valid_nq = jnp.arange(tiles * tile).reshape(tiles, tile) < rows
+    return TilePlan(jnp.zeros(tiles, jnp.int32), None, valid_nq, None)
 
-    ⌊assignments / tile⌋ + experts tiles always suffice, since each expert wastes less than one.
+
+def plan_tiles(flat_ids, experts: int, tile: int) -> TilePlan:
+    """Lays assignments out by expert and gives every expert as many tiles as its load needs.
+
+    ⌊assignments / tile⌋ + experts tiles always suffice, since each expert wastes less than one. An
+    id past the last expert's goes nowhere: its place is arbitrary.
     """
     count = flat_ids.shape[0]
-    order = jnp.argsort(flat_ids, stable=True)
-    load_e = jnp.bincount(flat_ids, length=experts)
+    rank_a, load_e = rank(flat_ids, experts)
     tiles_e = ceil_div(load_e, tile)
-    first_tile_e = jnp.cumsum(tiles_e) - tiles_e
-    first_row_e = jnp.cumsum(load_e) - load_e
+    last_tile_e = jnp.cumsum(tiles_e)
+    first_tile_e = last_tile_e - tiles_e
     tiles = min(count // tile + experts, count)
-    tile_ids = jnp.arange(tiles)
-    expert_n = jnp.searchsorted(jnp.cumsum(tiles_e), tile_ids, side="right")
-    used_n = expert_n < experts
-    expert_n = jnp.minimum(expert_n, experts - 1)
-    row_nq = (tile_ids - first_tile_e[expert_n])[:, None] * tile + jnp.arange(tile)
-    valid_nq = used_n[:, None] & (row_nq < load_e[expert_n][:, None])
-    source_nq = jnp.clip(first_row_e[expert_n][:, None] + row_nq, 0, count - 1)
-    assignments_nq = jnp.where(valid_nq, order[source_nq], 0)
-    # The s-th assignment in sorted order is row (s − first_row) of its expert, whose tiles are
-    # contiguous.
-    sorted_ids = flat_ids[order]
-    place = first_tile_e[sorted_ids] * tile + jnp.arange(count) - first_row_e[sorted_ids]
-    places = jnp.zeros(count, jnp.int32).at[order].set(place.astype(jnp.int32))
-    return TilePlan(expert_n, assignments_nq, valid_nq, places)
+    # Tiles of an expert are contiguous, its rows too.
+    own_a = jnp.minimum(flat_ids, experts - 1)
+    place_a = jnp.where(flat_ids < experts, first_tile_e[own_a] * tile + rank_a, 0)
+    every_a = jnp.arange(count, dtype=jnp.int32)
+    target_a = jnp.where(flat_ids < experts, place_a, tiles * tile + every_a)
+    source_nq = jnp.full(tiles * tile, -1, jnp.int32)
+    source_nq = source_nq.at[target_a].set(every_a, mode="drop", unique_indices=True)
+    source_nq = source_nq.reshape(tiles, tile)
+    expert_n = (jnp.arange(tiles)[:, None] >= last_tile_e).sum(axis=1)
+    return TilePlan(
+        jnp.minimum(expert_n, experts - 1), jnp.maximum(source_nq, 0), source_nq >= 0, place_a
+    )

@@ -1,5 +1,7 @@
 """Linear layers on weights in their stored format."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,7 +31,36 @@ def matmul(
 
             return pallas_tpu.matmul(x, weight)
         weight = weight.dequantize(x.dtype)
-    return formats.round_to(product(x, weight.astype(x.dtype)), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return contract("ni,oi->no", rows, weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns an einsum of two arrays of one dtype, accumulated in float32, in that dtype.
+
+    The gradients are products of that dtype as well. Autodiff would hand the rounded gradient on as
+    float32, which a unit for bfloat16 multiplies in several passes, for the same result.
+
+    Args:
+      subscripts: such as "ni,oi->no", each letter in at least two of the three.
+    """
+    return formats.round_to(_einsum(subscripts, x, weight), x.dtype)
+
+
+def _contract_forward(subscripts, x, weight):
+    return contract(subscripts, x, weight), (x, weight)
+
+
+def _contract_backward(subscripts, kept, gradient):
+    (x, weight), (inputs, result) = kept, subscripts.split("->")
+    of_x, of_weight = inputs.split(",")
+    to_x = _einsum(f"{result},{of_weight}->{of_x}", gradient, weight)
+    to_weight = _einsum(f"{result},{of_x}->{of_weight}", gradient, x)
+    return formats.round_to(to_x, x.dtype), formats.round_to(to_weight, weight.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 def _choose(x, weight) -> str:
@@ -65,6 +96,10 @@ round_activations.defjvps(lambda tangent, rounded, x: tangent)
 
 def product(x, weight):
     """Returns x · weightᵀ in float32."""
+    return _einsum("...i,oi->...o", x, weight)
+
+
+def _einsum(subscripts, left, right):
     return jnp.einsum(
-        "...i,oi->...o", x, weight, preferred_element_type=jnp.float32, precision="highest"
+        subscripts, left, right, preferred_element_type=jnp.float32, precision="highest"
     )
