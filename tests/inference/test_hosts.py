@@ -139,7 +139,8 @@ def test_the_command_over_two_processes_equals_one(tmp_path):
     (_, said, log), (_, others_said, others_log) = ended
     assert "documents  3, of them failed 1\nquestions  5 answered (1 before" in said
     assert "warning: batch: line 2: cannot read" in log
-    assert others_said == "" and "batch" not in others_log
+    ours = [line for line in others_said.splitlines() if not line.startswith("[Gloo]")]
+    assert ours == [] and "batch" not in others_log  # XLA's library says on stdout whom it reaches
 
 
 @pytest.mark.slow
