@@ -139,8 +139,8 @@ def test_the_command_over_two_processes_equals_one(tmp_path):
     (_, said, log), (_, others_said, others_log) = ended
     assert "documents  3, of them failed 1\nquestions  5 answered (1 before" in said
     assert "warning: batch: line 2: cannot read" in log
-    ours = [line for line in others_said.splitlines() if not line.startswith("[Gloo]")]
-    assert ours == [] and "batch" not in others_log  # XLA's library says on stdout whom it reaches
+    # On stdout Gloo says whom it reaches, from several threads at once; no summary is there.
+    assert "documents" not in others_said and "batch" not in others_log
 
 
 @pytest.mark.slow
