@@ -4,7 +4,6 @@ Compilers for TPUs unroll a sort into its network: one of 36,864 ids takes 6 s o
 this takes less than one.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -18,8 +17,9 @@ def rank(groups: Int[Array, "a"], count: int) -> tuple[Int[Array, "a"], Int[Arra
 
     >>> rank(jnp.array([1, 0, 1, 1]), 2)  # [0, 0, 1, 2], [1, 3]
 
-    Elements are counted within blocks, then blocks: two products with a triangle of ones. All
-    factors are integers of at most 128, so that any precision is exact.
+    Elements are counted within blocks by a product with a triangle of ones, whose factors are 0 and
+    1, so that any precision is exact; blocks by a running sum. (A triangle of all blocks would grow
+    with the square of the elements.)
 
     Args:
       groups: 0 … count−1; others are in no group, and their rank means nothing.
@@ -31,13 +31,9 @@ def rank(groups: Int[Array, "a"], count: int) -> tuple[Int[Array, "a"], Int[Arra
     padded_nb = jnp.pad(groups, (0, blocks * BLOCK - size), constant_values=-1)
     padded_nb = padded_nb.reshape(blocks, BLOCK)
     member_nbg = (padded_nb[..., None] == jnp.arange(count)).astype(jnp.float32)
-    within_nbg = jnp.einsum("cb,nbg->ncg", _triangle(BLOCK), member_nbg)
+    earlier_cb = jnp.tri(BLOCK, k=-1, dtype=jnp.float32)
+    within_nbg = jnp.einsum("cb,nbg->ncg", earlier_cb, member_nbg)
     size_ng = member_nbg.sum(axis=1)
-    before_ng = jnp.einsum("mn,ng->mg", _triangle(blocks), size_ng)
+    before_ng = jnp.cumsum(size_ng, axis=0) - size_ng
     rank_nb = ((within_nbg + before_ng[:, None]) * member_nbg).sum(axis=-1)
     return rank_nb.reshape(-1)[:size].astype(jnp.int32), size_ng.sum(axis=0).astype(jnp.int32)
-
-
-def _triangle(size: int) -> jax.Array:
-    """Returns ones below the diagonal."""
-    return jnp.tri(size, k=-1, dtype=jnp.float32)
