@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from v4jax.model.weights import whole
 from v4jax.parallel import WEIGHTS, Layout, make_mesh, on_shards, place
-from v4jax.parallel.weights import weight_shardings, whole
+from v4jax.parallel.weights import weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import count_collectives
 from v4jax.planning.compile import with_shardings

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.model.training_pass import Mode
-from v4jax.model.weights import read_weights, write_weights
+from v4jax.model.weights import read_weights, whole, write_weights
 from v4jax.parallel import Layout, make_mesh
 from v4jax.parallel.shard import WEIGHTS, on_shards, sum_over
-from v4jax.parallel.weights import is_variable, move, whole
+from v4jax.parallel.weights import is_variable, move
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.batch import Batch
 from v4jax.training.export import export, finish

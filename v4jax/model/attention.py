@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from v4jax.cache import LayerMemory, split_entries
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
-from v4jax.kernels.scaled_matmul import contract, matmul
+from v4jax.kernels.scaled_matmul import contract, expand, matmul
 from v4jax.model import observe
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         grouped = attended_bthc.reshape(*attended_bthc.shape[:2], -1, width)
         weight = self.output_down.get_value()
         if isinstance(weight, ScaledArray):  # expanded without rounding its input, as published
-            weight = weight.dequantize(grouped.dtype)
+            weight = expand(weight, grouped.dtype)
         weight_grk = weight.astype(grouped.dtype).reshape(-1, rank, width)
         low_btgr = contract("btgk,grk->btgr", grouped, weight_grk)
         output = self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)

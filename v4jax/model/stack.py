@@ -17,7 +17,8 @@ from v4jax.model.block import Block
 from v4jax.model.context import Context
 from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
-from v4jax.parallel.weights import used_as_stored, whole
+from v4jax.model.weights import whole
+from v4jax.parallel.weights import used_as_stored
 
 
 class Stack(nnx.Module):

@@ -22,9 +22,9 @@ from v4jax.model.block import BLOCK_TAGS
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
 from v4jax.model.transformer import Transformer, embed, open_streams
+from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
 from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
-from v4jax.parallel.weights import whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.stack import Stack, full_sequence
+from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call, take_token
 from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.shard import (
@@ -32,7 +33,6 @@ from v4jax.parallel.shard import (
     make_arrays,
     on_shards,
 )
-from v4jax.parallel.weights import whole
 from v4jax.shapes import as_integers, check_shape
 
 

@@ -10,10 +10,17 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from v4jax.kernels.scaled_matmul import expand
 from v4jax.model.parameters import Buffer
+from v4jax.parallel import weights
 from v4jax.parallel.weights import is_variable, name_of
 
 Module = TypeVar("Module", bound=nnx.Module)
+
+
+def whole(module: Module) -> Module:
+    """Returns the module with its weights as a layer uses them (`parallel.weights.whole`)."""
+    return weights.whole(module, expand)
 
 
 def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -34,7 +41,7 @@ def read_weights(module: nnx.Module, *, buffers: bool = False) -> dict[str, Any]
 def write_weights(module: Module, values: Mapping[str, Any]) -> Module:
     """Returns the module with these values in place of its own; the others stay.
 
-    A value may be anything with the shape of the weight that `parallel.weights.whole` makes an
+    A value may be anything with the shape of the weight that `whole` makes an
     array of, or None for a weight that is given elsewhere.
     """
 

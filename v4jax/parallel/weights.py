@@ -18,6 +18,7 @@ from v4jax.parallel.axes import COMPUTED_ON, RULES
 from v4jax.parallel.layout import Layout, active
 from v4jax.parallel.mesh import check_divides
 from v4jax.quant import LowRank, Recipe
+from v4jax.quant.recipes import Decode
 
 Module = TypeVar("Module")
 Box = tuple[slice, ...]  # a part of an array: a slice with start and stop for each axis
@@ -196,11 +197,14 @@ def used_as_stored(module) -> bool:
     return not (splits_storage() or any(isinstance(value, Recipe) for value in values))
 
 
-def whole(module: Module) -> Module:
+def whole(module: Module, decode: Decode) -> Module:
     """Returns the module with its weights as a layer uses them, right before it does.
 
     In per-device code a weight that is split for storage is gathered; its gradient is summed and
     scattered back to its shares. A recipe is expanded, with or without a mesh.
+
+    Args:
+      decode: see `LowRank.expand`.
     """
     if used_as_stored(module):
         return module
@@ -210,7 +214,7 @@ def whole(module: Module) -> Module:
         if splits_storage():
             axes, spec = P(*variable.get_metadata()["axes"]), spec_of(variable)
             value = jax.tree.map(gather, value, split_parts(value, axes), split_parts(value, spec))
-        return variable.copy(value=value.expand() if isinstance(value, Recipe) else value)
+        return variable.copy(value=value.expand(decode) if isinstance(value, Recipe) else value)
 
     def gather(leaf, axes, spec):
         dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away

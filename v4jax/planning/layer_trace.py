@@ -22,10 +22,11 @@ from v4jax.model.block import Block
 from v4jax.model.context import make_context
 from v4jax.model.parameters import Declare
 from v4jax.model.stack import full_sequence
+from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import own_start
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.shard import WEIGHTS, entry_shares, on_shards
-from v4jax.parallel.weights import place, whole
+from v4jax.parallel.weights import place
 from v4jax.planning.liveness import peak_bytes
 from v4jax.planning.workload import Workload, abstract_mesh
 

@@ -3,12 +3,13 @@
     LowRank   a frozen weight as it is stored, and the adapters that are trained beside it
     Master    a float32 weight that computes as its stored format will hold it
 
-`parallel.weights.whole` expands them layer by layer, so that an expanded weight lives no longer
+`model.weights.whole` expands them layer by layer, so that an expanded weight lives no longer
 than its layer. What is trained may be missing (None) while it is kept elsewhere.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,6 +19,7 @@ from v4jax.quant.formats import round_to
 from v4jax.quant.scaled_array import FP4_BLOCK, FP8_BLOCK, ScaledArray, quantize_weight
 
 Format = Literal["fp4", "fp8", "bfloat16"]
+Decode = Callable[[ScaledArray, str], jax.Array]
 _BLOCKS = {"fp4": FP4_BLOCK, "fp8": FP8_BLOCK}
 
 
@@ -48,12 +50,15 @@ class LowRank:
         """The tile that shares a scale in the base; None without scales."""
         return getattr(self.base, "block", None)
 
-    def expand(self) -> jax.Array | ScaledArray:
+    def expand(self, decode: Decode) -> jax.Array | ScaledArray:
         """Returns the weight as a layer uses it.
 
         One expert at a time: what is float32 on the way stays small.
+
+        Args:
+          decode: what makes an array of a stored base, exactly.
         """
-        parts, merge = self._parts, functools.partial(_merge, self.scale, self.dtype)
+        parts, merge = self._parts, functools.partial(_merge, self.scale, self.dtype, decode)
         mapped = self.up.ndim > 2
         weight = jax.lax.map(lambda one: merge(*one), parts) if mapped else merge(*parts)
         quantized = isinstance(self.base, ScaledArray)
@@ -61,16 +66,17 @@ class LowRank:
 
     def merge(self, dtype: str) -> jax.Array:
         """Returns the weight as a plain array, summed in float32 and rounded once."""
-        return _merge(self.scale, dtype, *self._parts)
+        return _merge(self.scale, dtype, ScaledArray.dequantize, *self._parts)
 
     @property
     def _parts(self):
         return self.base, self.down, self.up
 
 
-def _merge(scale, dtype, base, down, up):
-    quantized = isinstance(base, ScaledArray)
-    base = base.dequantize() if quantized else base.astype(jnp.float32)
+def _merge(scale, dtype, decode, base, down, up):
+    if isinstance(base, ScaledArray):
+        base = decode(base, dtype)
+    base = base.astype(jnp.float32)
     change = jnp.einsum(
         "...or,...ri->...oi", up, down, preferred_element_type=jnp.float32, precision="highest"
     )
@@ -108,8 +114,9 @@ class Master:
             return round_to(self.values, jnp.bfloat16)
         return quantize_weight(self.values, self.format)
 
-    def expand(self) -> jax.Array | ScaledArray:
-        """Returns what `store` holds, in `dtype`."""
+    def expand(self, decode: Decode) -> jax.Array | ScaledArray:
+        """Returns what `store` holds, in `dtype`; nothing stored is there to be decoded."""
+        del decode
         weight = _round(self.values, self.format, self.dtype)
         return _as_quantized(weight) if self.block and self.rounds_inputs else weight
 

@@ -17,9 +17,9 @@ from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.tiles import map_query_tiles
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode, read_normed, run_drafts, run_rows
+from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import divide_tokens
 from v4jax.parallel.shard import WEIGHTS, max_over, on_shards, share_index, shares, sum_over
-from v4jax.parallel.weights import whole
 from v4jax.training.batch import Batch
 
 # Logits held at once: 64 MiB in float32.

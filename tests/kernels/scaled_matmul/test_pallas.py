@@ -1,5 +1,6 @@
 """Linear layers on stored weights, TPU kernel: interpreted, and compiled for real chips."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from v4jax.kernels import dispatch, scaled_matmul
-from v4jax.kernels.scaled_matmul import pallas_tpu, unpack_tpu
+from v4jax.kernels.scaled_matmul import expand, expand_tpu, pallas_tpu, unpack_tpu
 from v4jax.planning import ahead_of_time
 from v4jax.quant import ScaledArray, quantize_weight
 
@@ -59,6 +60,7 @@ def test_every_fp4_code_and_scale(device, monkeypatch):
     found = jax.jit(lambda *x: pallas_tpu.matmul(*x))(jnp.eye(256, dtype=jnp.bfloat16), weight)
     expected = jax.jit(ScaledArray.dequantize)(weight)
     np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
+    np.testing.assert_array_equal(jax.jit(expand_tpu.expand)(weight).astype(jnp.float32), expected)
 
 
 @pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite"])
@@ -73,6 +75,37 @@ def test_every_fp8_code(device, monkeypatch):
     found = jax.jit(lambda *x: pallas_tpu.matmul(*x))(jnp.eye(256, dtype=jnp.bfloat16), weight)
     expected = jax.jit(ScaledArray.dequantize)(weight)
     np.testing.assert_array_equal(np.asarray(found, np.float32).T, expected)
+    np.testing.assert_array_equal(jax.jit(expand_tpu.expand)(weight).astype(jnp.float32), expected)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+@pytest.mark.parametrize("shape", [(128, 256), (2, 3, 384, 512), (2, 1024, 2304)])
+def test_expanded(shape, kind):
+    """Matrices of one block and of several, alone and in a batch of them."""
+    *lead, out, width = shape
+    matrices = [make(out, width, kind)[...] for _ in range(int(np.prod(lead)))]
+    weight = jax.tree.map(lambda *x: jnp.stack(x).reshape(*lead, *x[0].shape), *matrices)
+    weight = dataclasses.replace(weight, values=weight.values.at[..., :1].set(0))
+    found = jax.jit(expand_tpu.expand)(weight)
+    assert found.dtype == jnp.bfloat16 and found.shape == shape
+    np.testing.assert_array_equal(found, jax.jit(ScaledArray.dequantize)(weight))
+
+
+def test_which_expansion():
+    """The kernel where it can, and no gradient wherever it is: a stored weight is a constant."""
+    weight, narrow = make(256, 256, "fp8"), quantize_weight(jnp.zeros((24, 40)), "fp8")
+    with dispatch.compiling_for("tpu"):
+        for stored, dtype, calls in (
+            (weight, jnp.bfloat16, True),
+            (weight, jnp.float32, False),
+            (narrow, jnp.bfloat16, False),
+        ):
+            text = str(jax.make_jaxpr(functools.partial(expand, dtype=dtype))(stored))
+            assert ("pallas_call" in text) == calls
+    scaled = jax.jit(jax.grad(lambda x, w: (x * expand(w)).sum(), argnums=(0, 1), allow_int=True))
+    of_x, of_weight = scaled(jnp.float32(2), weight)
+    np.testing.assert_allclose(of_x, jax.jit(expand)(weight).sum(), 1e-5)
+    assert not of_weight.values.astype(jnp.float32).any()
 
 
 def test_split_order():
@@ -116,6 +149,29 @@ COMPILED = {
     "Pro prefills, queries up": (2048, 65536, 1536),
     "Pro prefills, output up": (2048, 7168, 16384),
 }
+
+
+EXPANDED = {
+    "Flash, experts of a sixteenth": ((16, 2, 2048, 4096), "fp4"),
+    "Pro, experts of a 32nd": ((12, 7168, 3072), "fp4"),
+    "Flash, queries up": ((32768, 1024), "fp8"),
+    "Pro, output up": ((7168, 16384), "fp8"),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(
+    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
+)
+@pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
+@pytest.mark.parametrize("case", EXPANDED.values(), ids=EXPANDED.keys())
+def test_expansion_compiles(case, topology):
+    shape, kind = case
+    weight = jax.eval_shape(lambda: quantize_weight(jnp.zeros(shape), kind))
+    compiled = ahead_of_time.compile_for(
+        topology, functools.partial(expand, dtype=jnp.bfloat16), weight
+    )
+    assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.tpu_compiler

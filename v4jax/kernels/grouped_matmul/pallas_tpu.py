@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from v4jax.errors import UnsupportedError
 from v4jax.kernels import dispatch
 from v4jax.kernels.grouped_matmul import pallas_tpu_backward, reference
+from v4jax.kernels.scaled_matmul import expand_tpu, round_activations, unpack_tpu
 from v4jax.kernels.scaled_matmul import pallas_tpu as linear
-from v4jax.kernels.scaled_matmul import round_activations, unpack_tpu
 from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import FP8_AMAX_FLOOR, FP8_MAX
@@ -97,15 +97,14 @@ def _apply_backward(limit, quantize_activations, arguments, gradient):
 
 
 def _expand(weight):
-    """Returns a weight [e, …] in bfloat16; exact. One layer's experts, as long as it is needed."""
+    """Returns a weight [e, …] in bfloat16; exact."""
     if isinstance(weight, jax.Array):
         return weight
     if any(isinstance(x, Stacked) for x in jax.tree.leaves(weight, is_leaf=linear.is_stacked)):
         raise UnsupportedError(
             "stacked layers only infer: give each layer its own experts to train"
         )
-    # One expert at a time: what XLA makes in float32 on the way stays small.
-    return jax.lax.map(lambda expert: expert.dequantize(jnp.bfloat16), weight)
+    return expand_tpu.expand(weight)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

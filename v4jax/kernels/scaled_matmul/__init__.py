@@ -30,9 +30,19 @@ def matmul(
             from v4jax.kernels.scaled_matmul import pallas_tpu
 
             return pallas_tpu.matmul(x, weight)
-        weight = weight.dequantize(x.dtype)
+        weight = expand(weight, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     return contract("ni,oi->no", rows, weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
+def expand(weight: ScaledArray, dtype=jnp.float32) -> jax.Array:
+    """Returns value × scale [..., out, in], exactly; a stored weight is a constant: no gradient."""
+    weight = jax.lax.stop_gradient(weight)
+    if dtype == jnp.bfloat16 and _choose_expansion(weight) == "pallas_tpu":
+        from v4jax.kernels.scaled_matmul import expand_tpu
+
+        return expand_tpu.expand(weight)
+    return weight.dequantize(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -73,6 +83,18 @@ def _choose(x, weight) -> str:
         return pallas_tpu.supported(x, weight)
 
     return dispatch.choose("scaled_matmul", {"pallas_tpu": check_tpu, "reference": lambda: None})
+
+
+def _choose_expansion(weight) -> str:
+    def check_tpu():
+        reason = dispatch.needs_platform("tpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.scaled_matmul import unpack_tpu
+
+        return unpack_tpu.why_not("weight", weight)
+
+    return dispatch.choose("expand", {"pallas_tpu": check_tpu, "reference": lambda: None})
 
 
 def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.scaled_matmul import unpack_tpu
+from v4jax.kernels.scaled_matmul import expand_tpu, unpack_tpu
 from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray, formats
 from v4jax.shapes import ceil_div, round_up
@@ -61,7 +61,7 @@ def _matmul_forward(x, weight):
 
 def _matmul_backward(weight, gradient):
     """Only x has a gradient: a quantized weight is a constant."""
-    dense = weight.dequantize(gradient.dtype)
+    dense = expand_tpu.expand(weight)
     gradient_x = jnp.einsum("...o,oi->...i", gradient, dense, preferred_element_type=jnp.float32)
     return formats.round_to(gradient_x, gradient.dtype), jax.tree.map(zero_gradient, weight)
 

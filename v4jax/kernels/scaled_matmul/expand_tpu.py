@@ -1,0 +1,106 @@
+"""A stored weight expanded to bfloat16 in the memory of a TPU, for products that read it often.
+
+Gradients by an input and weights with adapters need the whole matrix. XLA expands one as well, but
+wants its bytes in tiles of another shape, and so copies whole stacks of layers before it slices
+them. A kernel takes them as they lie.
+
+FP4 is unpacked in the orders of `unpack_tpu`, and put right by products with permutations, which
+are exact.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4jax.kernels import dispatch
+from v4jax.kernels.scaled_matmul import unpack_tpu
+from v4jax.kernels.scaled_matmul.unpack_tpu import GROUP, LANES, UNPACK_ROWS
+from v4jax.quant import formats
+
+_LARGEST_BLOCK = 2 * 2**20  # weights of one step: 4 MiB expanded, twice, and once in the scratch
+
+
+def expand(weight):
+    """Returns a `ScaledArray` [..., out, in] that `unpack_tpu.why_not` lets pass, in bfloat16."""
+    kind, (*lead, out, width) = unpack_tpu.kind_of(weight), weight.shape
+    matrices = math.prod(lead)
+    values = weight.values.reshape(matrices, *weight.values.shape[-2:])
+    scales = weight.scales.reshape(matrices, *weight.scales.shape[-2:])
+    rows = _choose_rows(out, width)
+    own = pl.BlockSpec((None, rows, scales.shape[-1]), lambda matrix, block: (matrix, block, 0))
+    if kind == "fp8":
+        if scales.dtype == jnp.uint8:
+            scales = formats.decode_e8m0(scales)
+        own = pl.BlockSpec((None, *scales.shape[1:]), lambda matrix, block: (matrix, 0, 0))
+    call = pl.pallas_call(
+        functools.partial(_body, kind),
+        grid=(matrices, out // rows),
+        in_specs=[
+            pl.BlockSpec((None, rows, values.shape[-1]), lambda matrix, block: (matrix, block, 0)),
+            own,
+        ],
+        out_specs=pl.BlockSpec((None, rows, width), lambda matrix, block: (matrix, block, 0)),
+        scratch_shapes=[pltpu.VMEM(unpack_tpu.scratch_shape(rows, width), jnp.int32)],
+        out_shape=jax.ShapeDtypeStruct((matrices, out, width), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=dispatch.platform() != "tpu",
+        name=f"expand_{kind}",
+    )
+    return call(values, scales).reshape(weight.shape)
+
+
+def _choose_rows(out: int, width: int) -> int:
+    """Returns the rows of a block."""
+    for rows in (1024, 512, 256):
+        if out % rows == 0 and rows * width <= _LARGEST_BLOCK:
+            return rows
+    return LANES
+
+
+def _body(kind, values_ref, scales_ref, out_ref, scratch_ref):
+    """One block of rows of one matrix.
+
+    input: values [rows, in] as stored, scales. output: [rows, in]. scratch: the expanded block.
+    """
+    first_tile = pl.program_id(1) * (out_ref.shape[0] // LANES)
+    unpack_tpu.unpack(kind, values_ref, scales_ref, scratch_ref, first_tile)
+    columns = unpack_tpu.split_matrix(jnp.bfloat16)
+    rows = _row_permutation()
+
+    @pl.loop(0, out_ref.shape[0] // UNPACK_ROWS)
+    def _(step):
+        place = pl.ds(pl.multiple_of(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS)
+        half = UNPACK_ROWS // 2
+        words = pl.ds(pl.multiple_of(step * half, half), half)
+
+        def plane(i):
+            return pltpu.bitcast(scratch_ref[i, words, :], jnp.bfloat16)
+
+        if kind == "fp8":
+            for i in range(scratch_ref.shape[0]):
+                out_ref[place, i * LANES : (i + 1) * LANES] = plane(i)
+            return
+        for group in range(scratch_ref.shape[0] // 2):
+            mixed = jnp.concatenate([plane(2 * group), plane(2 * group + 1)], axis=1)
+            ordered = _product(_product(rows, mixed, 0), columns, 1)
+            out_ref[place, group * GROUP : (group + 1) * GROUP] = ordered
+
+
+def _product(left, right, axis: int):
+    """Returns left · right, contracted over that axis of `right`, in bfloat16."""
+    dimensions = (((1,), (axis,)), ((), ()))
+    product = jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+    return product.astype(jnp.bfloat16)
+
+
+def _row_permutation():
+    """Returns the permutation [128, 128] from rows 4i, 4i+2, 4i+1, 4i+3 to their order."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 0)
+    source = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 1)
+    inner = place & 3
+    wanted = jnp.where(inner == 1, place + 1, jnp.where(inner == 2, place - 1, place))
+    return (source == wanted).astype(jnp.bfloat16)
