@@ -96,7 +96,7 @@ def test_a_document_and_its_question_make_one_turn(tokenizer):
 def test_generate_keeps_reasoning_out_of_stdout(tokenizer, monkeypatch, capsys):
     model = ScriptedModel(tokenizer.encode(WRITTEN))
     monkeypatch.setattr("v4jax.load", lambda *arguments, **options: model, raising=False)
-    flags = ("--model=x", "--prompt=Wetter?", "--thinking", "--chunk_tokens=64")
+    flags = ("--model=tiny", "--prompt=Wetter?", "--thinking", "--chunk_tokens=64")
     assert main.run(["generate", *flags]) == 0
     out, err = capsys.readouterr()
     answer, call = out.splitlines()

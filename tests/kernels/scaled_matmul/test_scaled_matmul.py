@@ -130,3 +130,22 @@ def test_gradients(dtype):
     text = str(jax.make_jaxpr(lambda: jax.vjp(scaled_matmul.matmul, x, weight)[1](slope))())
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 3
+
+
+def test_gradients_of_groups():
+    """The grouped output projection in bfloat16, whose products not every compiler has."""
+    random = np.random.RandomState(3)
+    x, weight, slope = (
+        jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
+        for shape in ((2, 32, 2, 16), (2, 8, 16), (2, 32, 2, 8))
+    )
+    contract = functools.partial(scaled_matmul.contract, "btgk,grk->btgr")
+    found = jax.jit(lambda: jax.vjp(contract, x, weight)[1](slope))()
+    x, weight, slope = (np.asarray(array, float) for array in (x, weight, slope))
+    expected = (
+        np.einsum("btgr,grk->btgk", slope, weight),
+        np.einsum("btgr,btgk->grk", slope, x),
+    )
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(float), want, 2**-8, naive.FLOAT32)

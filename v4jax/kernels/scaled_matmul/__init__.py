@@ -65,8 +65,14 @@ def _contract_forward(subscripts, x, weight):
 def _contract_backward(subscripts, kept, gradient):
     (x, weight), (inputs, result) = kept, subscripts.split("->")
     of_x, of_weight = inputs.split(",")
-    to_x = _einsum(f"{result},{of_weight}->{of_x}", gradient, weight)
-    to_weight = _einsum(f"{result},{of_x}->{of_weight}", gradient, x)
+    factors = gradient, x, weight
+    if dispatch.platform() == "cpu":
+        # XLA for CPUs has no bfloat16 product with groups between rows and columns
+        # ("btgr,grk->btgk"); in float32 it is the same.
+        factors = (factor.astype(jnp.float32) for factor in factors)
+    gradient, factor_x, factor_weight = factors
+    to_x = _einsum(f"{result},{of_weight}->{of_x}", gradient, factor_weight)
+    to_weight = _einsum(f"{result},{of_x}->{of_weight}", gradient, factor_x)
     return formats.round_to(to_x, x.dtype), formats.round_to(to_weight, weight.dtype)
 
 
