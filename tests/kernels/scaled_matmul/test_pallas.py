@@ -97,6 +97,7 @@ def test_which_expansion():
     with dispatch.compiling_for("tpu"):
         for stored, dtype, calls in (
             (weight, jnp.bfloat16, True),
+            (weight, "bfloat16", True),
             (weight, jnp.float32, False),
             (narrow, jnp.bfloat16, False),
         ):

@@ -38,7 +38,7 @@ def matmul(
 def expand(weight: ScaledArray, dtype=jnp.float32) -> jax.Array:
     """Returns value × scale [..., out, in], exactly; a stored weight is a constant: no gradient."""
     weight = jax.lax.stop_gradient(weight)
-    if dtype == jnp.bfloat16 and _choose_expansion(weight) == "pallas_tpu":
+    if jnp.dtype(dtype) == jnp.bfloat16 and _choose_expansion(weight) == "pallas_tpu":
         from v4jax.kernels.scaled_matmul import expand_tpu
 
         return expand_tpu.expand(weight)
