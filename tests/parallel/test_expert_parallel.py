@@ -192,3 +192,4 @@ def test_buffer_rows():
     assert buffer_rows(512, 6, 8, 1.5) == 576  # 3072 assignments, 384 per pair
     assert buffer_rows(1, 6, 8, 1.5) == 8
     assert buffer_rows(16, 2, 2, 4.0) == 32  # never more than there are
+    assert buffer_rows(8192, 6, 16, 1.5) == 1536  # 49,152 assignments: three rounds of 1024 a pair

@@ -32,6 +32,9 @@ from v4jax.shapes import ceil_div, round_up
 Compute = Callable[[Any, Array, Array, Array], Array]
 FP8_BLOCK = 128
 SMALLEST_BUFFER = 8
+# Assignments of a device in one round. A round holds some ten arrays of them, and reads the weights
+# of the experts again: beside so many, those are a small part of its work.
+MOST_ROWS = 16384
 
 
 def route(
@@ -177,9 +180,14 @@ def _sum_slots(chosen, rows_sd, source_s, slot_a):
     """Returns the sum over each token's assignments of what stands in their slots, float32."""
     del source_s
     slots = rows_sd.shape[0]
-    rows_ad = rows_sd[jnp.minimum(slot_a, slots - 1)].astype(jnp.float32)
-    rows_ad = jnp.where((slot_a < slots)[:, None], rows_ad, 0.0)
-    return rows_ad.reshape(-1, chosen, rows_sd.shape[1]).sum(axis=1)
+    slot_kt = slot_a.reshape(-1, chosen).T
+
+    def add(sum_td, slot_t):  # one choice after the other: together they fill a gigabyte
+        rows_td = rows_sd[jnp.minimum(slot_t, slots - 1)].astype(jnp.float32)
+        return sum_td + jnp.where((slot_t < slots)[:, None], rows_td, 0.0), None
+
+    start = jnp.zeros((slot_kt.shape[1], rows_sd.shape[1]), jnp.float32)
+    return jax.lax.scan(add, start, slot_kt)[0]
 
 
 def _keep_places(function):
@@ -247,9 +255,17 @@ _run_rounds.defvjp(_run_rounds_forward, _run_rounds_backward)
 
 
 def buffer_rows(tokens: int, chosen: int, devices: int, slack: float) -> int:
-    """Returns the rows of one buffer: `slack` times an even load, and at most all assignments."""
-    even = ceil_div(tokens * chosen, devices)
+    """Returns the rows of one buffer: `slack` times an even load, and at most all assignments.
+
+    Of a load that takes `even_rounds`, each takes an even share.
+    """
+    even = ceil_div(tokens * chosen, devices * even_rounds(tokens * chosen))
     return min(max(round_up(int(slack * even), 8), SMALLEST_BUFFER), round_up(tokens * chosen, 8))
+
+
+def even_rounds(assignments: int) -> int:
+    """Returns how many rounds the assignments of a device take, spread evenly over the experts."""
+    return ceil_div(assignments, MOST_ROWS)
 
 
 def _plan(owner_a, devices: int) -> _Plan:

@@ -24,6 +24,7 @@ from v4jax.model.parameters import Declare
 from v4jax.model.stack import full_sequence
 from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import own_start
+from v4jax.parallel.expert_parallel import even_rounds
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.shard import WEIGHTS, entry_shares, on_shards
 from v4jax.parallel.weights import place
@@ -114,7 +115,10 @@ def _trace(
             program = _extending(layout, regime, layer, cache)
             traced = jax.make_jaxpr(program)(block, streams, ids, start, cache)
     messages = collections.Counter()
-    _collect(traced.jaxpr, layout, 1, messages)
+    axes = (layout.array_axes(regime, name) for name in ("batch", "tokens"))
+    devices = math.prod(map(layout.size, axes))
+    rounds = even_rounds(batch * tokens // devices * config.num_experts_per_tok)
+    _collect(traced.jaxpr, layout, 1, rounds, messages)
     return peak_bytes(traced), tuple(messages.items())
 
 
@@ -161,7 +165,8 @@ def _training(layout: Layout, layer: Layer, numerics: Numerics, frozen: bool):
     return gradients
 
 
-def _collect(jaxpr, layout: Layout, times: int, messages: collections.Counter) -> None:
+def _collect(jaxpr, layout: Layout, times: int, rounds: int, messages: collections.Counter) -> None:
+    """Adds what a program sends; `rounds`: of the loop that sends to the experts."""
     for equation in jaxpr.eqns:
         name, p = equation.primitive.name, equation.params
         if name in _COLLECTIVES:
@@ -169,20 +174,19 @@ def _collect(jaxpr, layout: Layout, times: int, messages: collections.Counter) -
             if message is not None:
                 messages[message] += times
         elif name == "scan":
-            _collect(p["jaxpr"].jaxpr, layout, times * p["length"], messages)
+            _collect(p["jaxpr"].jaxpr, layout, times * p["length"], rounds, messages)
         elif name == "cond":
             # Only an uneven load takes a branch that sends more: count the one that sends least.
             branches = []
             for branch in p["branches"]:
                 branches.append(collections.Counter())
-                _collect(branch.jaxpr, layout, times, branches[-1])
+                _collect(branch.jaxpr, layout, times, rounds, branches[-1])
             messages.update(min(branches, key=_size))
         elif name == "while":
-            # Rounds that send to experts: an even load takes one.
-            _collect(p["body_jaxpr"].jaxpr, layout, times, messages)
+            _collect(p["body_jaxpr"].jaxpr, layout, times * rounds, rounds, messages)
         elif name != "pallas_call":
             for inner in _bodies(p):
-                _collect(inner, layout, times, messages)
+                _collect(inner, layout, times, rounds, messages)
 
 
 def _describe(kind: str, equation, layout: Layout) -> Message | None:
