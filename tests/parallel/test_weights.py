@@ -2,16 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from v4jax.kernels import dispatch
+from v4jax.kernels.scaled_matmul import expand_tpu
 from v4jax.model.weights import whole
 from v4jax.parallel import WEIGHTS, Layout, make_mesh, on_shards, place
 from v4jax.parallel.weights import weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import count_collectives
 from v4jax.planning.compile import with_shardings
+from v4jax.quant import LowRank, quantize_weight
 
 
 class Linear(nnx.Module):
@@ -24,6 +28,29 @@ class Linear(nnx.Module):
 def sum_squares(module):
     weight = whole(module).weight.get_value().astype(jnp.float32)
     return (weight * weight).sum(keepdims=True)[0]
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (3, 2, 256, 256)])
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_adapters_read_their_base_by_the_kernel(kind, shape):
+    """On TPU XLA expands no stored base, of one matrix or of experts; the weight is the same."""
+    random = np.random.RandomState(0)
+    *lead, rows, columns = shape
+    base, down, up = (
+        jnp.asarray(random.standard_normal(size), jnp.float32)
+        for size in (shape, (*lead, 4, columns), (*lead, rows, 4))
+    )
+    base = jax.jit(quantize_weight, static_argnums=1)(base, kind)
+    value = LowRank(base, down, up, 0.5, "bfloat16", rounds_inputs=False)
+    module = nnx.Dict(weight=nnx.Param(value, axes=("rank",) * len(shape)))
+
+    with dispatch.using(expand="reference"):
+        expected = jax.jit(lambda module: whole(module).weight.get_value())(module)
+    with dispatch.compiling_for("tpu", "TPU v6 lite"):
+        traced = str(jax.make_jaxpr(lambda module: whole(module).weight.get_value())(module))
+    assert f"expand_{kind}" in traced
+    by_kernel = value.expand(lambda weight, dtype: expand_tpu.expand(weight))
+    np.testing.assert_array_equal(by_kernel, expected)
 
 
 @pytest.mark.tpu_compiler

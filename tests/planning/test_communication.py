@@ -4,7 +4,7 @@ import pytest
 
 from v4jax.planning import communication
 from v4jax.planning.hardware import parse_topology
-from v4jax.planning.layer_trace import Message
+from v4jax.planning.layer_trace import Message, trace_layers
 
 from .plans import work
 
@@ -90,3 +90,14 @@ def test_exchange_by_hand():
     ids_and_weights = 6 * (2 * rows * 4 + 4 * 4)
     sent = (operands + ids_and_weights) * 3 / 4
     assert traffic["all-to-all"].sent_bytes == sent
+
+
+@pytest.mark.parametrize("context, rounds", [(16384, 1), (131072, 3)])
+def test_rounds_to_the_experts(context, rounds):
+    """Six choices of 1,024 tokens on each of 16 devices go at once, of 8,192 in three rounds."""
+    planned = work("v6e-16", "expert=16", "train", context=context, batch=1, training="lora")
+    traces = trace_layers(planned)
+    sent = [sum(n for message, n in t.messages if message.kind == "all-to-all") for t in traces]
+    # Forward: how many come, ids, routing weights, rows, outputs. Backward: those again, and the
+    # gradients of routing weights, rows and outputs.
+    assert sent == [13 * rounds] * len(traces)

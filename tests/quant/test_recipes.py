@@ -59,9 +59,7 @@ def test_low_rank(fmt):
     expected = dense + 0.5 * np.einsum("...or,...ri->...oi", UP, DOWN)
 
     def expand(down, up):
-        expanded = LowRank(base, down, up, 0.5, "float32", rounds_inputs=True).expand(
-            ScaledArray.dequantize
-        )
+        expanded = LowRank(base, down, up, 0.5, "float32", rounds_inputs=True).expand(DECODE)
         assert isinstance(expanded, ScaledArray) == bool(fmt)
         return expanded.dequantize() if fmt else expanded
 

@@ -41,8 +41,8 @@ def read_weights(module: nnx.Module, *, buffers: bool = False) -> dict[str, Any]
 def write_weights(module: Module, values: Mapping[str, Any]) -> Module:
     """Returns the module with these values in place of its own; the others stay.
 
-    A value may be anything with the shape of the weight that `whole` makes an
-    array of, or None for a weight that is given elsewhere.
+    A value may be anything with the shape of the weight that `whole` makes an array of, or None for
+    a weight that is given elsewhere.
     """
 
     def put(path, variable):

@@ -3,7 +3,8 @@
 Two ways, by where tokens are. Where devices have different tokens (training, prefill), each sends
 rows to the owners of the chosen experts in buffers of a bounded size, one buffer per pair of
 devices. A load that does not fit goes in further rounds, as many as the fullest buffer needs, so
-there is nothing to overflow: even loads take one round, all tokens on one expert take the most.
+there is nothing to overflow: even loads take `even_rounds`, one unless a device has very many
+tokens, and all tokens on one expert take the most.
 Where devices have the same few tokens (decoding), nothing travels: each computes what its own
 experts add, and the results are summed.
 
@@ -216,7 +217,7 @@ _sum_slots.defvjp(_keep_places(_sum_slots), _gradient_by(_fill_slots))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_rounds(run, operands, ids, plan, rounds):
-    """Returns the sum of run(operands, ids, plan, n) for n = 0 … rounds−1: mostly there is one.
+    """Returns the sum of run(operands, ids, plan, n) for n = 0 … rounds−1.
 
     A loop, so that kernels are compiled once, whichever rounds there are. Rounds keep nothing for
     the backward pass, which computes them again one by one.

@@ -21,8 +21,8 @@ class Dispatch:
       takes "gather" where tokens are on every device of the experts already, else "all_to_all".
     payload: what travels to the experts, "activations" or "fp8" (e4m3 in blocks of 128, which
       numerics that round the experts' inputs so do not notice).
-    slack: rows of a buffer over those of an even load. A fuller load takes more rounds, nothing is
-      dropped.
+    slack: rows of a buffer over those of an even load, of many tokens over an even round of them. A
+      fuller load takes more rounds, nothing is dropped.
     """
 
     transport: Literal["auto", "all_to_all", "ragged", "gather"] = "auto"

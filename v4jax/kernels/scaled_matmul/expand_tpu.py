@@ -68,26 +68,19 @@ def _body(kind, values_ref, scales_ref, out_ref, scratch_ref):
     """
     first_tile = pl.program_id(1) * (out_ref.shape[0] // LANES)
     unpack_tpu.unpack(kind, values_ref, scales_ref, scratch_ref, first_tile)
-    columns = unpack_tpu.split_matrix(jnp.bfloat16)
-    rows = _row_permutation()
+    rows, columns = unpack_tpu.row_matrix(jnp.bfloat16), unpack_tpu.split_matrix(jnp.bfloat16)
 
     @pl.loop(0, out_ref.shape[0] // UNPACK_ROWS)
     def _(step):
         place = pl.ds(pl.multiple_of(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS)
-        half = UNPACK_ROWS // 2
-        words = pl.ds(pl.multiple_of(step * half, half), half)
-
-        def plane(i):
-            return pltpu.bitcast(scratch_ref[i, words, :], jnp.bfloat16)
-
+        expanded = unpack_tpu.read(scratch_ref, step, UNPACK_ROWS)
         if kind == "fp8":
-            for i in range(scratch_ref.shape[0]):
-                out_ref[place, i * LANES : (i + 1) * LANES] = plane(i)
+            out_ref[place, :] = expanded
             return
-        for group in range(scratch_ref.shape[0] // 2):
-            mixed = jnp.concatenate([plane(2 * group), plane(2 * group + 1)], axis=1)
-            ordered = _product(_product(rows, mixed, 0), columns, 1)
-            out_ref[place, group * GROUP : (group + 1) * GROUP] = ordered
+        for first in range(0, expanded.shape[1], GROUP):
+            group = slice(first, first + GROUP)
+            ordered = _product(_product(rows, expanded[:, group], 0), columns, 1)
+            out_ref[place, group] = ordered
 
 
 def _product(left, right, axis: int):
@@ -95,12 +88,3 @@ def _product(left, right, axis: int):
     dimensions = (((1,), (axis,)), ((), ()))
     product = jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
     return product.astype(jnp.bfloat16)
-
-
-def _row_permutation():
-    """Returns the permutation [128, 128] from rows 4i, 4i+2, 4i+1, 4i+3 to their order."""
-    place = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 0)
-    source = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 1)
-    inner = place & 3
-    wanted = jnp.where(inner == 1, place + 1, jnp.where(inner == 2, place - 1, place))
-    return (source == wanted).astype(jnp.bfloat16)

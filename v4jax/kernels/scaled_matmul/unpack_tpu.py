@@ -75,6 +75,15 @@ def split_matrix(dtype):
     return (source == wanted).astype(dtype)
 
 
+def row_matrix(dtype):
+    """Returns the permutation [128, 128] that brings expanded FP4 rows into their own order."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 0)
+    source = jax.lax.broadcasted_iota(jnp.int32, (UNPACK_ROWS, UNPACK_ROWS), 1)
+    inner = place & 3
+    wanted = jnp.where(inner == 1, place + 1, jnp.where(inner == 2, place - 1, place))
+    return (source == wanted).astype(dtype)
+
+
 def restore(kind: Kind, outputs):
     """Returns outputs [rows, o], o a multiple of 128, in their own order.
 
