@@ -54,6 +54,14 @@ def test_bytes_of_experts():
     assert gated.moved_bytes == weights / 2 + weights / 32 + 12_288 * 2 * (4096 + 2048)
 
 
+def test_bytes_of_an_expansion():
+    """As stored, and two bytes a weight."""
+    (kernel,) = kernel_cases.find("scaled_matmul/v4_flash/expansion_fp4").kernels
+    weights = 32 * 2 * 2048 * 4096
+    assert kernel.moved_bytes == weights / 2 + weights / 32 + 2 * weights
+    assert kernel.flops is None
+
+
 def test_bounds():
     """64 rows of heads fill a quarter of a unit 256 wide; 128 channels half of its depth."""
     _, sparse, _ = kernel_cases.find("sparse_attention/v4_flash/prefill").kernels

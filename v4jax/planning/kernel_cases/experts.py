@@ -1,6 +1,7 @@
 """Cases of products with stored weights: routed experts and linear layers."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +183,11 @@ def _even_load(config: ModelConfig, tokens: int, experts: int, tile: int):
 
 
 def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
-    """Linear layers in FP8: the widest, queries up. FLOPs: tokens · 2 · rows · columns."""
+    """Linear layers in FP8: the widest, queries up. FLOPs: tokens · 2 · rows · columns.
+
+    And stored weights expanded whole, as training's gradients and adapters need them: those of an
+    eighth of the experts, and queries up. They multiply by permutations alone, so state no FLOPs.
+    """
     from v4jax.kernels import scaled_matmul
     from v4jax.kernels.scaled_matmul import pallas_tpu
 
@@ -202,4 +207,11 @@ def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
         cases.append(
             Case("scaled_matmul", model, shape, scaled_matmul.matmul, arguments, (kernel,))
         )
+    share = config.n_routed_experts // 8
+    experts = stored_weight((share, 2, config.moe_intermediate_size, config.hidden_size), "fp4")
+    run = functools.partial(scaled_matmul.expand, dtype=jnp.bfloat16)
+    for kind, stored in (("fp4", experts), ("fp8", weight)):
+        moved = count_bytes(stored) + 2 * math.prod(stored.shape)
+        kernel = Kernel(f"expand_{kind}", moved_bytes=moved)
+        cases.append(Case("scaled_matmul", model, f"expansion {kind}", run, (stored,), (kernel,)))
     return cases
