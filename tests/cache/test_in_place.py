@@ -68,9 +68,6 @@ def build_step(csa, hca, tokens, window):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("name, chip", CASES)
 def test_no_table_is_copied(name, chip):
     batch, tokens = SHAPES[name]

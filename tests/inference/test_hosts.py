@@ -1,17 +1,12 @@
 """Two processes serve one model: they stay in step whatever one of them sees, and equal one."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from absl import flags
+from two_processes import run_two, start_two, wait
 
 from v4jax.cli import host_flags, main
 from v4jax.config import LayerKind
@@ -23,7 +18,6 @@ from .fake_model import make_engine
 from .mesh_models import write_model
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
-ROOT = Path(__file__).parents[2]
 LINES = [
     {"id": "a", "text": "First text.", "questions": ["Who?", "When?", "Where?"]},
     {"id": "b", "path": "none.txt", "question": "Why?"},
@@ -31,47 +25,6 @@ LINES = [
     {"id": "d", "text": "Too long for process 1. " * 9, "questions": ["Why?", "How?"]},
     {"id": "e", "text": "Third text.", "question": "How?"},
 ]
-
-
-@contextlib.contextmanager
-def start_two(command: list[str], devices: int) -> Iterator[list[subprocess.Popen]]:
-    """Starts a command in two processes of one job."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
-        "V4JAX_COORDINATOR": f"localhost:{port}",
-        "V4JAX_PROCESS_COUNT": "2",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment | {"V4JAX_PROCESS_INDEX": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
-def wait(workers: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Returns (status, stdout, stderr) of each process when all have ended."""
-    said = [worker.communicate(timeout=900) for worker in workers]
-    return [(worker.returncode, *text) for worker, text in zip(workers, said, strict=True)]
-
-
-def run_two(command: list[str], devices: int) -> list[tuple[int, str, str]]:
-    """Returns (status, stdout, stderr) of a command run by two processes of one job."""
-    with start_two(command, devices) as workers:
-        return wait(workers)
 
 
 @pytest.fixture

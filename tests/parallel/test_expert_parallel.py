@@ -147,9 +147,6 @@ def test_transport_that_needs_other_tokens():
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("payload", ["activations", "fp8"])
 def test_ragged_compiles(payload):
     """The ragged transport, around the experts' TPU kernels on FP4 weights, for four chips."""

@@ -1,16 +1,13 @@
 """One model over two processes with four devices each equals one process with eight."""
 
 import dataclasses
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
+from two_processes import run_two
 
 import v4jax
 from v4jax.checkpoint import hf_writer
@@ -24,7 +21,6 @@ from v4jax.model import Transformer
 from . import model_worker
 
 WORKER = Path(model_worker.__file__)
-ROOT = Path(__file__).parents[2]
 # Between processes a sum is made in another order than within one. Logits are below 1 here.
 TOLERANCE = 1e-5
 
@@ -44,42 +40,18 @@ def write_checkpoint(folder: Path, kind: LayerKind, ratio: int) -> Path:
     return folder
 
 
-def run_two(*arguments: str) -> list[str]:
+def run_workers(*arguments: str) -> list[str]:
     """Returns what each of two workers printed last."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "XLA_FLAGS": flags,
-        "V4JAX_COORDINATOR": f"localhost:{port}",
-        "V4JAX_PROCESS_COUNT": "2",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments],
-            env=environment | {"V4JAX_PROCESS_INDEX": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=580) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    return [out.splitlines()[-1] for out, _ in outputs]
+    ended = run_two([str(WORKER), *arguments], devices=4)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    return [out.splitlines()[-1] for _, out, _ in ended]
 
 
 @pytest.mark.slow
 def test_prefill_and_decode(tmp_path):
     """Both read their own shares, and together compute what one process does."""
     folder = write_checkpoint(tmp_path / "model", LayerKind.CSA, 4)
-    said = run_two("serve", str(folder), str(tmp_path / "found.npz"))
+    said = run_workers("serve", str(folder), str(tmp_path / "found.npz"))
     tensors = open_folder(folder).tensors.values()
     stored = sum(tensor.nbytes for tensor in tensors)
     experts = sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)
@@ -96,7 +68,7 @@ def test_train_and_checkpoint(tmp_path):
     """One step of both, whose checkpoint one process reads, equals one step of one process."""
     folder = write_checkpoint(tmp_path / "model", LayerKind.WINDOW, 0)
     (tmp_path / "text.txt").write_text("One sentence follows another. " * 60)
-    assert run_two("train", str(folder), str(tmp_path / "two")) == ["trained"] * 2
+    assert run_workers("train", str(folder), str(tmp_path / "two")) == ["trained"] * 2
     expected = model_worker.train(str(folder), str(tmp_path / "one")).state
     for name, a in name_leaves(v4jax.load(tmp_path / "two" / "model")).items():
         b = name_leaves(v4jax.load(tmp_path / "one" / "model"))[name]
@@ -115,7 +87,7 @@ def test_train_and_checkpoint(tmp_path):
 def test_save(tmp_path):
     """Files are those of one process; an error of either is raised by both and leaves nothing."""
     write_checkpoint(tmp_path / "model", LayerKind.CSA, 4)
-    assert run_two("save", str(tmp_path / "model"), str(tmp_path)) == ["saved"] * 2
+    assert run_workers("save", str(tmp_path / "model"), str(tmp_path)) == ["saved"] * 2
     again, alone = v4jax.load(tmp_path / "model"), tmp_path / "alone"
     for format in model_worker.SAVED:
         hf_writer.write_model(again, alone, format, shard_bytes=model_worker.SHARD_BYTES)

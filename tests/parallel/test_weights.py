@@ -54,9 +54,6 @@ def test_adapters_read_their_base_by_the_kernel(kind, shape):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("axes", [("embed", "heads"), ("heads", "embed")])
 def test_gathered_and_scattered_on_a_slice(axes):
     """Nothing is added up whole: of a gather over all chips at once the compiler makes that."""

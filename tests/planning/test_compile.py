@@ -3,7 +3,7 @@
 import pytest
 
 from v4jax.errors import UnsupportedError
-from v4jax.planning import ahead_of_time, compile, memory
+from v4jax.planning import compile, memory
 
 from .plans import work
 
@@ -15,9 +15,6 @@ def test_no_compiler_for_gpus():
 
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 def test_decode_of_nano_on_a_mesh():
     plan = work("v6e-4", "expert=2,context=2", model="nano", context=16384, batch=2)
     compiled = compile.compile_step(plan)

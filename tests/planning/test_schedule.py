@@ -98,9 +98,6 @@ def test_without_libtpu(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_end_to_end(topology, tmp_path):
     """Rounds of all loops are found, and explain the FLOPs: no padding in this shape."""

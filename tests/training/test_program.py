@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from v4jax.config import ModelConfig, get_numerics
 from v4jax.parallel import Layout
 from v4jax.parallel.mesh import parse_mesh
-from v4jax.planning import ahead_of_time, compile, hardware, inventory, memory, workload
+from v4jax.planning import compile, hardware, inventory, memory, workload
 from v4jax.training.program import planned_program
 
 from .tiny import CSA, WINDOWS
@@ -72,9 +72,6 @@ def test_arguments_of_adapters():
 
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology, training", [("v5p-8", "adamw"), ("v6e-4", "lora")])
 def test_compiled_for_a_chip(topology, training):
     work = plan(WINDOWS, topology, "data=2,expert=2", training)  # half the time of `CSA`

@@ -99,9 +99,6 @@ COMPILED = {
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
 def test_compiles(case, topology):

@@ -238,9 +238,6 @@ SHAPES = {
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("chip", ahead_of_time.TOPOLOGIES)
 def test_compiles(chip, shape):

@@ -118,9 +118,6 @@ COMPILED = {"Flash decodes": (64, 1, 4096), "Pro prefills": (1, 2048, 7168)}
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
 def test_compiles(case, topology):

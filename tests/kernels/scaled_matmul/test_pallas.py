@@ -153,9 +153,6 @@ COMPILED = {
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED.keys())
 def test_compiles(case, topology):
@@ -179,9 +176,6 @@ EXPANDED = {
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize("topology", ahead_of_time.TOPOLOGIES.values())
 @pytest.mark.parametrize("case", EXPANDED.values(), ids=EXPANDED.keys())
 def test_expansion_compiles(case, topology):

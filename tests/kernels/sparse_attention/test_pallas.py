@@ -271,9 +271,6 @@ MODEST_BYTES = 64 * 2**20  # ids, unions and padded queries
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(
-    ahead_of_time.why_unavailable() is not None, reason=str(ahead_of_time.why_unavailable())
-)
 @pytest.mark.parametrize(
     "chip, name",
     [
