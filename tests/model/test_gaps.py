@@ -86,9 +86,10 @@ def test_entries_count_for_what_is_left_out():
     def last(mode):
         return run_rows(make_model(), tokens, begin, mode, skipped)[0]
 
-    plain, other = jax.jit(lambda: (last(MODE), last(counted)))()
-    # Streams with values near 8, in two parts of a program, which XLA rounds apart by 7e-5.
-    np.testing.assert_allclose(plain[:, :128], other[:, :128], 0, 2e-4)
+    # Without optimization XLA rounds these two parts of a program apart, by 7e-5.
+    options = {"xla_backend_optimization_level": 1}
+    plain, other = jax.jit(lambda: (last(MODE), last(counted)), compiler_options=options)()
+    np.testing.assert_array_equal(plain[:, :128], other[:, :128])
     assert np.abs(plain[:, 128:] - other[:, 128:]).max() > 0.05
 
 

@@ -137,14 +137,15 @@ def test_gradient_of_one_document_in_a_packing():
 
 
 def test_one_document_needs_no_begin():
-    """A row that is one document gives the same with `begin` and without: two programs, so rounded
-    apart by 2e-6 (measured; the same bits where XLA optimizes).
+    """A row that is one document gives the same bits with `begin` and without.
+
+    XLA optimizes here: without that it rounds these two programs apart, by 2e-6.
     """
     tokens = np.random.RandomState(0).randint(0, 256, (1, ROW))
     begin = np.zeros((1, ROW), np.int32)
-    with_begin, without = (read_jit(make_model(), tokens, x) for x in (begin, None))
-    for found, wanted in zip(with_begin, without, strict=True):
-        np.testing.assert_allclose(found, wanted, 0, LOGITS)
+    optimized = jax.jit(read, compiler_options={"xla_backend_optimization_level": 1})
+    with_begin, without = (optimized(make_model(), tokens, x) for x in (begin, None))
+    jax.tree.map(np.testing.assert_array_equal, with_begin, without)
 
 
 def test_rows_split_over_devices():

@@ -186,7 +186,7 @@ def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
     """Linear layers in FP8: the widest, queries up. FLOPs: tokens · 2 · rows · columns.
 
     And stored weights expanded whole, as training's gradients and adapters need them: those of an
-    eighth of the experts, and queries up. They multiply by permutations alone, so state no FLOPs.
+    eighth of the experts, and queries up. Their result needs no product, so they state no FLOPs.
     """
     from v4jax.kernels import scaled_matmul
     from v4jax.kernels.scaled_matmul import pallas_tpu
