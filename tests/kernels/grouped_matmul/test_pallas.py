@@ -93,6 +93,21 @@ def test_rounded_activations(kind):
     assert np.mean(np.asarray(found) == np.asarray(run(*arguments, limit=LIMIT))) < 0.1
 
 
+@pytest.mark.parametrize("device", ["TPU v6 lite", "TPU7x"])
+def test_chips_that_cast(device, monkeypatch):
+    """There FP4 rows come in their own order; what down contracts is brought into split order."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: device)
+    x, ids, weights = draw(37)
+    arguments = x, ids, weights, *make_weights("fp4")
+    for quantized in (False, True):
+        options = {"limit": LIMIT, "quantize_activations": quantized}
+        call = functools.partial(pallas_tpu.apply_experts, **options)
+        found, expected = jax.jit(call)(*arguments), wanted(*arguments, **options)
+        assert np.mean(np.asarray(found) == np.asarray(expected)) > 0.9
+        if not quantized:
+            np.testing.assert_allclose(found, expected, 0, ROUNDINGS)
+
+
 def test_rounding_to_fp8_is_the_published_one():
     """Every size of value and block: subnormals of e4m3, ties, zeros, saturation."""
     random = np.random.RandomState(0)

@@ -48,7 +48,7 @@ def test_values(case, kind):
     assert np.mean(found == expected) > 0.99
 
 
-@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite", "TPU7x"])
 def test_every_fp4_code_and_scale(device, monkeypatch):
     """A product with the identity shows every weight exactly: 16 codes, scales 2^−110 … 2^110."""
     monkeypatch.setattr(dispatch, "device_kind", lambda: device)
@@ -62,7 +62,7 @@ def test_every_fp4_code_and_scale(device, monkeypatch):
     np.testing.assert_array_equal(jax.jit(expand_tpu.expand)(weight).astype(jnp.float32), expected)
 
 
-@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite", "TPU7x"])
 def test_every_fp8_code(device, monkeypatch):
     """All finite codes, subnormals and −0 among them, with scales 2^−110 … 2^110."""
     monkeypatch.setattr(dispatch, "device_kind", lambda: device)

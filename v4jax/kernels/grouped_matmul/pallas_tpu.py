@@ -226,6 +226,7 @@ def _gated_body(
                 )
 
     step = min(linear.PASS // 2, block)  # of gate and of up
+    mixed = kind == "fp4" and unpack_tpu.mixes_rows()
 
     def product(which, i, rows):
         if kind == "bfloat16":
@@ -241,9 +242,9 @@ def _gated_body(
             hidden = reference.swiglu(gate, up, limit) * weights_ref[:rows, :]
             hidden = hidden.astype(jnp.bfloat16)
             if quantized:
-                hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and kind == "fp4")
+                hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and mixed)
                 hidden = hidden.astype(jnp.bfloat16)
-            if splits and kind != "fp4":
+            if splits and not mixed:
                 # A product with a permutation is exact.
                 matrix = unpack_tpu.split_matrix(jnp.bfloat16)
                 hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)

@@ -79,8 +79,10 @@ def _body(kind, values_ref, scales_ref, out_ref, scratch_ref):
             return
         for first in range(0, expanded.shape[1], GROUP):
             group = slice(first, first + GROUP)
-            ordered = _product(_product(rows, expanded[:, group], 0), columns, 1)
-            out_ref[place, group] = ordered
+            mixed = expanded[:, group]
+            if unpack_tpu.mixes_rows():
+                mixed = _product(rows, mixed, 0)
+            out_ref[place, group] = _product(mixed, columns, 1)
 
 
 def _product(left, right, axis: int):

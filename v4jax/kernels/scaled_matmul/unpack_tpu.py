@@ -2,14 +2,15 @@
 
 Both are exact: a scale is a power of two, and bfloat16 holds every e4m3 and e2m1 value (spec D.3).
 
-FP4 is unpacked by integers, since most chips have no cast (and, where a vector unit computes in
-bfloat16, by one subtraction and one minimum). Four bytes of one column lie in a word
-(rows 4i … 4i+3), two bfloat16 of one column as well, so words are taken apart and put together in
-place: two weights per operation, no movement between lanes. Two orders make that possible. Byte p
-holds columns 2p and 2p+1; instead of interleaving lanes, the contraction runs in *split order*: in
-every group of 256 columns the even ones come first, so the low halves of 128 bytes make 128
-neighbouring columns, and the high halves the next 128. `split` brings the other operand into this
-order. And bytes two apart are halves of a word without a shift, so expanded rows 4i … 4i+3 lie as
+FP4 byte p holds columns 2p and 2p+1. Instead of interleaving lanes, the contraction runs in *split
+order*: in every group of 256 columns the even ones come first, so the low halves of 128 bytes make
+128 neighbouring columns, and the high halves the next 128. `split` brings the other operand into
+this order.
+
+Where a chip casts e4m3 to bfloat16, a code is placed in such a number. Elsewhere it is unpacked by
+integers: four bytes of one column lie in a word (rows 4i … 4i+3), two bfloat16 of one column as
+well, so words are taken apart and put together in place: two weights per operation, no movement
+between lanes. Bytes two apart are halves of a word without a shift, so rows 4i … 4i+3 then lie as
 4i, 4i+2, 4i+1, 4i+3; `restore` brings the outputs back. Where the outputs are wanted in split order
 themselves, the words of even rows are put before those of odd ones, and nothing is left to do.
 """
@@ -30,6 +31,9 @@ Kind = Literal["bfloat16", "fp8", "fp4"]
 
 LANES = 128
 ONES = 0x11111111  # bit 0 of eight codes
+MAGNITUDES = 0x77777777  # their other bits than the signs
+CAST_MAGNITUDES = 0x1C1C1C1C  # those of one code, placed in each of four e4m3 numbers
+SIGNS = np.int32(-0x7F7F7F80)  # bit 7 of four bytes
 GROUP = 2 * LANES  # columns of one split group
 UNPACK_ROWS = 128  # rows expanded by one pass of a loop: bounds the size of the program
 
@@ -89,7 +93,7 @@ def restore(kind: Kind, outputs):
 
     Expanded FP4 rows 4i … 4i+3 lie as 4i, 4i+2, 4i+1, 4i+3: the outputs in the middle swap.
     """
-    if kind != "fp4":
+    if kind != "fp4" or not mixes_rows():
         return outputs
     blocks = []
     for first in range(0, outputs.shape[1], LANES):
@@ -122,6 +126,11 @@ def computes_in_bfloat16() -> bool:
     return dispatch.device_kind().startswith(("TPU v6", "TPU7"))
 
 
+def mixes_rows() -> bool:
+    """Returns whether expanded FP4 rows need `restore`, or come in split order if asked to."""
+    return castable() is None
+
+
 def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, splits=False) -> None:
     """Expands a block into `scratch_ref`, for `read`.
 
@@ -130,15 +139,17 @@ def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, split
       scales_ref: FP8: [out/128, columns/128] float32 of the whole matrix; FP4: [rows, columns/32].
       scratch_ref: `scratch_shape`.
       first_tile: FP8: the block's first row of 128 in `scales_ref`.
-      splits: FP4: the rows come in split order, and need no `restore`.
+      splits: FP4: the rows come in split order, and need no `restore`; only if `mixes_rows()`.
     """
 
     @pl.loop(0, values_ref.shape[0] // UNPACK_ROWS)
     def _(step):
-        if kind == "fp4":
+        if kind == "fp8":
+            _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile)
+        elif mixes_rows():
             _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits)
         else:
-            _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile)
+            _cast_fp4(values_ref, scales_ref, scratch_ref, step)
 
 
 def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
@@ -147,8 +158,8 @@ def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
     for tile in range(values_ref.shape[1] // LANES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         scale = scales[:, tile : tile + 1]
-        if has_e4m3b11():
-            expanded = _expand_e4m3b11(values_ref[rows, lanes], scale)
+        if castable():
+            expanded = _cast_fp8(values_ref[rows, lanes], scale)
         else:
             values = values_ref[rows, lanes].astype(jnp.float32)
             expanded = (values * scale).astype(jnp.bfloat16)
@@ -156,23 +167,71 @@ def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
         scratch_ref.at[tile][pl.ds(step * half, half), :] = words
 
 
-def has_e4m3b11() -> bool:
-    """Returns whether the chip converts e4m3 with bias 11 in one step, and e4m3fn in eight."""
-    return dispatch.device_kind().startswith("TPU v6")
+def castable():
+    """Returns the e4m3 format that the chip converts in one to three steps, or None.
+
+    A TPU v6 takes eight for e4m3fn. Its own format has bias 11 instead of 7, so that every code
+    is a 16th of itself, and NaN for −0.
+    """
+    kind = dispatch.device_kind()
+    if kind.startswith("TPU v6"):
+        return jnp.float8_e4m3b11fnuz
+    return jnp.float8_e4m3fn if kind.startswith("TPU7") else None
 
 
-def _expand_e4m3b11(values, scale):
+def bias_of(fmt) -> int:
+    """Returns what the exponents of an e4m3 format are too large by."""
+    return 11 if fmt == jnp.float8_e4m3b11fnuz else 7
+
+
+def _cast_fp8(values, scale):
     """Returns e4m3fn values · scale in bfloat16.
 
-    Read with bias 11 instead of 7, every code is a 16th of itself, but for −0, which becomes NaN
-    and is made +0 before. (The two NaN of e4m3fn read as ±480: no weight is NaN.)
+    (Where bias 11 is read, the two NaN of e4m3fn are ±480: no weight is NaN.)
     """
-    codes = pltpu.bitcast(values, jnp.int32)
-    # The highest bit of each byte that is neither 0 nor −0.
-    some = (codes & 0x7F7F7F7F) + 0x7F7F7F7F
-    codes &= some | 0x7F7F7F7F
-    shifted = pltpu.bitcast(codes, jnp.float8_e4m3b11fnuz).astype(jnp.bfloat16)
-    return shifted * (scale * 16.0).astype(jnp.bfloat16)
+    fmt = castable()
+    if fmt == jnp.float8_e4m3b11fnuz:
+        codes = pltpu.bitcast(values, jnp.int32)
+        # The highest bit of each byte that is neither 0 nor −0: the latter becomes +0.
+        some = (codes & 0x7F7F7F7F) + 0x7F7F7F7F
+        values = pltpu.bitcast(codes & (some | 0x7F7F7F7F), fmt)
+    return values.astype(jnp.bfloat16) * (scale * 2.0 ** (bias_of(fmt) - 7)).astype(jnp.bfloat16)
+
+
+def _cast_fp4(values_ref, scales_ref, scratch_ref, step):
+    """Expands rows in their own order, by a chip's cast of e4m3.
+
+    A code's exponent and mantissa become the lowest bits of the exponent and the highest of the
+    mantissa of such a number. Code 1 (½) is a subnormal in both, so that the number is the code's
+    value times 2^(1 − bias). Scales of 2^118 and more are too large for what makes up for it.
+    """
+    fmt = castable()
+    rows, half = pl.ds(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS // 2
+    exponents = pltpu.bitcast(scales_ref[rows, :].astype(jnp.int16), jnp.int32)
+    scales = (exponents << 7) + _both((bias_of(fmt) - 1) << 7)  # two bfloat16 in a word
+    lane = jax.lax.broadcasted_iota(jnp.int32, (half, LANES), 1)
+    for group in range(values_ref.shape[1] // LANES):
+        scale = pltpu.bitcast(_spread_scales(scales, group, lane), jnp.bfloat16)
+        words = pltpu.bitcast(values_ref[rows, group * LANES : (group + 1) * LANES], jnp.int32)
+        signs = words
+        if fmt == jnp.float8_e4m3b11fnuz:  # bit 3 of each code's sum says that it is not ±0
+            signs &= (words & MAGNITUDES) + MAGNITUDES
+        low = ((words << 2) & CAST_MAGNITUDES) | ((signs << 4) & SIGNS)
+        high = ((words >> 2) & CAST_MAGNITUDES) | (signs & SIGNS)
+        for plane, codes in enumerate((low, high)):
+            values = pltpu.bitcast(codes, fmt).astype(jnp.bfloat16)
+            expanded = pltpu.bitcast(values * scale, jnp.int32)
+            scratch_ref.at[2 * group + plane][pl.ds(step * half, half), :] = expanded
+
+
+def _spread_scales(scales, group: int, lane):
+    """Returns the scales of each byte of a group: of its 128 bytes every 16 have one."""
+    first = group * 8 // LANES * LANES
+    source = scales[:, first : first + LANES]
+    if source.shape[1] < LANES:
+        source = jnp.pad(source, [(0, 0), (0, LANES - source.shape[1])])
+    index = group * 8 % LANES + (lane >> 4)
+    return jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
 
 
 def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
@@ -186,13 +245,7 @@ def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
     scales = _decrement(pltpu.bitcast(scales_ref[rows, :], jnp.int32))
     lane = jax.lax.broadcasted_iota(jnp.int32, (words, LANES), 1)
     for group in range(values_ref.shape[1] // LANES):
-        # The 128 bytes of a group have 8 scales; each stands for 16 bytes.
-        first = group * 8 // LANES * LANES
-        source = scales[:, first : first + LANES]
-        if source.shape[1] < LANES:
-            source = jnp.pad(source, [(0, 0), (0, LANES - source.shape[1])])
-        index = group * 8 % LANES + (lane >> 4)
-        scale = jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
+        scale = _spread_scales(scales, group, lane)
         four = pltpu.bitcast(values_ref[rows, group * LANES : (group + 1) * LANES], jnp.int32)
         low, high = scratch_ref.at[2 * group], scratch_ref.at[2 * group + 1]
         # Bytes 0 and 2 of a word, then 1 and 3: their codes stand 16 bits apart already.
@@ -269,5 +322,5 @@ def _both(bits: int):
 
 def _decrement(scales):
     """Returns every byte less one; 0 stays 0, so the denormal scale 2^−127 reads as 2^−126."""
-    some = (((scales & 0x7F7F7F7F) + 0x7F7F7F7F) | scales) & jnp.int32(-0x7F7F7F80)
+    some = (((scales & 0x7F7F7F7F) + 0x7F7F7F7F) | scales) & SIGNS
     return scales - ((some >> 7) & 0x01010101)
