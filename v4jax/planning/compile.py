@@ -39,6 +39,7 @@ class Compiled:
     """What the compiler says of one device's program.
 
     argument_bytes: weights, cache and inputs. output_bytes: of these not written over arguments.
+    peak_bytes: arguments, outputs and temporaries in memory at the fullest moment.
     flops: by the compiler's cost analysis, which sees neither into kernels nor how often a loop of
     unknown length runs. seconds: of tracing and compiling, by the clock; cpu_seconds: the same in
     the time of processor cores, which other work on the machine does not lengthen.
@@ -47,6 +48,7 @@ class Compiled:
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
+    peak_bytes: int
     code_bytes: int
     flops: float
     collectives: list[Collective]
@@ -92,6 +94,7 @@ def compile_step(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)),
         collectives=count_collectives(text),
@@ -149,6 +152,8 @@ def as_text(compiled: Compiled, held: DeviceBytes) -> str:
         f"  {'outputs':<13}{size(compiled.output_bytes):>10}{'':>11}  not written over arguments",
         f"  {'code':<13}{size(compiled.code_bytes):>10}",
         f"  {'total':<13}{size(compiled.total):>10}{size(held.total):>11}",
+        f"  {'at its peak':<13}{size(compiled.peak_bytes):>10}"
+        f"{'':>11}  without code; the total adds temporaries that share memory",
         f"  operations outside kernels, loops once: {compiled.flops / 1e9:,.3f} GFLOP",
     ]
     for item in compiled.collectives:

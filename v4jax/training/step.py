@@ -94,16 +94,23 @@ def build_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         clip = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
         gradients = jax.tree.map(lambda g: g * clip, gradients)
-        updates, moved = optimizer.update(gradients, state.optimizer, state.weights)
-        new = dataclasses.replace(
-            state,
-            weights=optax.apply_updates(state.weights, updates),
-            biases=move_biases(state.biases, reports, loss.bias_speed),
-            optimizer=moved,
-        )
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        updates, _ = optimizer.update(gradients, state.optimizer, state.weights)
+        weights = keep(optax.apply_updates(state.weights, updates), state.weights)
+        # The moments move when the weights have been written: XLA makes both of the old moments,
+        # and would copy those of the largest weights, to write either first.
+        weights, moments = jax.lax.optimization_barrier((weights, state.optimizer))
+        _, moved = optimizer.update(gradients, moments, state.weights)
         kept = dataclasses.replace(
-            kept, step=state.step + 1, skipped=jnp.where(finite, 0, state.skipped + 1)
+            state,
+            step=state.step + 1,
+            weights=weights,
+            biases=keep(move_biases(state.biases, reports, loss.bias_speed), state.biases),
+            optimizer=keep(moved, moments),
+            skipped=jnp.where(finite, 0, state.skipped + 1),
         )
         load = {path: report["load"] for path, report in reports.items()}
         return kept, parts | {"grad_norm": norm, "finite": finite, "load": load}
