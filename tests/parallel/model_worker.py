@@ -1,7 +1,7 @@
 """One model over all devices of a job.
 
 python model_worker.py serve FOLDER OUTPUT    reads, prefills, decodes; process 0 writes the logits
-python model_worker.py train FOLDER RUN       one step, a checkpoint that is read again, a model
+python model_worker.py train FOLDER RUN KIND  one step, a checkpoint that is read again, a model
 python model_worker.py save FOLDER OUTPUT     reads and writes every format, to disk and to s3://
 
 Which process this is say the variables V4JAX_…. Every process makes the same calls; `serve` and
@@ -18,7 +18,7 @@ import numpy as np
 import v4jax
 from v4jax.checkpoint import hf_writer, safetensors_file
 from v4jax.config.data import DataConfig, SourceConfig
-from v4jax.config.run import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from v4jax.config.run import LoraConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from v4jax.errors import CheckpointError
 from v4jax.parallel import make_mesh
 from v4jax.parallel.hosts import find_hosts, start_hosts
@@ -29,6 +29,12 @@ CALLS = ((512, (512, 389)), (1, (1, 1)), (1, (1, 0)))  # tokens of a call, real 
 SHARD_BYTES = 100_000
 SAVED = ("released", "transformers")
 REFUSED = "s3://bucket/refused"
+# What a run trains: all weights, adapters beside them, or weights that are rounded on the way.
+KINDS = {
+    "full": {},
+    "lora": dict(lora=LoraConfig(rank=2, targets=("attention.query_up", "moe.experts"))),
+    "rounded": dict(quantization_aware=True),
+}
 IDS = np.random.RandomState(0).randint(0, 256, (2, 600))
 
 
@@ -49,10 +55,10 @@ def serve(folder: str) -> dict[str, np.ndarray]:
     return found
 
 
-def train(folder: str, run: str) -> Trainer:
-    """Returns the trainer after one step, whose checkpoint gives the same state again."""
-    text = Path(folder).with_name("text.txt")  # lies beside the model
-    config = TrainConfig(
+def configure(folder: str, run: str, kind: str) -> TrainConfig:
+    """Returns a run of one step on the text beside the model's folder."""
+    text = Path(folder).with_name("text.txt")
+    return TrainConfig(
         model=folder,
         output=run,
         data=DataConfig((SourceConfig("text", (str(text),)),), length=256, batch=2, shuffle=False),
@@ -63,7 +69,13 @@ def train(folder: str, run: str) -> Trainer:
         loss=LossConfig(mtp_weight=0.0),
         remat="none",
         mesh=MeshConfig(**MESH),
+        **KINDS[kind],
     )
+
+
+def train(folder: str, run: str, kind: str) -> Trainer:
+    """Returns the trainer after one step, whose checkpoint gives the same state again."""
+    config = configure(folder, run, kind)
     trainer = Trainer(config)
     trainer.run()
     trainer.close()
@@ -115,7 +127,7 @@ def main() -> None:
         read_bytes(file, offset, out)
 
     safetensors_file.read_bytes = count
-    what, folder, output = sys.argv[1:]
+    what, folder, output, *kind = sys.argv[1:]
     if what == "save":
         folder_bucket.install(Path(output, "bucket"))
         refuse_some(folder_bucket.FolderBucket)
@@ -123,7 +135,7 @@ def main() -> None:
         print("saved")
         return
     if what == "train":
-        train(folder, output)
+        train(folder, output, *kind)
         print("trained")
         return
     found = serve(folder)

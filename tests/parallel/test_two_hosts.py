@@ -11,12 +11,17 @@ from two_processes import run_two
 
 import v4jax
 from v4jax.checkpoint import hf_writer
+from v4jax.checkpoint.adapters import write_adapters
 from v4jax.checkpoint.hf_folder import open_folder
 from v4jax.checkpoint.leaves import name_leaves
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config import LayerKind, RouterKind, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.model import Transformer
+from v4jax.model.weights import read_weights
+from v4jax.quant import LowRank
+from v4jax.training.export import export
+from v4jax.training.trainer import load_trained
 
 from . import model_worker
 
@@ -68,8 +73,9 @@ def test_train_and_checkpoint(tmp_path):
     """One step of both, whose checkpoint one process reads, equals one step of one process."""
     folder = write_checkpoint(tmp_path / "model", LayerKind.WINDOW, 0)
     (tmp_path / "text.txt").write_text("One sentence follows another. " * 60)
-    assert run_workers("train", str(folder), str(tmp_path / "two")) == ["trained"] * 2
-    expected = model_worker.train(str(folder), str(tmp_path / "one")).state
+    run = str(folder), str(tmp_path / "two"), "full"
+    assert run_workers("train", *run) == ["trained"] * 2
+    expected = model_worker.train(str(folder), str(tmp_path / "one"), "full").state
     for name, a in name_leaves(v4jax.load(tmp_path / "two" / "model")).items():
         b = name_leaves(v4jax.load(tmp_path / "one" / "model"))[name]
         assert a.dtype == b.dtype and a.shape == b.shape, name
@@ -84,6 +90,32 @@ def test_train_and_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "rounded"])
+def test_what_a_run_of_two_exports(kind, tmp_path):
+    """It is to the bit what one process makes of their checkpoint."""
+    folder = write_checkpoint(tmp_path / "model", LayerKind.WINDOW, 0)
+    if kind == "lora":  # beside a stored base
+        v4jax.save(v4jax.load(folder), tmp_path / "stored", format="released")
+        folder = tmp_path / "stored"
+    (tmp_path / "text.txt").write_text("One sentence follows another. " * 60)
+    run = str(folder), str(tmp_path / "two"), kind
+    assert run_workers("train", *run) == ["trained"] * 2
+    trained = load_trained(model_worker.configure(*run))
+    export(trained, tmp_path / "one")
+    assert read_files(tmp_path / "two" / "model") == read_files(tmp_path / "one")
+    if kind == "lora":
+        write_adapters(trained, tmp_path / "adapters")
+        assert read_files(tmp_path / "two" / "adapters") == read_files(tmp_path / "adapters")
+        moved = [v.up for v in read_weights(trained).values() if isinstance(v, LowRank)]
+        assert len(moved) > 2 and all(np.any(up) for up in moved)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Returns what the files of a folder hold."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.slow
 def test_save(tmp_path):
     """Files are those of one process; an error of either is raised by both and leaves nothing."""
     write_checkpoint(tmp_path / "model", LayerKind.CSA, 4)
@@ -91,8 +123,7 @@ def test_save(tmp_path):
     again, alone = v4jax.load(tmp_path / "model"), tmp_path / "alone"
     for format in model_worker.SAVED:
         hf_writer.write_model(again, alone, format, shard_bytes=model_worker.SHARD_BYTES)
-        expected = {file.name: file.read_bytes() for file in alone.iterdir()}
-        found = {file.name: file.read_bytes() for file in (tmp_path / format).iterdir()}
+        expected, found = read_files(alone), read_files(tmp_path / format)
         assert len(expected) > 5 and found == expected
         if format == "released":
             prefix = "bucket\\released\\"
