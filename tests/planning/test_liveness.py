@@ -7,6 +7,7 @@ import pytest
 from v4jax.planning.liveness import peak_bytes
 
 X = jax.ShapeDtypeStruct((256, 256), jnp.float32)  # 256 KiB
+NARROW = jax.ShapeDtypeStruct((1024, 64), jnp.float32)  # 256 KiB
 SMALL = jax.ShapeDtypeStruct((16, 256), jnp.float32)
 KIB = 1024
 
@@ -46,6 +47,10 @@ def updated_in_place(x, row):
     return jax.lax.dynamic_update_slice(rows, row, (0, 0))
 
 
+def turned(narrow):
+    return jnp.cumsum(narrow.T, axis=1).T  # lies with its long axis last
+
+
 def branched(flag, x):
     return jax.lax.cond(flag, lambda x: (x @ x) @ (x.T @ x), lambda x: x, x)
 
@@ -57,6 +62,7 @@ CASES = {
     "stored for a product": (stored_for_product, (X,), 512),
     "loop carry": (looped, (X,), 512),  # the carry, and the product that replaces it
     "scan": (scanned, (X,), 256 + 1 + 1),  # one row in, one row out
+    "turned": (turned, (NARROW,), 256),
     "in place": (updated_in_place, (X, SMALL), 256),
     "largest branch": (branched, (jax.ShapeDtypeStruct((), jnp.bool_), X), 768),
 }

@@ -2,8 +2,8 @@
 
 An estimate from the trace, before any compiler: values are born where they are computed and die
 after their last use. Elementwise results that only elementwise operations and reductions read are
-taken as fused, never stored; updates and loop carries as written in place; kernels keep their
-scratch on chip.
+taken as fused, never stored; updates and loop carries as written in place; arrays as laid out so
+that narrow rows are not padded; kernels keep their scratch on chip.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ _READERS = """
 _FUSED = frozenset(_ELEMENTWISE.split())
 _READS_FUSED = _FUSED | frozenset(_READERS.split())
 _IN_PLACE = frozenset(("dynamic_update_slice", "scatter", "scatter-add", "optimization_barrier"))
+_LANES = 128  # of a TPU's registers: the last axis of an array is padded to whole ones
 # Calls whose body runs where they stand: parameter that holds it.
 _CALLS = {
     "jit": "jaxpr",
@@ -47,6 +48,7 @@ class _Step:
     parameters: dict
     operands: list[int | None]
     outputs: list[int]
+    shapes: tuple[tuple[int, ...], ...]  # of the first operand and the first output
 
     @property
     def inputs(self) -> list[int]:
@@ -86,7 +88,9 @@ class _Program:
             for var in equation.outvars:
                 scope[var] = self._new(var)
             outputs = [scope[var] for var in equation.outvars]
-            self.steps.append(_Step(name, equation.params, operands, outputs))
+            ends = [variables[0] for variables in (equation.invars, equation.outvars) if variables]
+            shapes = tuple(getattr(var.aval, "shape", ()) for var in ends)
+            self.steps.append(_Step(name, equation.params, operands, outputs, shapes))
 
 
 def peak_bytes(jaxpr) -> int:
@@ -131,6 +135,8 @@ def _find_buffers(program: _Program) -> list[set[int]]:
     for step in program.steps:
         if step.name in _FUSED and step.outputs[0] not in must_store:
             buffers[step.outputs[0]] = set().union(*(buffers[v] for v in step.inputs))
+        elif step.name == "transpose" and _lies_so(step):
+            buffers[step.outputs[0]] = buffers[step.operands[0]]
         elif step.name in _IN_PLACE:
             for result, operand in zip(step.outputs, step.operands, strict=False):
                 if operand is not None and program.sizes[result] == program.sizes[operand]:
@@ -144,6 +150,16 @@ def _find_buffers(program: _Program) -> list[set[int]]:
                 if step.operands[operand] is not None:
                     buffers[step.outputs[result]] = buffers[step.operands[operand]]
     return buffers
+
+
+def _lies_so(step: _Step) -> bool:
+    """Returns whether a transposition is but another name for what lies in memory.
+
+    XLA on TPU puts an axis last that fills whole lanes, where the array's own last one does not: so
+    lie the cache's entries, and kernels are given them turned.
+    """
+    whole = [shape[-1] % _LANES == 0 for shape in step.shapes]
+    return whole[0] != whole[1]
 
 
 def _carried(step: _Step) -> list[tuple[int, int | None]]:
