@@ -23,6 +23,7 @@ pathlib.Path("out/nano_0.py").write_text(narrow)
 PY
 # Stage 10 starts with the norms of CSA entries multiplied; its configuration says why.
 sharpen_entries() {
+  rm -rf "$1.before" # of a run that ended between
   mv "$1" "$1.before"
   python - "$1" <<'PY'
 import sys

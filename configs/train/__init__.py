@@ -39,3 +39,17 @@ def make_stage(number, length, batch, needles, steps, *, dense, rate, **more):
     config.remat = "none"
     config.checkpoint = dict(every=50)
     return config
+
+
+def make_far_stage(number, steps, *, rate, **falling):
+    """Returns the run of a stage whose rows of 4,096 tokens stand for up to a million, dense.
+
+    Three rows of four leave positions out, and HCA entries count for those as well.
+    """
+    near = dict(tokens=(2048, 2560), needles=(16, 40), distractors=(16, 60), questions=(24, 32))
+    far = near | dict(gaps=0.06, gap_tokens=(2048, 1 << 20))
+    rows = [near, far, far, far]
+    falling = falling | dict(warmup_steps=5)
+    config = make_stage(number, 4096, 1, rows, steps, dense=steps, rate=rate, **falling)
+    config.count_gaps = True
+    return config

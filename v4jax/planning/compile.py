@@ -153,7 +153,7 @@ def as_text(compiled: Compiled, held: DeviceBytes) -> str:
         f"  {'code':<13}{size(compiled.code_bytes):>10}",
         f"  {'total':<13}{size(compiled.total):>10}{size(held.total):>11}",
         f"  {'at its peak':<13}{size(compiled.peak_bytes):>10}"
-        f"{'':>11}  without code; the total adds temporaries that share memory",
+        f"{'':>11}  arguments, outputs and temporaries at once",
         f"  operations outside kernels, loops once: {compiled.flops / 1e9:,.3f} GFLOP",
     ]
     for item in compiled.collectives:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from v4jax import log
 from v4jax.kernels import dispatch, indexer
@@ -229,6 +230,26 @@ def test_not_a_number_selects_no_garbage():
     for row, seen in zip(chosen.reshape(-1, COUNT), visible.reshape(-1), strict=True):
         ids = row[row >= 0]
         assert len(np.unique(ids)) == len(ids) == min(seen, COUNT)
+
+
+@pytest.mark.parametrize("device", ["TPU v5", "TPU v6 lite", "TPU7x"])
+def test_every_code_of_keys(device, monkeypatch):
+    """16 codes, scales 2^−110 … 2^110, decoded by integers or in bfloat16: twice their values."""
+    monkeypatch.setattr(dispatch, "device_kind", lambda: device)
+    codes = np.arange(CHANNELS * 256).reshape(CHANNELS, 256) * 7919 // 13 % 16
+    scales = (17 + np.arange(4 * 256).reshape(4, 256) * 31 % 221).astype(np.uint8)
+    packed = (codes[0::2] | codes[1::2] << 4).astype(np.uint8)
+
+    def body(packed, scales, out):
+        out[...] = pallas_tpu.decode_fp4({"packed": packed, "scales": scales})
+
+    shape = jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)
+    found = pl.pallas_call(body, out_shape=shape, interpret=True)(packed, scales)
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = np.concatenate([magnitudes, -magnitudes])[codes]
+    values *= 2.0 ** (scales.astype(np.int32) - 127).repeat(32, axis=0)
+    expected = 2 * values[pallas_tpu.decoded_order(CHANNELS)]
+    np.testing.assert_array_equal(np.asarray(found, np.float64), expected)
 
 
 def test_layers_are_not_mixed():
