@@ -79,7 +79,8 @@ def test_keys_are_found_again():
     assert len(set(keys)) == len(keys)
     assert kernel_cases.find(keys[-1]).key == keys[-1]
     only = kernel_cases.select(("v4_pro",), ("indexer", "decode_64"))
-    assert {case.op for case in only} == {"indexer", "hyper_connections", "scaled_matmul"}
+    decoding = {"rotation", "hyper_connections", "scaled_matmul"}
+    assert {case.op for case in only} == {"indexer"} | decoding
     assert {case.model for case in only} == {"v4_pro"}
 
 

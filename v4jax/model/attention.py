@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from v4jax.cache import LayerMemory, split_entries
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
+from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import contract, expand, matmul
 from v4jax.model import observe
 from v4jax.model.compressor import Compressor
@@ -13,7 +14,6 @@ from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.norm import RMSNorm, rescale_stepwise
 from v4jax.model.parameters import Declare
-from v4jax.model.rope import rotate
 from v4jax.parallel.shard import sum_over
 from v4jax.quant import ScaledArray
 
@@ -59,14 +59,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t d"], LayerMemory]:
-        cosine, sine = (angle[:, :, None] for angle in context.rotations[self.layer.rope])
+        angles = context.rotations[self.layer.rope]
         latent_btr = self.query_norm(self._linear(x, self.query_down))
         queries_bthc = self._linear(latent_btr, self.query_up)
         queries_bthc = queries_bthc.reshape(*x.shape[:2], -1, self.config.head_dim)
         queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
-        queries_bthc = rotate(queries_bthc, cosine, sine)
+        queries_bthc = rotate(queries_bthc, *angles)
         key_values_btc = self.key_value_norm(self._linear(x, self.key_value))
-        key_values_btc = rotate(key_values_btc, cosine[:, :, 0], sine[:, :, 0])
+        key_values_btc = rotate(key_values_btc, *angles)
         recent_bsc, memory = memory.append_window(key_values_btc)
 
         selected = entries = None
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
                     *arguments, ratio=self.layer.ratio, repeats=repeats, **options
                 )
         observe.record(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
-        return self._project_output(rotate(attended_bthc, cosine, sine, inverse=True)), memory
+        return self._project_output(rotate(attended_bthc, *angles, inverse=True)), memory
 
     def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
         """Projects each group of heads to a low rank, then all groups to the model width."""

@@ -7,11 +7,12 @@ from jaxtyping import Array, Float
 from v4jax.cache import LayerMemory
 from v4jax.config import Layer, ModelConfig
 from v4jax.kernels import compressor as kernel
+from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
-from v4jax.model.rope import rotate, rotation
+from v4jax.model.rope import rotation
 from v4jax.quant.formats import round_to
 
 

@@ -18,7 +18,7 @@ class Context:
     start [b]: position of the first token (where a sequence lies on several devices, of this
       device's first).
     end [b]: position after the last real one of the call.
-    rotations: rope → (cosine, sine) [b, t, pairs], computed once for all layers.
+    rotations: rope → (cosine, sine) [b, t, channels], computed once for all layers.
     begin [b, t]: where rows hold several documents, the row index of the first token of each
       token's document, negative for padding; start and end then count from the row's first token,
       rotations from the document's.

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 from v4jax.cache import LayerMemory, split_entries
 from v4jax.cache.formats import index_format
 from v4jax.config import Layer, ModelConfig, Numerics
+from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import matmul
 from v4jax.model import observe
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.parameters import Declare
-from v4jax.model.rope import rotate
 from v4jax.quant.formats import round_to
 
 
@@ -53,8 +53,7 @@ class Indexer(nnx.Module):
             quantize_activations=self.numerics.quantize_activations,
         )
         queries_btix = queries.reshape(*queries.shape[:2], heads, width)
-        cosine, sine = context.rotations[self.layer.rope]
-        queries_btix = rotate(queries_btix, cosine[:, :, None], sine[:, :, None])
+        queries_btix = rotate(queries_btix, *context.rotations[self.layer.rope])
         # They round like the keys.
         queries_btix = index_format(self.config, self.numerics).round(queries_btix)
         weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Rotary positions on the trailing channels, in interleaved pairs; YaRN where compressed.
+"""Rotary positions: the angles of `kernels.rotation`; YaRN where compressed.
 
 Source: spec B.5.
 """
@@ -7,10 +7,9 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from v4jax.config import Rope
-from v4jax.quant.formats import round_to
 
 
 def frequencies(rope: Rope) -> np.ndarray:
@@ -36,28 +35,12 @@ def frequencies(rope: Rope) -> np.ndarray:
 
 
 def rotation(rope: Rope, positions: Int[Array, "b t"]) -> tuple[Array, Array]:
-    """Returns cosine and sine [b, t, dim/2] of position × frequency, rounded to float32.
+    """Returns cosine and sine [b, t, dim] of position × frequency, rounded to float32.
+
+    The two channels of a pair have the same.
 
     That rounding is part of the model (up to 0.03 rad near one million tokens): it is an
     elementwise product, never a matrix product that a chip may compute in bfloat16.
     """
-    angles = positions[..., None].astype(jnp.float32) * frequencies(rope)
+    angles = positions[..., None].astype(jnp.float32) * np.repeat(frequencies(rope), 2)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "... c"], cosine: Array, sine: Array, *, inverse: bool = False
-) -> Float[Array, "... c"]:
-    """Rotates the trailing channels in float32 by the given angles; rounds to x's dtype.
-
-    Args:
-      cosine, sine: broadcast against x[..., pairs].
-      inverse: rotates back (the output of attention, by the query's position).
-    """
-    dim = 2 * cosine.shape[-1]
-    plain, turned = x[..., :-dim], x[..., -dim:].astype(jnp.float32)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    sine = -sine if inverse else sine
-    turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
-    turned = round_to(turned.reshape(*x.shape[:-1], dim), x.dtype)
-    return jnp.concatenate([plain, turned], axis=-1)

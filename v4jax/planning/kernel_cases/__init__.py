@@ -20,13 +20,18 @@ from v4jax.planning.kernel_cases.attention import (
 )
 from v4jax.planning.kernel_cases.case import CHUNK, CONTEXT, Case, Kernel
 from v4jax.planning.kernel_cases.experts import grouped_matmul_cases, scaled_matmul_cases
-from v4jax.planning.kernel_cases.streams import compressor_cases, hyper_connections_cases
+from v4jax.planning.kernel_cases.streams import (
+    compressor_cases,
+    hyper_connections_cases,
+    rotation_cases,
+)
 
 MODELS = ("v4_flash", "v4_pro")
 _BUILDERS = (
     indexer_cases,
     sparse_attention_cases,
     dense_attention_cases,
+    rotation_cases,
     compressor_cases,
     hyper_connections_cases,
     grouped_matmul_cases,

@@ -1,4 +1,4 @@
-"""Cases of what stands around attention: compressor and hyper-connections."""
+"""Cases of what stands around attention: rotation, compressor and hyper-connections."""
 
 import functools
 
@@ -6,6 +6,22 @@ import jax.numpy as jnp
 
 from v4jax.config.model import ModelConfig
 from v4jax.planning.kernel_cases.case import CHUNK, Case, Kernel, count_bytes, spec
+
+
+def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
+    """Queries turned in place: bound by memory; no products to count."""
+    from v4jax.kernels import rotation
+    from v4jax.kernels.rotation.pallas_tpu import LANES
+
+    heads, channels, cases = config.num_attention_heads, config.head_dim, []
+    for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 64", 64, 1)):
+        angle = spec((batch, tokens, config.qk_rope_head_dim), jnp.float32)
+        arguments = spec((batch, tokens, heads, channels), jnp.bfloat16), angle, angle
+        # A register of every head is read and written, and the angles of a token, filled up.
+        moved_bytes = batch * tokens * LANES * (2 * 2 * heads + 2 * 4)
+        kernel = Kernel("rotation", moved_bytes=moved_bytes)
+        cases.append(Case("rotation", model, shape, rotation.rotate, arguments, (kernel,)))
+    return cases
 
 
 def compressor_cases(model: str, config: ModelConfig) -> list[Case]:
