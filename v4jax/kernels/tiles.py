@@ -5,11 +5,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from v4jax.shapes import ceil_div
+from v4jax.kernels import dispatch
+from v4jax.shapes import ceil_div, round_up
+
+
+def sized(size: int, *, gpu: int) -> int:
+    """Returns how much a portable implementation takes at once: on GPUs more, as each step costs.
+
+    A CPU is fastest with what its caches hold.
+    """
+    return gpu if dispatch.platform() == "gpu" else size
 
 
 def map_query_tiles(
-    body: Callable[..., jax.Array], tile: int, *arrays: jax.Array | None
+    body: Callable[..., jax.Array], tile: int, *arrays: jax.Array | None, together: int = 1
 ) -> jax.Array:
     """Returns body(first, tile of each array) for successive tiles of axis 1, concatenated again.
 
@@ -19,11 +28,14 @@ def map_query_tiles(
         dropped.
       tile: queries per tile.
       arrays: [b, t, …] each; None stays None.
+      together: tiles that are processed at once, `body` vectorized over them.
     """
     length = arrays[0].shape[1]
     count = ceil_div(length, tile)
     if count == 1:
         return body(jnp.int32(0), *arrays)
+    together = min(together, count)
+    count = round_up(count, together)
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, count * tile - length)] + [(0, 0)] * (x.ndim - 2))
@@ -33,6 +45,12 @@ def map_query_tiles(
     firsts = jnp.arange(count, dtype=jnp.int32) * tile
     # Tiles are recomputed in the backward pass: their scores are never stored.
     step = jax.checkpoint(lambda slices: body(*slices))
-    tiles = jax.lax.map(step, (firsts, *jax.tree.map(cut, arrays)))
+    slices = firsts, *jax.tree.map(cut, arrays)
+    if together == 1:
+        tiles = jax.lax.map(step, slices)
+    else:
+        groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), slices)
+        tiles = jax.lax.map(jax.vmap(step), groups)
+        tiles = tiles.reshape(count, *tiles.shape[2:])
     joined = jnp.moveaxis(tiles, 0, 1)
     return joined.reshape(joined.shape[0], count * tile, *joined.shape[3:])[:, :length]

@@ -14,16 +14,17 @@ from jaxtyping import Array, Float, Int
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.run import LossConfig
 from v4jax.kernels.scaled_matmul import matmul_float32
-from v4jax.kernels.tiles import map_query_tiles
+from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.model import Transformer
 from v4jax.model.training_pass import Mode, read_normed, run_drafts, run_rows
-from v4jax.model.weights import whole
+from v4jax.model.weights import whole, write_weights
 from v4jax.parallel.context_parallel import divide_tokens
 from v4jax.parallel.shard import WEIGHTS, max_over, on_shards, share_index, shares, sum_over
 from v4jax.training.batch import Batch
 
-# Logits held at once: 64 MiB in float32.
+# Logits held at once: 64 MiB in float32; on a GPU 256 MiB, as each tile reads the whole head.
 LOGIT_ELEMENTS = 1 << 24
+GPU_LOGITS = 1 << 26
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +86,7 @@ def compute_losses(
       layers; `reports`, one per block (see `training_pass.run_rows`).
     """
     streams, reports = run_rows(model, batch.tokens, batch.begin, mode, batch.skipped)
+    model, streams = finish_head_first(model, streams)
     normed = read_normed(model, streams)
     nll, right = score_targets(model, normed, shift(batch.tokens, 1))
     weights = target_weights(batch, 1)
@@ -110,6 +112,35 @@ def compute_losses(
         parts |= compared
         total += config.distill_weight * parts["divergence"]
     return total, parts | {"reports": reports}
+
+
+def finish_head_first(model: Transformer, streams: Array) -> tuple[Transformer, Array]:
+    """Returns both as they are; in the backward pass the head is done before the layers begin.
+
+    Its gradients are as large as the whole vocabulary until they have been scattered. XLA would
+    keep them through the backward pass of the layers, which is when memory is fullest.
+    """
+    head = model.head.get_value()
+    if not isinstance(head, jax.Array):  # stored: it gets no gradient
+        return model, streams
+    head, streams = _settle(head, streams)
+    return write_weights(model, {"head": head}), streams
+
+
+@jax.custom_vjp
+def _settle(*values):
+    return values
+
+
+def _settle_forward(*values):
+    return values, None
+
+
+def _settle_backward(_, gradients):
+    return jax.lax.optimization_barrier(gradients)
+
+
+_settle.defvjp(_settle_forward, _settle_backward)
 
 
 def indexer_parts(reports: dict, queries: Float[Array, ""] | None = None) -> dict:
@@ -145,10 +176,11 @@ def score_targets(
 
 def _score_targets(head, normed, targets):
     weight_vd = whole(head)[...]
+    wide_vd = weight_vd.astype(jnp.float32)  # for the sum of the tiles' gradients
     first = share_index("vocab") * weight_vd.shape[0] if shares("vocab") > 1 else 0
 
     def score_tile(_, normed, targets):
-        logits = matmul_float32(normed, weight_vd)
+        logits = matmul_float32(normed, weight_vd, wide_vd)
         largest = max_over(jax.lax.stop_gradient(logits.max(axis=-1)), "vocab")
         mass = sum_over(jnp.exp(logits - largest[..., None]).sum(axis=-1), "vocab")
         local = targets - first
@@ -159,6 +191,7 @@ def _score_targets(head, normed, targets):
         right = (jax.lax.stop_gradient(picked) >= largest).astype(jnp.float32)
         return jnp.stack([jnp.log(mass) + largest - picked, right], axis=-1)
 
-    tile = max(LOGIT_ELEMENTS // (normed.shape[0] * weight_vd.shape[0]), 1)
+    elements = sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
+    tile = max(elements // (normed.shape[0] * weight_vd.shape[0]), 1)
     found = map_query_tiles(score_tile, min(tile, normed.shape[1]), normed, targets)
     return found[..., 0], found[..., 1]

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable
+from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div
 
 
@@ -57,9 +59,13 @@ def own_key_gradients(queries_bqhc, keys_bqsc, seen_bqs, log_mass_bqh, grad_bqhc
 
 
 def _gradients(layout, queries_bqhc, keys, seen_bqs, log_mass_bqh, grad_bqhc, slopes_bqh):
+    """As flash attention rounds: what multiplies keys, queries or cotangents has their dtype."""
+
     def product(subscripts, left, right):
-        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-        return jnp.einsum(subscripts, left, right, precision="highest")
+        if dispatch.platform() == "cpu":  # where float32 is faster
+            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        exact = {"preferred_element_type": jnp.float32, "precision": "highest"}
+        return jnp.einsum(subscripts, left, right, **exact)
 
     scale = jnp.float32(queries_bqhc.shape[-1] ** -0.5)
     scores_bqhs = product(f"bqhc,{layout}->bqhs", queries_bqhc, keys) * scale
@@ -67,6 +73,8 @@ def _gradients(layout, queries_bqhc, keys, seen_bqs, log_mass_bqh, grad_bqhc, sl
     weights_bqhs = jnp.exp(scores_bqhs - log_mass_bqh[..., None])
     weight_grads_bqhs = product(f"bqhc,{layout}->bqhs", grad_bqhc, keys)
     score_grads_bqhs = weights_bqhs * (weight_grads_bqhs + slopes_bqh[..., None]) * scale
+    score_grads_bqhs = round_to(score_grads_bqhs, keys.dtype)
+    weights_bqhs = round_to(weights_bqhs, keys.dtype)
     query_grads = product(f"bqhs,{layout}->bqhc", score_grads_bqhs, keys)
     as_keys = product(f"bqhs,bqhc->{layout}", score_grads_bqhs, queries_bqhc)
     as_values = product(f"bqhs,bqhc->{layout}", weights_bqhs, grad_bqhc)

@@ -5,16 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.dense_attention import gradient
 from v4jax.kernels.softmax import MASKED, Partial, finish, merge, partial_weights
 from v4jax.kernels.table import NEVER, EntryTable, visible_entries
-from v4jax.kernels.tiles import map_query_tiles
+from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div, round_up
 
 QUERY_TILE = 128
 ENTRY_BLOCK = 512  # entries of one step for a full tile; few queries take as many more …
 LARGEST_BLOCK = 1024  # … up to these
+GPU_BLOCK = 16_384  # on a GPU: all of an HCA layer at a million tokens
+GPU_TOGETHER = 16  # tiles that a GPU takes at once
 
 
 def attend(
@@ -42,7 +45,8 @@ def _attend(window, ratio, stored_as, queries, recent, sink, start, end, begin, 
         attended, log_mass = finish(partial, sink)
         return jnp.concatenate([attended, log_mass[..., None]], axis=-1)
 
-    joined = map_query_tiles(attend_tile, tile, queries, begin)
+    together = sized(1, gpu=max(GPU_TOGETHER // queries.shape[0], 1))
+    joined = map_query_tiles(attend_tile, tile, queries, begin, together=together)
     return round_to(joined[..., :channels], queries.dtype), joined[..., channels]
 
 
@@ -135,7 +139,7 @@ def blocks_needed(entries: EntryTable, positions_bq, begin_bq, end, ratio):
 def choose_block(entries: EntryTable, positions_bq) -> int:
     """Returns the entries of one step."""
     block = ENTRY_BLOCK * max(QUERY_TILE // positions_bq.size, 1)
-    return min(block, LARGEST_BLOCK, entries.capacity)
+    return min(block, sized(LARGEST_BLOCK, gpu=GPU_BLOCK), entries.capacity)
 
 
 def entry_keys(entries: EntryTable, index, positions_bq, begin_bq, ratio):
@@ -161,6 +165,8 @@ def attend_entries(
         _, keys_bwc, seen_bqw = entry_keys(entries, index, positions_bq, begin_bq, ratio)
         return merge(partial, attend_keys(queries_bqhc, keys_bwc, seen_bqw))
 
+    if dispatch.platform() == "gpu" and choose_block(entries, positions_bq) == entries.capacity:
+        return add_block(0, partial)  # a loop of unknown length waits for the host
     needed = blocks_needed(entries, positions_bq, begin_bq, end, ratio)
     return jax.lax.fori_loop(*needed, add_block, partial)
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.kernels.scaled_matmul import product, round_activations
+from v4jax.kernels.tiles import sized
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import round_to
 from v4jax.ranks import rank
 from v4jax.shapes import ceil_div
 
 LARGEST_TILE = 256
+GPU_TILE = 2048  # each tile copies its expert's weights
 SMALLEST_TILE = 8
 # Tiles of one step are one batched product, as many as have expanded weights within these bytes:
 # on two CPU cores four tiles of 128 rows run 1.4 times as fast together as one after the other.
@@ -140,9 +142,13 @@ class TilePlan(NamedTuple):
 
 
 def choose_tile(assignments: int, experts: int) -> int:
-    """Returns rows per tile: a power of two near half the mean load, so padding stays small."""
-    mean = max(assignments // (2 * experts), 1)
-    return min(max(1 << (mean.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
+    """Returns rows per tile: a power of two near half the mean load, so padding stays small.
+
+    On GPUs near the mean load.
+    """
+    aim = max(assignments // (sized(2, gpu=1) * experts), 1)
+    largest = sized(LARGEST_TILE, gpu=GPU_TILE)
+    return min(max(1 << (aim.bit_length() - 1), SMALLEST_TILE), largest)
 
 
 def choose_together(gate_up, down) -> int:

@@ -2,11 +2,14 @@
 
 `jax.lax.top_k` sorts on one core. Counting is elementwise and uses all of them: bisection finds the
 value of the last one chosen (the floor), and the positions at or above it are packed together. That
-takes many small steps, so few rows are sorted.
+takes many small steps, so few rows are sorted; so is everything on a GPU, which sorts with all of
+its cores and waits for the host between the steps.
 """
 
 import jax
 import jax.numpy as jnp
+
+from v4jax.kernels import dispatch
 
 NOTHING = -(2**31)  # key of a value that is not there: below the key of every number
 LANES = 64  # a row is counted in so many lanes, whose sums are small integers
@@ -20,7 +23,7 @@ def find_largest(values: jax.Array, count: int) -> jax.Array:
     Ties go to the smaller position; −∞ is never chosen, −1 stands where fewer are left; −0 equals
     +0. NaN is not allowed.
     """
-    if values.shape[0] <= FEW_ROWS:
+    if values.shape[0] <= FEW_ROWS or dispatch.platform() == "gpu":
         return sort_largest(values, count)
     return count_largest(values, count)
 

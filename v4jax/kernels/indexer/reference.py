@@ -19,20 +19,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from v4jax.kernels import dispatch
 from v4jax.kernels.indexer.largest import find_largest
 from v4jax.kernels.table import NEVER, EntryTable, visible_entries
-from v4jax.kernels.tiles import map_query_tiles
+from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.shapes import ceil_div, round_up
 
 QUERY_TILE = 256
+GPU_TILE = 2048
 HEADS = 4  # whose products are held at once
+GPU_HEADS = 16
 ENTRY_BLOCK = 2048  # entries scored at once for a full tile; few queries take as many more …
 LARGEST_BLOCK = 16_384  # … up to these
+GPU_BLOCK = 1 << 18  # on a GPU: all of a CSA layer at a million tokens
 FEW_QUERIES = 4  # up to here a product has keys for rows: on CPU 1.4 times as fast
 SPAN = 2048  # group maxima between two choices: what one choice is made from
 SMALL = 4096  # entries of which each is a group of its own
 # Channels of the kept groups that are scored again at once: 2 MiB in float32.
 GATHERED_ELEMENTS = 1 << 19
+GPU_ELEMENTS = 1 << 26  # 128 MiB in bfloat16
 UNSEEN = -jnp.inf
 
 
@@ -63,9 +68,12 @@ def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count,
 
         if keys.capacity <= count:
             return all_visible()
+        if dispatch.platform() == "gpu" and positions_bq.size <= FEW_QUERIES:
+            return best_of(keys.capacity)  # a choice between two waits for the host
         return jax.lax.cond(range_seen.most <= kept, all_visible, best_visible)
 
-    return map_query_tiles(select_tile, min(QUERY_TILE, tokens), queries, head_weights, begin)
+    tile = min(sized(QUERY_TILE, gpu=GPU_TILE), tokens)
+    return map_query_tiles(select_tile, tile, queries, head_weights, begin)
 
 
 class Range(NamedTuple):
@@ -106,7 +114,8 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, range_seen: Range, co
     """
     rows = range_seen.visible.shape
     group = choose_group(capacity, count)
-    block = min(ENTRY_BLOCK * max(QUERY_TILE // range_seen.visible.size, 1), LARGEST_BLOCK)
+    wider = max(sized(QUERY_TILE, gpu=GPU_TILE) // range_seen.visible.size, 1)
+    block = min(ENTRY_BLOCK * wider, sized(LARGEST_BLOCK, gpu=GPU_BLOCK))
     block = round_up(ceil_div(capacity, ceil_div(capacity, block)), group)
     # The last block of a capacity that block does not divide is read from earlier on, by whole
     # groups, which every block therefore has room for.
@@ -141,7 +150,10 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, range_seen: Range, co
             nothing = jnp.full((*rows, groups), UNSEEN, jnp.float32)
             return jax.lax.cond(is_seen(i, 1), group_maxima, lambda _: nothing, i)
 
-        maxima = jnp.moveaxis(jax.lax.map(maxima_or_nothing, indices), 0, 2)
+        if capacity <= block:
+            maxima = group_maxima(0)
+        else:
+            maxima = jnp.moveaxis(jax.lax.map(maxima_or_nothing, indices), 0, 2)
         maxima = maxima.reshape(*rows, span * groups)
         # In the order of ids: what was kept, then the span.
         maxima = jnp.concatenate([best_max, maxima], axis=-1)
@@ -158,8 +170,11 @@ def select_best(queries_bqix, weights_bqi, keys, capacity, range_seen: Range, co
         return jax.lax.cond(seen, add_span, lambda s, _: s, state, index), None
 
     state = jnp.full((*rows, count), UNSEEN, jnp.float32), jnp.full((*rows, count), -group)
-    spans = jnp.arange(ceil_div(capacity, span * block), dtype=jnp.int32)
-    _, best_id = jax.lax.scan(step, state, spans)[0]
+    if capacity <= block:
+        _, best_id = add_span(state, 0)
+    else:
+        spans = jnp.arange(ceil_div(capacity, span * block), dtype=jnp.int32)
+        _, best_id = jax.lax.scan(step, state, spans)[0]
     if group == 1:
         return best_id
     ids = (best_id[..., None] + jnp.arange(group)).reshape(*rows, count * group)
@@ -196,7 +211,8 @@ def select_with_scores(queries, head_weights, keys: EntryTable, start, end, *, r
 
 def score_taken(queries_bqix, weights_bqi, keys, ids_bqw):
     """Returns the scores of every query's own entries [b, q, w]."""
-    tile = GATHERED_ELEMENTS // (ids_bqw.shape[-1] * queries_bqix.shape[-1])
+    elements = sized(GATHERED_ELEMENTS, gpu=GPU_ELEMENTS // ids_bqw.shape[0])
+    tile = elements // (ids_bqw.shape[-1] * queries_bqix.shape[-1])
 
     def score_tile(_, ids_bqw, queries_bqix, weights_bqi):
         # One batch axis, and the sum over heads written out: XLA on CPU runs this ten times as
@@ -219,13 +235,30 @@ def score_taken(queries_bqix, weights_bqi, keys, ids_bqw):
     return map_query_tiles(score_tile, tile, ids_bqw, queries_bqix, weights_bqi)
 
 
+def _choose_scores(queries_bqix, keys_bwx) -> str:
+    def check_gpu():
+        reason = dispatch.needs_platform("gpu")
+        if reason is not None:
+            return reason
+        from v4jax.kernels.indexer import scores_gpu
+
+        return scores_gpu.supported(queries_bqix, keys_bwx)
+
+    return dispatch.choose("index_scores", {"pallas_gpu": check_gpu, "reference": lambda: None})
+
+
 def score(queries_bqix, weights_bqi, keys_bwx):
     """Returns index scores in float32 [b, q, w]; the products of HEADS heads are held at once.
 
     One product for several heads, then their sum written out: XLA on CPU makes one loop of it.
     """
     batch, tokens, heads, channels = queries_bqix.shape
-    together = HEADS if heads % HEADS == 0 else 1
+    if _choose_scores(queries_bqix, keys_bwx) == "pallas_gpu":
+        from v4jax.kernels.indexer import scores_gpu
+
+        return scores_gpu.score(queries_bqix, weights_bqi, keys_bwx)
+    together = sized(HEADS, gpu=heads if tokens <= FEW_QUERIES else GPU_HEADS)
+    together = together if heads % together == 0 else 1
 
     def add_heads(scores_bqw, parts):
         queries_bnx, weights_bhq = parts

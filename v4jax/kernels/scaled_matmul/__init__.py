@@ -103,9 +103,47 @@ def _choose_expansion(weight) -> str:
     return dispatch.choose("expand", {"pallas_tpu": check_tpu, "reference": lambda: None})
 
 
-def matmul_float32(x: Float[Array, "... i"], weight: jax.Array) -> Float[Array, "... o"]:
-    """Returns x · weightᵀ, both in float32: router scores, compressor projections, logits."""
-    return product(x.astype(jnp.float32), weight.astype(jnp.float32))
+def matmul_float32(
+    x: Float[Array, "... i"], weight: jax.Array, wide: jax.Array | None = None
+) -> Float[Array, "... o"]:
+    """Returns x · weightᵀ as of float32: router scores, compressor projections, logits.
+
+    Two arrays of bfloat16 are multiplied as they are, except on CPUs, where float32 is faster:
+    their products are exact in float32, which units for bfloat16 would multiply in several passes,
+    or not at all. Their gradients are rounded to bfloat16 first, as those of `contract` are.
+
+    Args:
+      wide: the weight in float32, which gets its gradient: so the gradients of several calls are
+        added in float32. Its values are not used.
+    """
+    if x.dtype == weight.dtype == jnp.bfloat16 and dispatch.platform() != "cpu":
+        if wide is not None:
+            return _multiply_bfloat16(x, jax.lax.stop_gradient(weight), wide)
+        return _multiply_bfloat16(x, weight, None)
+    weight = weight.astype(jnp.float32) if wide is None else wide
+    return product(x.astype(jnp.float32), weight)
+
+
+@jax.custom_vjp
+def _multiply_bfloat16(x, weight, wide):
+    return product(x, weight)
+
+
+def _multiply_forward(x, weight, wide):
+    return product(x, weight), (x, weight, None if wide is None else ())
+
+
+def _multiply_backward(kept, gradient):
+    x, weight, wide = kept
+    rows = formats.round_to(gradient, x.dtype).reshape(-1, gradient.shape[-1])
+    to_x = formats.round_to(_einsum("no,oi->ni", rows, weight), x.dtype).reshape(x.shape)
+    to_weight = _einsum("no,ni->oi", rows, x.reshape(-1, x.shape[-1]))
+    if wide is None:
+        return to_x, formats.round_to(to_weight, weight.dtype), None
+    return to_x, None, to_weight
+
+
+_multiply_bfloat16.defvjp(_multiply_forward, _multiply_backward)
 
 
 @jax.custom_jvp

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from v4jax.kernels.dense_attention import gradient
 from v4jax.kernels.dense_attention.reference import attend_window, pad_recent, window_keys
 from v4jax.kernels.softmax import MASKED, Partial, finish, merge, partial_weights
-from v4jax.kernels.tiles import map_query_tiles
+from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.quant.formats import round_to
 
 # Gathered channels of one tile: bounds the memory of the gather (4 MiB in float32).
 GATHERED_ELEMENTS = 1 << 20
+GPU_ELEMENTS = 1 << 26  # 128 MiB in bfloat16
 QUERY_TILE = 128
+GPU_TILE = 256
 SMALLEST_TILE = 8
 
 
@@ -89,8 +91,10 @@ _attend.defvjp(_attend_forward, attend_backward)
 
 def choose_tile(queries, selected) -> int:
     """Returns how many queries gather at once."""
-    tile = GATHERED_ELEMENTS // (selected.shape[-1] * queries.shape[-1])
-    return min(max(tile, SMALLEST_TILE), QUERY_TILE, queries.shape[1])
+    elements = sized(GATHERED_ELEMENTS, gpu=GPU_ELEMENTS // queries.shape[0])
+    tile = elements // (selected.shape[-1] * queries.shape[-1])
+    largest = sized(QUERY_TILE, gpu=GPU_TILE)
+    return min(max(tile, SMALLEST_TILE), largest, queries.shape[1])
 
 
 def attend_selected(queries_bqhc, entries, selected_bqk) -> Partial:
