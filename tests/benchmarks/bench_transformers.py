@@ -82,18 +82,19 @@ def time_ours(tensors, ids, options):
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.write_checkpoint(pathlib.Path(folder), tensors, CONFIG)
         model = v4jax.load(folder, numerics="float32")
+    extend = model.held().extend
 
     def prefill():
         cache = model.init_cache(1, len(ids) + 2 * DECODED)
         for start in range(0, len(ids), options.chunk):
             part = ids[None, start : start + options.chunk]
-            logits, cache = model.extend(part, cache, logits="last", donate=True)
+            logits, cache = extend(part, cache, logits="last", donate=True)
         return jax.block_until_ready(logits), cache
 
     def decode(logits, cache):
         for _ in range(DECODED):
             token = np.asarray(logits).argmax(-1)[:, None]
-            logits, cache = model.extend(token, cache, logits="last", donate=True)
+            logits, cache = extend(token, cache, logits="last", donate=True)
         jax.block_until_ready(logits)
 
     cache = model.init_cache(1, COMPARED)

@@ -78,6 +78,10 @@ class FakeModel:
         """Returns an empty cache."""
         return FakeCache(jnp.ones(batch, jnp.uint32), jnp.zeros(batch, jnp.int32), max_tokens)
 
+    def held(self):
+        """Returns what loops call `extend` of; see the contract."""
+        return self
+
     def extend(self, tokens, cache, lengths=None, logits="all", *, donate=False, trusted=False):
         """Appends tokens; see the contract."""
         assert logits in ("all", "last")

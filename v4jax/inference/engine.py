@@ -266,7 +266,7 @@ class Engine:
         """Runs one step that appends nothing."""
         cache = self.model.init_cache(self._parts, capacity).repeat(slots // self._parts)
         tokens_bt = jnp.zeros((slots, tokens), jnp.int32)
-        logits_bv, _ = self.model.extend(
+        logits_bv, _ = self.model.held().extend(
             tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
         )
         eos_token, layout = self.model.config.eos_token_id, self.model.layout

@@ -1,6 +1,7 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Literal
 
@@ -131,6 +132,12 @@ class Transformer(nnx.Module):
           ShapeError: an argument has the wrong shape, dtype or values.
           CacheError: a sequence would exceed its capacity, or the cache belongs to another model.
         """
+        tokens, lengths = self.check_extend(tokens, cache, lengths, logits, trusted)
+        step = _extend_donating if donate else _extend
+        return step(self, tokens, cache, lengths, logits)
+
+    def check_extend(self, tokens, cache, lengths, logits, trusted: bool) -> tuple[Array, Array]:
+        """Returns the tokens and lengths of `extend` as arrays, or raises what it raises."""
         tokens = self._check_tokens(tokens, trusted)
         if logits not in ("all", "last"):
             raise ShapeError(f"logits must be 'all' or 'last', got {logits!r}")
@@ -151,8 +158,16 @@ class Transformer(nnx.Module):
         check_shape("lengths", lengths, (batch,))
         if not trusted:
             self._check_room(cache, lengths, count)
-        step = _extend_donating if donate else _extend
-        return step(self, tokens, cache, jnp.asarray(lengths, jnp.int32), logits)
+        return tokens, jnp.asarray(lengths, jnp.int32)
+
+    def held(self) -> "HeldTransformer":
+        """Returns the model as it is now, for loops over `extend`.
+
+        >>> extend = model.held().extend
+        >>> while ...:
+        ...     logits, cache = extend(tokens, cache, logits="last", donate=True)
+        """
+        return HeldTransformer(self)
 
     def _check_tokens(self, tokens, trusted: bool = False) -> Array:
         tokens = as_integers("tokens", tokens)
@@ -185,6 +200,47 @@ class Transformer(nnx.Module):
                 f"but the cache was made for {cache.capacity}; "
                 "make it larger with init_cache(batch, max_tokens)"
             )
+
+
+class HeldTransformer:
+    """A model taken apart once: its `extend` is the model's, called sooner.
+
+    JAX takes the modules of its arguments apart at every call, which is a millisecond of Python, as
+    long as a small step. Weights that are changed afterwards are not seen.
+    """
+
+    def __init__(self, model: Transformer):
+        self._model = model
+        self._leaves, tree = jax.tree.flatten(model)
+        self._structure = _keep_structure(tree)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        cache: HybridCache,
+        lengths: Int[Array, "b"] | None = None,
+        logits: Literal["all", "last"] = "all",
+        *,
+        donate: bool = False,
+        trusted: bool = False,
+    ) -> tuple[Array, HybridCache]:
+        """See `Transformer.extend`."""
+        tokens, lengths = self._model.check_extend(tokens, cache, lengths, logits, trusted)
+        step = _extend_held_donating if donate else _extend_held
+        return step(self._leaves, tokens, cache, lengths, self._structure, logits)
+
+
+class _Structure:
+    """A tree definition that is compared by identity, in no time."""
+
+    def __init__(self, tree):
+        self.tree = tree
+
+
+@functools.lru_cache(maxsize=64)
+def _keep_structure(tree) -> _Structure:
+    """Returns the same `_Structure` for equal trees, so that what was compiled is found again."""
+    return _Structure(tree)
 
 
 def abstract_transformer(
@@ -220,6 +276,16 @@ def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits
 
 _extend = partial(jax.jit, static_argnames="logits")(_extend_step)
 _extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(_extend_step)
+
+
+def _extend_held_step(leaves, tokens, cache, lengths, structure: _Structure, logits):
+    return _extend_step(jax.tree.unflatten(structure.tree, leaves), tokens, cache, lengths, logits)
+
+
+_extend_held = partial(jax.jit, static_argnames=("structure", "logits"))(_extend_held_step)
+_extend_held_donating = partial(
+    jax.jit, static_argnames=("structure", "logits"), donate_argnames="cache"
+)(_extend_held_step)
 
 
 def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCache | None = None):
