@@ -166,9 +166,9 @@ def as_markdown(rows: Mapping[str, Any]) -> str:
     if not rows:
         return "No case is compiled yet."
     lines = [
-        "| case | chips | mesh | a step | arguments | temporaries | total | at its peak "
+        "| case | chips | mesh | a step | arguments | temporaries | at its peak "
         "| of | estimate | compiled in |",
-        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         case = row["case"]
@@ -177,13 +177,14 @@ def as_markdown(rows: Mapping[str, Any]) -> str:
         limit, estimate = (_gib(x) for x in (row["limit_bytes"], row["estimate"]["total"]))
         if "refused" in row:
             said = row["refused"].replace("|", "/")
-            lines.append(f"{first}| refused: {said} | | | | {limit} | {estimate} | |")
+            lines.append(f"{first}| refused: {said} | | | {limit} | {estimate} | |")
             continue
         found = row["compiled"]
         sizes = (_gib(found[f"{kind}_bytes"]) for kind in ("argument", "temporary"))
         spent = f"{found['seconds'] / 60:.1f} min, {found['cpu_seconds'] / 60:.1f} of a core"
-        peak = _gib(found["peak_bytes"]) if "peak_bytes" in found else "–"
-        cells = *sizes, f"**{_gib(found['total'])}**", peak, limit, estimate, spent
+        # Rows of before the compiler was asked for its peak: it is at most the sum.
+        peak = _gib(found["peak_bytes"]) if "peak_bytes" in found else f"≤ {_gib(found['total'])}"
+        cells = *sizes, f"**{peak}**", limit, estimate, spent
         lines.append(first + "".join(f"| {cell} " for cell in cells) + "|")
     return "\n".join(lines)
 
