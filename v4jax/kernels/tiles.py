@@ -34,7 +34,7 @@ def map_query_tiles(
     count = ceil_div(length, tile)
     if count == 1:
         return body(jnp.int32(0), *arrays)
-    together = min(together, count)
+    together = ceil_div(count, ceil_div(count, together))  # as even as it goes
     count = round_up(count, together)
 
     def cut(x):

@@ -1,7 +1,6 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
 import dataclasses
-import functools
 from functools import partial
 from typing import Literal
 
@@ -167,6 +166,8 @@ class Transformer(nnx.Module):
         >>> while ...:
         ...     logits, cache = extend(tokens, cache, logits="last", donate=True)
         """
+        from v4jax.model.held import HeldTransformer
+
         return HeldTransformer(self)
 
     def _check_tokens(self, tokens, trusted: bool = False) -> Array:
@@ -202,47 +203,6 @@ class Transformer(nnx.Module):
             )
 
 
-class HeldTransformer:
-    """A model taken apart once: its `extend` is the model's, called sooner.
-
-    JAX takes the modules of its arguments apart at every call, which is a millisecond of Python, as
-    long as a small step. Weights that are changed afterwards are not seen.
-    """
-
-    def __init__(self, model: Transformer):
-        self._model = model
-        self._leaves, tree = jax.tree.flatten(model)
-        self._structure = _keep_structure(tree)
-
-    def extend(
-        self,
-        tokens: Int[Array, "b t"],
-        cache: HybridCache,
-        lengths: Int[Array, "b"] | None = None,
-        logits: Literal["all", "last"] = "all",
-        *,
-        donate: bool = False,
-        trusted: bool = False,
-    ) -> tuple[Array, HybridCache]:
-        """See `Transformer.extend`."""
-        tokens, lengths = self._model.check_extend(tokens, cache, lengths, logits, trusted)
-        step = _extend_held_donating if donate else _extend_held
-        return step(self._leaves, tokens, cache, lengths, self._structure, logits)
-
-
-class _Structure:
-    """A tree definition that is compared by identity, in no time."""
-
-    def __init__(self, tree):
-        self.tree = tree
-
-
-@functools.lru_cache(maxsize=64)
-def _keep_structure(tree) -> _Structure:
-    """Returns the same `_Structure` for equal trees, so that what was compiled is found again."""
-    return _Structure(tree)
-
-
 def abstract_transformer(
     config: ModelConfig, numerics: Numerics, *, storage: Storage = "released"
 ) -> Transformer:
@@ -262,7 +222,7 @@ def _forward_mtp(model: Transformer, tokens):
     return read_drafts(model, streams, tokens)
 
 
-def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
+def extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
     start, end = cache.lengths, cache.lengths + lengths
     streams, cache = run_layers(model, tokens, start, end, cache)
     if logits == "last":
@@ -274,18 +234,8 @@ def _extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits
     return read_logits(model, streams), cache
 
 
-_extend = partial(jax.jit, static_argnames="logits")(_extend_step)
-_extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(_extend_step)
-
-
-def _extend_held_step(leaves, tokens, cache, lengths, structure: _Structure, logits):
-    return _extend_step(jax.tree.unflatten(structure.tree, leaves), tokens, cache, lengths, logits)
-
-
-_extend_held = partial(jax.jit, static_argnames=("structure", "logits"))(_extend_held_step)
-_extend_held_donating = partial(
-    jax.jit, static_argnames=("structure", "logits"), donate_argnames="cache"
-)(_extend_held_step)
+_extend = partial(jax.jit, static_argnames="logits")(extend_step)
+_extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(extend_step)
 
 
 def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCache | None = None):

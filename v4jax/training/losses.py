@@ -120,11 +120,13 @@ def finish_head_first(model: Transformer, streams: Array) -> tuple[Transformer, 
     Its gradients are as large as the whole vocabulary until they have been scattered. XLA would
     keep them through the backward pass of the layers, which is when memory is fullest.
     """
-    head = model.head.get_value()
-    if not isinstance(head, jax.Array):  # stored: it gets no gradient
-        return model, streams
-    head, streams = _settle(head, streams)
-    return write_weights(model, {"head": head}), streams
+    leaves, tree = jax.tree.flatten(model.head.get_value())
+    # Stored codes and their scales get no gradient.
+    trained = [i for i, leaf in enumerate(leaves) if leaf.dtype in (jnp.float32, jnp.bfloat16)]
+    *settled, streams = _settle(*(leaves[i] for i in trained), streams)
+    for i, leaf in zip(trained, settled, strict=True):
+        leaves[i] = leaf
+    return write_weights(model, {"head": jax.tree.unflatten(tree, leaves)}), streams
 
 
 @jax.custom_vjp

@@ -70,7 +70,9 @@ def test_which_are_rotated_by_the_kernel():
     assert kernel.choose(x, angles[0]) == "reference"
     assert "float16" in pallas_tpu.supported(x.astype(jnp.float16), angles[0])
     assert "divide by 128" in pallas_tpu.supported(x[..., :192], angles[0])
-    assert "divide by 16, got (9,)" in pallas_tpu.supported(x[:, :, :9], angles[0])
+    assert "of 16 up to 128, got (9,)" in pallas_tpu.supported(x[:, :, :9], angles[0])
+    assert "got (144,)" in pallas_tpu.supported(jnp.zeros((1, 3, 144, 128)), angles[0])
+    assert "nothing to rotate" in pallas_tpu.supported(x[:0], angles[0])
     with dispatch.compiling_for("tpu"):
         assert kernel.choose(x, angles[0]) == "pallas_tpu"
         assert kernel.choose(x[:, :, :9], angles[0]) == "reference"

@@ -144,7 +144,7 @@ class TilePlan(NamedTuple):
 def choose_tile(assignments: int, experts: int) -> int:
     """Returns rows per tile: a power of two near half the mean load, so padding stays small.
 
-    On GPUs near the mean load.
+    On GPUs near the mean load: there the copies of weights for more tiles cost more than padding.
     """
     aim = max(assignments // (sized(2, gpu=1) * experts), 1)
     largest = sized(LARGEST_TILE, gpu=GPU_TILE)

@@ -232,11 +232,12 @@ def _inner(subscripts, left, right):
 
 def sinkhorn(logits_jkbt, eps, iterations):
     """Returns softmax rows, then alternating column and row normalization, ending on columns."""
-    if dispatch.platform() == "gpu":
-        from v4jax.kernels.hyper_connections import sinkhorn_gpu
+    checks = {"pallas_gpu": lambda: dispatch.needs_platform("gpu"), "reference": lambda: None}
+    if dispatch.choose("sinkhorn", checks) == "reference":
+        return normalize(logits_jkbt, eps, iterations)
+    from v4jax.kernels.hyper_connections import sinkhorn_gpu
 
-        return sinkhorn_gpu.sinkhorn(logits_jkbt, eps, iterations)
-    return normalize(logits_jkbt, eps, iterations)
+    return sinkhorn_gpu.sinkhorn(logits_jkbt, eps, iterations)
 
 
 def normalize(logits_jkbt, eps, iterations):

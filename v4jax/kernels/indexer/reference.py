@@ -72,7 +72,8 @@ def select(queries, head_weights, keys: EntryTable, start, end, *, ratio, count,
             return best_of(keys.capacity)  # a choice between two waits for the host
         return jax.lax.cond(range_seen.most <= kept, all_visible, best_visible)
 
-    tile = min(sized(QUERY_TILE, gpu=GPU_TILE), tokens)
+    largest = sized(QUERY_TILE, gpu=max(GPU_TILE // queries.shape[0], 1))
+    tile = min(largest, tokens)
     return map_query_tiles(select_tile, tile, queries, head_weights, begin)
 
 
@@ -248,16 +249,17 @@ def _choose_scores(queries_bqix, keys_bwx) -> str:
 
 
 def score(queries_bqix, weights_bqi, keys_bwx):
-    """Returns index scores in float32 [b, q, w]; the products of HEADS heads are held at once.
+    """Returns index scores in float32 [b, q, w]; the products of a few heads are held at once.
 
-    One product for several heads, then their sum written out: XLA on CPU makes one loop of it.
+    One product for several heads, then their sum written out: XLA on CPU makes one loop of it. A
+    GPU has a kernel that writes no product.
     """
     batch, tokens, heads, channels = queries_bqix.shape
     if _choose_scores(queries_bqix, keys_bwx) == "pallas_gpu":
         from v4jax.kernels.indexer import scores_gpu
 
         return scores_gpu.score(queries_bqix, weights_bqi, keys_bwx)
-    together = sized(HEADS, gpu=heads if tokens <= FEW_QUERIES else GPU_HEADS)
+    together = sized(HEADS, gpu=heads if batch * tokens <= FEW_QUERIES else GPU_HEADS)
     together = together if heads % together == 0 else 1
 
     def add_heads(scores_bqw, parts):

@@ -19,6 +19,7 @@ from v4jax.shapes import ceil_div, round_up
 LANES = 128
 ROWS = 16  # of a tile of bfloat16
 BLOCK_ROWS = 2048  # of a program: 1 MiB in float32
+MOST_HEADS = BLOCK_ROWS // ROWS
 
 
 def supported(x: jax.Array, cosine: jax.Array) -> str | None:
@@ -30,8 +31,10 @@ def supported(x: jax.Array, cosine: jax.Array) -> str | None:
             f"channels must divide by {LANES} and at most {LANES} rotate, got {x.shape[-1]} and "
             f"{cosine.shape[-1]}"
         )
-    if x.ndim > 3 and (x.ndim > 4 or x.shape[2] % ROWS or x.shape[2] > BLOCK_ROWS):
-        return f"heads must divide by {ROWS}, got {x.shape[2:-1]}"
+    if x.ndim > 4 or (x.ndim > 3 and (x.shape[2] % ROWS or x.shape[2] > MOST_HEADS)):
+        return f"heads must be a multiple of {ROWS} up to {MOST_HEADS}, got {x.shape[2:-1]}"
+    if not x.size:
+        return f"there is nothing to rotate in {x.shape}"
     return None
 
 

@@ -110,11 +110,11 @@ def matmul_float32(
 
     Two arrays of bfloat16 are multiplied as they are, except on CPUs, where float32 is faster:
     their products are exact in float32, which units for bfloat16 would multiply in several passes,
-    or not at all. Their gradients are rounded to bfloat16 first, as those of `contract` are.
+    or not at all. Gradients are then rounded to bfloat16 first, as those of `contract` are.
 
     Args:
-      wide: the weight in float32, which gets its gradient: so the gradients of several calls are
-        added in float32. Its values are not used.
+      wide: the same weight in float32, which gets its gradient in place of `weight`: so the
+        gradients of several calls are added in float32.
     """
     if x.dtype == weight.dtype == jnp.bfloat16 and dispatch.platform() != "cpu":
         if wide is not None:
