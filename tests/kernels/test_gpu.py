@@ -92,7 +92,7 @@ def test_which_index_scores():
 @pytest.mark.parametrize("tokens", [1, 10])
 @pytest.mark.parametrize("capacity", [16, 37, 150])
 def test_selection_with_ties(tokens, capacity):
-    """Integers: all sums are exact, and many scores equal. The last capacity has groups of four."""
+    """Integers: all sums are exact, and many scores equal. The last capacity has groups of two."""
     assert selection.choose_group(capacity, 5) == {16: 1, 37: 1, 150: 2}[capacity]
     shapes = (2, tokens, 4, 8), (2, tokens, 4), (2, capacity, 8)
     arrays = [jnp.round(draw(*shape, seed=i)) for i, shape in enumerate(shapes)]

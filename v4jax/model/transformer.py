@@ -223,6 +223,7 @@ def _forward_mtp(model: Transformer, tokens):
 
 
 def extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
+    """What `Transformer.extend` and `HeldTransformer.extend` compile; arguments are checked."""
     start, end = cache.lengths, cache.lengths + lengths
     streams, cache = run_layers(model, tokens, start, end, cache)
     if logits == "last":

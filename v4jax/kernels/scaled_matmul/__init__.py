@@ -117,30 +117,29 @@ def matmul_float32(
         gradients of several calls are added in float32.
     """
     if x.dtype == weight.dtype == jnp.bfloat16 and dispatch.platform() != "cpu":
-        if wide is not None:
-            return _multiply_bfloat16(x, jax.lax.stop_gradient(weight), wide)
-        return _multiply_bfloat16(x, weight, None)
+        return _multiply_bfloat16(
+            x, jax.lax.stop_gradient(weight), weight if wide is None else wide
+        )
     weight = weight.astype(jnp.float32) if wide is None else wide
     return product(x.astype(jnp.float32), weight)
 
 
 @jax.custom_vjp
-def _multiply_bfloat16(x, weight, wide):
+def _multiply_bfloat16(x, weight, differentiated):
+    """Returns x · weightᵀ; the weight's gradient goes to `differentiated`, in its dtype."""
     return product(x, weight)
 
 
-def _multiply_forward(x, weight, wide):
-    return product(x, weight), (x, weight, None if wide is None else ())
+def _multiply_forward(x, weight, differentiated):
+    return product(x, weight), (x, weight, jnp.zeros(0, differentiated.dtype))
 
 
 def _multiply_backward(kept, gradient):
-    x, weight, wide = kept
+    x, weight, like = kept
     rows = formats.round_to(gradient, x.dtype).reshape(-1, gradient.shape[-1])
     to_x = formats.round_to(_einsum("no,oi->ni", rows, weight), x.dtype).reshape(x.shape)
     to_weight = _einsum("no,ni->oi", rows, x.reshape(-1, x.shape[-1]))
-    if wide is None:
-        return to_x, formats.round_to(to_weight, weight.dtype), None
-    return to_x, None, to_weight
+    return to_x, None, formats.round_to(to_weight, like.dtype)
 
 
 _multiply_bfloat16.defvjp(_multiply_forward, _multiply_backward)
