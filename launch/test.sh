@@ -11,6 +11,6 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" # the suite simulates its devices
 ruff check .
 lint-imports
 # A file's tests share compiled functions, so a file stays in one process.
-# The oracle needs torch, the TPU compiler libtpu; .ci/run installs them. By hand:
-#   pip install 'jax[tpu]' && JAX_PLATFORMS=cpu python -m pytest -m tpu_compiler
-python -m pytest -n "${V4JAX_TEST_WORKERS:-2}" --dist loadfile -m "not oracle and not tpu_compiler" "$@"
+# .ci/run runs the others: slow ones, and those that need torch (oracle) or libtpu (tpu_compiler).
+marked="not slow and not oracle and not tpu_compiler"
+python -m pytest -n "${V4JAX_TEST_WORKERS:-2}" --dist loadfile -m "$marked" "$@"
