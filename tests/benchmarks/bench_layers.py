@@ -30,11 +30,11 @@ from v4jax.config.model import LayerKind, RouterKind
 from v4jax.config.numerics import BFLOAT16
 from v4jax.config.run import TrainConfig
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode
 from v4jax.model.transformer import abstract_transformer
 from v4jax.planning import flops
 from v4jax.planning.hardware import CHIPS
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
 from v4jax.training.step import TrainState, join_model
 from v4jax.training.trainable import as_float32, split_trained

@@ -19,9 +19,9 @@ import numpy as np
 import v4jax
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import TrainConfig
-from v4jax.model.training_pass import Mode
 from v4jax.planning import flops
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.step import build_step, init_state
 from v4jax.training.trainable import split_trained

@@ -44,6 +44,9 @@ BAD = {
     "type": ({"steps": "many"}, "steps must be int, got 'many'"),
     "rule": ({"optimizer.beta1": 1.0}, "train.optimizer.beta1 must be in [0, 1), got 1.0"),
     "count_gaps": ({"count_gaps": True}, "set data.gaps"),
+    "kept": ({"keep": ["all"]}, "train.keep must hold names of ['streams', 'attention_output', "
+             "'moe_output'], got 'all'"),
+    "kept of all": ({"remat": "none", "offload": ["streams"]}, "'none' nothing is: use 'layers'"),
     "schedule": ({"steps": 20}, "warmup_steps + decay_steps must not exceed train.steps = 20"),
     "both": (
         {"lora": {}, "quantization_aware": True}, "the base is quantized already",

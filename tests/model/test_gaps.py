@@ -12,8 +12,8 @@ from v4jax.cache import split_entries
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
 from v4jax.model.context import make_context
-from v4jax.model.training_pass import read_normed, run_rows
 from v4jax.quant import EntryFormat
+from v4jax.training.forward import read_normed, run_rows
 
 ROW = 384
 LOGITS = 5e-5  # float32 through four blocks, logits of deviation 1; the order of sums differs

@@ -17,9 +17,9 @@ from oracle.test_oracles import J4_CONFIG, J4_IDS, J4_MTP_TABLE, J4_TABLE
 from v4jax.checkpoint import names
 from v4jax.config.numerics import FLOAT32
 from v4jax.config.run import LossConfig
-from v4jax.model.training_pass import Mode
 from v4jax.model.transformer import read_drafts, read_logits, run_layers
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
 
 from . import loaded

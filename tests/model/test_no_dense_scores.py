@@ -16,9 +16,9 @@ from v4jax.config.numerics import BFLOAT16, RELEASED
 from v4jax.config.run import LossConfig
 from v4jax.kernels import dispatch
 from v4jax.model import abstract_transformer, transformer
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.losses import LOGIT_ELEMENTS
 from v4jax.training.step import build_step, init_state
 from v4jax.training.trainable import split_model

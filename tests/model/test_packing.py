@@ -16,7 +16,7 @@ from parallel import models
 
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import DOCUMENT_UNIT
-from v4jax.model.training_pass import Mode, read_normed, run_drafts, run_rows
+from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
 # Two scanned pairs of CSA and HCA, and an MTP block with a window. CSA selects 8 entries. Fewer
 # iterations compile sooner.

@@ -14,9 +14,9 @@ from model import loaded
 
 from v4jax.checkpoint import names
 from v4jax.config.run import LossConfig
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights, write_weights
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
 
 from . import checkpoints

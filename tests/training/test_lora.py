@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights, whole, write_weights
 from v4jax.parallel import Layout, make_mesh
 from v4jax.parallel.shard import WEIGHTS, on_shards, sum_over
@@ -21,6 +20,7 @@ from v4jax.parallel.weights import is_variable, move
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.batch import Batch
 from v4jax.training.export import export, finish
+from v4jax.training.forward import Mode
 from v4jax.training.lora import add_adapters, choose_targets, count_bytes, merge
 from v4jax.training.placement import abstract_state
 from v4jax.training.step import build_step, init_state

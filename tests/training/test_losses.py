@@ -10,9 +10,9 @@ from flax import nnx
 
 from v4jax.config.loading import load_model_config
 from v4jax.model.context import Context
-from v4jax.model.training_pass import measure_router
 from v4jax.training import losses
 from v4jax.training.batch import PADDING, Batch
+from v4jax.training.forward import measure_router
 from v4jax.training.losses import count_totals, score_targets, target_weights
 
 MODEL = load_model_config("tiny")

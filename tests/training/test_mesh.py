@@ -16,10 +16,10 @@ from parallel.golden import check_collectives, skip_other_versions
 from parallel.models import CONFIG, model, on_mesh
 
 from v4jax.config.run import LossConfig, OptimizerConfig
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights
 from v4jax.parallel import make_mesh
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer, orthogonalize
 from v4jax.training.placement import make_state, put_batches
 from v4jax.training.step import build_step

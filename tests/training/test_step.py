@@ -14,9 +14,9 @@ import optax
 import pytest
 
 from v4jax.config.run import LossConfig
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights
 from v4jax.training.batch import PADDING, Batch
+from v4jax.training.forward import Mode
 from v4jax.training.step import build_step, init_state, move_biases
 from v4jax.training.trainable import split_model
 

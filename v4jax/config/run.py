@@ -10,6 +10,10 @@ from v4jax.config.data import DataConfig
 from v4jax.errors import ConfigError
 from v4jax.files import is_remote
 
+# Names of what a layer's backward pass may keep: the residual streams before the layer, and the
+# outputs of its two sublayers.
+BLOCK_TAGS = ("streams", "attention_output", "moe_output")
+
 
 def require(holds: bool, field: str, rule: str, value: object) -> None:
     """Raises ConfigError for a field of a run unless its rule holds."""
@@ -182,7 +186,10 @@ class TrainConfig:
     dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
     count_gaps: where documents leave positions out (`data.gaps`), HCA entries count for those left
       out too: each weighs like the many that a document of that length would have in its place.
-    remat, keep, offload: what the backward pass computes again (`training_pass.Mode`).
+    remat: "layers" computes every layer again in the backward pass and keeps its input; "none"
+      keeps everything.
+    keep, offload: names of `BLOCK_TAGS` to keep on the device, or in the host's memory, instead of
+      computing them again.
     evaluation: what is measured on the way; None: only the training loss.
     max_skipped: steps in a row whose loss or gradient is not finite after which the run stops.
     log_every: steps between two lines of metrics.
@@ -222,6 +229,15 @@ class TrainConfig:
         require(not self.output.startswith("s3://"), "output", rule, self.output)
         rule = "must be empty with an output in a bucket (metrics.jsonl has the same numbers)"
         require(not (self.report_to and is_remote(self.output)), "report_to", rule, self.report_to)
+        for field in ("keep", "offload"):
+            for name in getattr(self, field):
+                rule = f"must hold names of {list(BLOCK_TAGS)}"
+                require(name in BLOCK_TAGS, field, rule, name)
+        if self.remat == "none" and (self.keep or self.offload):
+            raise ConfigError(
+                "train.keep and train.offload say what is not computed again; with train.remat = "
+                "'none' nothing is: use 'layers', or leave them empty"
+            )
         if self.lora and self.quantization_aware:
             raise ConfigError(
                 "train.quantization_aware rounds weights that are trained; with train.lora the "

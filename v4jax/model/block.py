@@ -14,14 +14,11 @@ from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
 
-# The residual streams before a layer, and the outputs of its two sublayers.
-BLOCK_TAGS = ("streams", "attention_output", "moe_output")
-
 
 class Block(nnx.Module):
     """mHC → norm → attention → mHC, then mHC → norm → experts → mHC (spec A.1).
 
-    What training may keep instead of computing it again has a name (`BLOCK_TAGS`).
+    What training may keep instead of computing it again has a name (`config.run.BLOCK_TAGS`).
     """
 
     def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):

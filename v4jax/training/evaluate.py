@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode, read_normed, run_rows
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode, read_normed, run_rows
 from v4jax.training.losses import indexer_parts, score_targets, shift, target_weights
 from v4jax.training.placement import put_batches
 from v4jax.training.step import TrainState, join_model

@@ -16,11 +16,11 @@ from v4jax.config.run import LossConfig
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode, read_normed, run_drafts, run_rows
 from v4jax.model.weights import whole, write_weights
 from v4jax.parallel.context_parallel import divide_tokens
 from v4jax.parallel.shard import WEIGHTS, max_over, on_shards, share_index, shares, sum_over
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
 # Logits held at once: 64 MiB in float32; on a GPU 256 MiB, as each tile reads the whole head.
 LOGIT_ELEMENTS = 1 << 24
@@ -83,7 +83,7 @@ def compute_losses(
       A dictionary: `loss`, cross-entropy per weighted target in nats; `accuracy` of the greedy
       choice, weighted alike; `mtp_loss`; `balance`, the mean of all routers that choose by score, 1
       for an even load; with `mode.distill`, `divergence` and `recall`, means over queries and CSA
-      layers; `reports`, one per block (see `training_pass.run_rows`).
+      layers; `reports`, one per block (see `forward.run_rows`).
     """
     streams, reports = run_rows(model, batch.tokens, batch.begin, mode, batch.skipped)
     model, streams = finish_head_first(model, streams)

@@ -13,12 +13,12 @@ from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import LoraConfig, OptimizerConfig, TrainConfig
 from v4jax.model import abstract_transformer
 from v4jax.model.parameters import Storage
-from v4jax.model.training_pass import Mode
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.weights import place, weight_shardings
 from v4jax.planning.compile import Program, with_shardings
 from v4jax.planning.workload import Workload
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.placement import abstract_state, batch_sharding
 from v4jax.training.step import build_step

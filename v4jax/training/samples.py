@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode, run_rows
 from v4jax.model.transformer import read_logits
 from v4jax.parallel import Layout
 from v4jax.tokenizer.vocabulary import Vocabulary
 from v4jax.training.batch import PADDING, Batch
+from v4jax.training.forward import Mode, run_rows
 from v4jax.training.placement import put_batches, row_shares
 from v4jax.training.step import TrainState, join_model
 

@@ -19,9 +19,9 @@ from jaxtyping import Array, Int
 
 from v4jax.config.run import LossConfig
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import write_weights
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
 from v4jax.training.trainable import as_float32, join_weights
 

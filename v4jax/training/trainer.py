@@ -35,7 +35,6 @@ from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
 from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
-from v4jax.model.training_pass import Mode
 from v4jax.parallel import make_mesh
 from v4jax.parallel.agreement import gather_json
 from v4jax.tokenizer import load_tokenizer
@@ -43,6 +42,7 @@ from v4jax.training.batch import Batch
 from v4jax.training.data import Loader, merge_states
 from v4jax.training.evaluate import build_evaluation, evaluate_text
 from v4jax.training.export import export, finish
+from v4jax.training.forward import Mode
 from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.placement import (

@@ -15,11 +15,11 @@ from v4jax.cache.formats import index_format
 from v4jax.config.numerics import FLOAT32
 from v4jax.config.run import LossConfig
 from v4jax.kernels.table import EntryTable
-from v4jax.model import distillation
-from v4jax.model.distillation import compare_selected, compare_visible
-from v4jax.model.training_pass import Mode
 from v4jax.model.weights import read_weights, write_weights
+from v4jax.training import indexer_loss
 from v4jax.training.batch import Batch
+from v4jax.training.forward import Mode
+from v4jax.training.indexer_loss import compare_selected, compare_visible
 from v4jax.training.losses import compute_losses, count_totals
 
 from . import tiny
@@ -106,7 +106,7 @@ def trained():
 @pytest.mark.parametrize("tile", [1 << 21, 5 * B * W * max(H, C)], ids=["one tile", "tiles"])
 @pytest.mark.parametrize("mode", ["visible", "selected"])
 def test_divergence_recall_and_gradients(mode, tile, monkeypatch):
-    monkeypatch.setattr(distillation, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(indexer_loss, "TILE_ELEMENTS", tile)
     case = example()
     among = case.visible if mode == "visible" else case.among
     weights = jnp.asarray(np.random.RandomState(7).uniform(0.5, 1, (B, T)), jnp.float32)

@@ -15,16 +15,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig, RouterKind
-from v4jax.errors import ConfigError
 from v4jax.kernels.table import DOCUMENT_UNIT
-from v4jax.model import distillation, observe
-from v4jax.model.block import BLOCK_TAGS
+from v4jax.model import observe
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
 from v4jax.model.transformer import Transformer, embed, open_streams
 from v4jax.model.weights import whole
 from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
 from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
+from v4jax.training.indexer_loss import compare_selected, compare_visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Mode:
 
     remat: "layers" computes every layer again in the backward pass and keeps its input; "none"
       keeps everything.
-    keep, offload: names of `BLOCK_TAGS` to keep on the device, or in the host's memory, instead of
-      computing them again.
+    keep, offload: names of `config.run.BLOCK_TAGS` to keep on the device, or in the host's memory,
+      instead of computing them again.
     dense: CSA layers attend to every visible entry, as before sparsity is introduced.
     distill: compares index scores with attention: on all visible entries when `dense`, else on the
       selected ones.
@@ -48,19 +47,6 @@ class Mode:
     dense: bool = False
     distill: bool = False
     count_gaps: bool = False
-
-    def __post_init__(self):
-        for field in ("keep", "offload"):
-            unknown = sorted(set(getattr(self, field)) - set(BLOCK_TAGS))
-            if unknown:
-                raise ConfigError(
-                    f"train.{field} must hold names of {list(BLOCK_TAGS)}, got {unknown[0]!r}"
-                )
-        if self.remat == "none" and (self.keep or self.offload):
-            raise ConfigError(
-                "train.keep and train.offload say what is not computed again; with train.remat = "
-                "'none' nothing is: use 'layers', or leave them empty"
-            )
 
 
 def run_rows(
@@ -269,7 +255,7 @@ def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode)
     rows_bt = context.start[:, None] + jnp.arange(context.tokens.shape[1])
     begin_bt = jnp.zeros_like(rows_bt) if context.begin is None else context.begin
     if mode.dense:
-        found = distillation.compare_visible(
+        found = compare_visible(
             *arrays,
             rows_bt,
             begin_bt // layer.ratio,
@@ -277,7 +263,7 @@ def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode)
             count=config.index_topk,
         )
     else:
-        found = distillation.compare_selected(*arrays, seen["selected"])
+        found = compare_selected(*arrays, seen["selected"])
     sees_bt = context.real & (rows_bt + 1 - begin_bt >= layer.ratio)
 
     def add(values_bt):
