@@ -11,10 +11,10 @@ from v4jax.kernels import dispatch
 from v4jax.kernels.scaled_matmul import expand_tpu
 from v4jax.model.weights import whole
 from v4jax.parallel import WEIGHTS, Layout, make_mesh, on_shards, place
+from v4jax.parallel.program import with_shardings
 from v4jax.parallel.weights import weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import count_collectives
-from v4jax.planning.compile import with_shardings
 from v4jax.quant import LowRank, quantize_weight
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from v4jax.cli.plan import training_program
 from v4jax.config import ModelConfig, get_numerics
 from v4jax.parallel import Layout
 from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import compile, hardware, inventory, memory, workload
-from v4jax.training.program import planned_program
 
 from .tiny import CSA, WINDOWS
 
@@ -39,7 +39,7 @@ def build(training: str):
         shape = leaf.sharding.shard_shape(leaf.shape)
         return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
 
-    _, arguments = planned_program(work, layout)
+    _, arguments = training_program(work, layout)
     return work, arguments, [sum(map(local, jax.tree.leaves(part))) for part in arguments]
 
 
@@ -75,7 +75,7 @@ def test_arguments_of_adapters():
 @pytest.mark.parametrize("topology, training", [("v5p-8", "adamw"), ("v6e-4", "lora")])
 def test_compiled_for_a_chip(topology, training):
     work = plan(WINDOWS, topology, "data=2,expert=2", training)  # half the time of `CSA`
-    compiled = compile.compile_step(work, planned_program)
+    compiled = compile.compile_step(work, training_program)
     # The state is updated in place.
     assert compiled.output_bytes < 0.1 * compiled.argument_bytes
     kinds = {item.kind for item in compiled.collectives}

@@ -182,9 +182,28 @@ def _print_table(values: Any, names: list[str]) -> int:
 def _programs() -> dict[str, Any]:
     """Returns what builds the program of each regime; planning knows no training."""
     from v4jax.planning.compile import serving_program
-    from v4jax.training.program import planned_program
 
-    return {"decode": serving_program, "prefill": serving_program, "train": planned_program}
+    return {"decode": serving_program, "prefill": serving_program, "train": training_program}
+
+
+def training_program(work: Any, layout: Any) -> Any:
+    """Returns the step of a planned workload: that of a run with the defaults of `TrainConfig`."""
+    from v4jax.config.data import DataConfig, SourceConfig
+    from v4jax.config.run import LoraConfig, OptimizerConfig, TrainConfig
+    from v4jax.training.program import abstract_program
+
+    adapts = work.training == "lora"
+    planned = SourceConfig("text", paths=("planned",))
+    config = TrainConfig(
+        model="planned",
+        output="planned",
+        data=DataConfig(sources=(planned,), length=work.context, batch=work.batch),
+        numerics=work.numerics.name,
+        optimizer=OptimizerConfig(kind="adamw" if adapts else work.training),
+        lora=LoraConfig(rank=work.lora_rank) if adapts else None,
+        offload=work.offload,
+    )
+    return abstract_program(config, work.config, layout, work.storage)
 
 
 def _print_efficiency(values: Any) -> int:

@@ -1,14 +1,13 @@
 """The same step, compiled by the real TPU compiler: what it needs, and the collectives it chose.
 
 The program is the sharded one that would run, on a mesh of described devices: `Transformer.extend`
-here; a training step is handed over by who builds it (`training.program`). Nothing is executed, so
+here; a training step is built by the caller (`training.program`). Nothing is executed, so
 these are the compiler's statements, not measurements.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,13 @@ from v4jax.kernels import dispatch
 from v4jax.model import abstract_transformer, transformer
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.mesh import make_mesh
+from v4jax.parallel.program import Program, with_shardings
 from v4jax.parallel.shard import entry_shares
 from v4jax.parallel.weights import place, weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import Collective, count_collectives
 from v4jax.planning.memory import DeviceBytes
 from v4jax.planning.workload import Workload
-
-# What `jax.jit` returned, and its arguments as shapes with shardings.
-Program = tuple[Any, tuple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +123,6 @@ def serving_program(work: Workload, layout: Layout) -> Program:
     lengths = jax.ShapeDtypeStruct((work.batch,), jnp.int32, sharding=sharding("batch"))
     # The very function that `Transformer.extend(…, donate=True)` calls after checking arguments.
     return transformer._extend_donating, (model, tokens, cache, lengths, "last")
-
-
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Returns shapes, each with its sharding."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        *(tree, shardings),
-    )
 
 
 def as_text(compiled: Compiled, held: DeviceBytes) -> str:
