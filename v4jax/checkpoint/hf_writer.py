@@ -180,10 +180,9 @@ def _abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _quantized(weight, place: Place, config: ModelConfig) -> ScaledArray:
-    return _quantize(weight, names.format_of(place.stored, config))
+    return quantize_weight(weight, names.format_of(place.stored, config))
 
 
-_quantize = jax.jit(quantize_weight, static_argnums=1)
 _dequantize = jax.jit(lambda weight: weight.dequantize(jnp.bfloat16))
 
 

@@ -40,7 +40,7 @@ class Declare:
 
     def matrix(self, fmt: Format, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """Declares a weight [..., out, in], normally distributed with `initializer_range`."""
-        value = draw_normal(self.rngs.params(), self._lead(shape), self.config.initializer_range)
+        value = draw_normal(next_key(self.rngs), self._lead(shape), self.config.initializer_range)
         return self._param(value, fmt, axes)
 
     def constant(self, fmt: Format, value: float, shape: tuple[int, ...], axes: tuple[str, ...]):
@@ -66,6 +66,18 @@ class Declare:
 
     def _axes(self, axes):
         return axes if self.repeats is None else ("layers", *axes)
+
+
+def next_key(rngs: nnx.Rngs) -> jax.Array:
+    """Returns what `rngs.params()` returns.
+
+    Under a transformation flax's own call takes most of the time of building a model: it asks
+    tracers for a sharding, and JAX searches the whole trace to explain that they have none.
+    """
+    stream = rngs.params
+    count = stream.count.get_value()
+    stream.count.set_value(count + 1)
+    return jax.random.fold_in(stream.key.get_value(), count)
 
 
 def draw_normal(key: jax.Array, shape: tuple[int, ...], deviation: float):

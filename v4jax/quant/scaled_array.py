@@ -1,6 +1,7 @@
 """`ScaledArray`: a quantized weight as one pytree, kept in memory as the checkpoint stores it."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ class ScaledArray:
         return (values.astype(jnp.float32) * scales).astype(dtype)
 
 
+@partial(jax.jit, static_argnames="fmt")
 def quantize_weight(weight: jax.Array, fmt: str) -> ScaledArray:
     """Quantizes a weight [..., out, in] to the release's storage format.
 
