@@ -1,7 +1,7 @@
-"""Which place every element has among those of its group, without sorting.
+"""The rank of every element within its group, computed without sorting.
 
-Compilers for TPUs unroll a sort into its network: one of 36,864 ids takes 6 s of a core to compile,
-this takes less than one.
+XLA for TPUs unrolls a sort into its network: sorting 36,864 ids takes one core 6 s to compile, this
+takes less than one.
 """
 
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ BLOCK = 128
 
 
 def rank(groups: Int[Array, "a"], count: int) -> tuple[Int[Array, "a"], Int[Array, "g"]]:
-    """Returns how many of the same group stand before each element, and the sizes of the groups.
+    """Returns how many elements of the same group precede each element, and the groups' sizes.
 
     >>> rank(jnp.array([1, 0, 1, 1]), 2)  # [0, 0, 1, 2], [1, 3]
 
-    Elements are counted within blocks by a product with a triangle of ones, whose factors are 0 and
-    1, so that any precision is exact; blocks by a running sum. (A triangle of all blocks would grow
-    with the square of the elements.)
+    A product with a triangle of ones counts elements within blocks; its factors are 0 and 1, and
+    any precision is exact. A running sum counts blocks. (A triangle over all blocks would grow with
+    the square of the elements.)
 
     Args:
-      groups: 0 … count−1; others are in no group, and their rank means nothing.
-      count: of groups. Memory grows with elements × groups.
+      groups: 0 … count−1. An element with another number is in no group, and its rank is undefined.
+      count: number of groups. Memory grows with elements × groups.
     """
     size = groups.shape[0]
     assert size < 1 << 24, size  # sums are float32

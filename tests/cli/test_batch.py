@@ -107,7 +107,13 @@ def test_shards_name_their_own_files(command, tmp_path, monkeypatch, capsys):
     ]
 
 
-HOSTS = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
+HOSTS = {
+    "TPU_WORKER_HOSTNAMES": "localhost,b",
+    "TPU_WORKER_ID": "0",
+    "MEGASCALE_NUM_SLICES": "",
+    "MEGASCALE_SLICE_ID": "",
+    "MEGASCALE_COORDINATOR_ADDRESS": "",
+}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "1"}
 TWO = {"V4JAX_COORDINATOR": "h:1", "V4JAX_PROCESS_INDEX": "1", "V4JAX_PROCESS_COUNT": "2"}
 JOINED = {
@@ -136,6 +142,7 @@ def environment(monkeypatch):
         return hosts
 
     monkeypatch.setattr("v4jax.parallel.hosts.start_hosts", start_hosts)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
     return lambda variables: [monkeypatch.setenv(*pair) for pair in variables.items()]
 
 
@@ -160,9 +167,9 @@ def test_hosts_of_a_slice_cannot_have_a_shard_each(command, environment, tmp_pat
     environment(HOSTS | {"JOB_COMPLETION_INDEX": "0"})
     assert main.run([*command, "--shard=auto/2"]) == 2
     assert (
-        "process 0 of 2 (GKE TPU), coordinator a:8482: the hosts of a TPU slice serve one model, "
-        "and --shard=auto/2 would give each another part of the input; name the part of the whole "
-        "slice, as in --shard=3/16"
+        "process 0 of 2 (GkeTpu), coordinator localhost:8482: the hosts of a TPU slice serve one "
+        "model, and --shard=auto/2 would give each another part of the input; name the part of the "
+        "whole slice, as in --shard=3/16"
     ) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 

@@ -127,6 +127,6 @@ def test_flags_that_differ(monkeypatch):
         host_flags.start_serving(values)
     assert str(error.value) == (
         "--shard is '0/2' for process 0 and '1/2' for process 1, which are to serve one model; "
-        "give all of them the same flags. Jobs of their own, each with its part of the input, have "
+        "give all of them the same flags. Separate jobs, each with its part of the input, take "
         "--shard=auto/COUNT"
     )

@@ -129,7 +129,7 @@ def _join(values: Any) -> None:
     """Joins the other processes of the job to one model, unless each is a job of its own.
 
     It is where --shard takes an index that differs from process to process. One that is spelled
-    out, or that of a SLURM array, is a part of the input for all of them together.
+    out, or that of a Slurm array, is a part of the input for all of them together.
     """
     from v4jax.errors import UnsupportedError
     from v4jax.parallel import hosts
@@ -138,7 +138,7 @@ def _join(values: Any) -> None:
     by_process = hosts.find_index_variable() != hosts.ARRAY_VARIABLE
     if found.count == 1 or not ((values.shard or "").startswith("auto") and by_process):
         host_flags.start_serving(values)
-    elif found.environment.endswith("TPU"):
+    elif found.environment.endswith("Tpu"):
         raise UnsupportedError(
             f"{found}: the hosts of a TPU slice serve one model, and --shard={values.shard} would "
             "give each another part of the input; name the part of the whole slice, as in "

@@ -1,6 +1,6 @@
 """The flags of a verb that runs one model on several hosts: which process of the job this is.
 
-Where the environment says it (Cloud TPU, GKE, SLURM) none of them is needed.
+Clusters that JAX recognizes (Cloud TPU, GKE TPU, Slurm, Open MPI) need none of them.
 """
 
 import signal
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def define_host_flags(flags: Any, values: Any) -> None:
-    """Defines what says which process this is."""
+    """Defines the flags that say which process this is."""
     flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT where process 0 of a job of several listens. Found by itself on Cloud TPU, GKE "
-        "and SLURM.",
+        "HOST:PORT where process 0 of several processes listens. Found automatically on Cloud TPU, "
+        "GKE TPU, Slurm and Open MPI.",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -26,7 +26,7 @@ def define_host_flags(flags: Any, values: Any) -> None:
 
 
 def find_hosts(values: Any) -> Any:
-    """Returns the Hosts that flags and environment describe; starts nothing."""
+    """Returns the Hosts that flags and environment describe. Starts nothing."""
     from v4jax.parallel import hosts
 
     return hosts.find_hosts(
@@ -37,16 +37,16 @@ def find_hosts(values: Any) -> Any:
 
 
 def start_hosts(values: Any) -> Any:
-    """Joins the processes of the job and returns the Hosts; comes before any use of a device."""
+    """Joins the processes of the job, before any use of a device, and returns the Hosts."""
     from v4jax.parallel import hosts
 
     return hosts.start_hosts(find_hosts(values))
 
 
 def start_serving(values: Any) -> Any:
-    """Joins the processes of one model, as `start_hosts`, and compares their commands.
+    """Joins the processes that serve one model, as `start_hosts`, and compares their commands.
 
-    SIGTERM and ctrl-C end a process as they do one that is alone.
+    SIGTERM and ctrl-C end each process as they would end a single one.
 
     Raises:
       ConfigError: the processes were given different flags.
@@ -58,7 +58,7 @@ def start_serving(values: Any) -> Any:
     if hosts.count == 1:
         return hosts
     if threading.current_thread() is threading.main_thread():
-        # JAX listens for SIGTERM from now on, and would only take note of it.
+        # JAX now handles SIGTERM, and would only note it.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     given = values.flag_values_dict()
     for name in ("coordinator", "process_index", "process_count"):
@@ -70,6 +70,6 @@ def start_serving(values: Any) -> Any:
                 raise ConfigError(
                     f"--{name} is {first!r} for process 0 and {command[name]!r} for process "
                     f"{process}, which are to serve one model; give all of them the same flags. "
-                    "Jobs of their own, each with its part of the input, have --shard=auto/COUNT"
+                    "Separate jobs, each with its part of the input, take --shard=auto/COUNT"
                 )
     return hosts

@@ -23,7 +23,7 @@ from v4jax.inference.answer import Answer, Piece
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.request import Question, SamplingOptions
 from v4jax.inference.steps import Cache
-from v4jax.parallel.agreement import meet, on_all, share_json
+from v4jax.parallel.agreement import on_all, share_json, warm_up_collectives
 
 Loader = Callable[[], Any]
 
@@ -151,7 +151,7 @@ class _Follower:
 
 def _load(load_engine: Loader) -> Engine:
     engine = on_all(load_engine)
-    meet(engine.model.layout)
+    warm_up_collectives(engine.model.layout)
     return engine
 
 

@@ -1,7 +1,7 @@
-"""What the processes of a job tell each other, so that all of them do the same.
+"""Messages between the processes of a job, by which all of them do the same.
 
-Messages travel over the devices: every process has to call the same function at the same point of
-the program. With one process nothing is sent.
+Messages travel over the devices. Every process has to call the same function at the same point of
+the program. One process sends nothing.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from v4jax.errors import V4JaxError
 from v4jax.parallel.layout import Layout
 
 Result = TypeVar("Result")
-_SMALLEST_BYTES = 1024  # of a message; each size compiles a program, so sizes are powers of two
-_WAIT_SECONDS = 60.0  # for the others, after something went wrong here
+_SMALLEST_BYTES = 1024  # smallest message; each size compiles a program: sizes are powers of two
+_WAIT_SECONDS = 60.0  # time for the other processes to hear of an error
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Returns every process' value, in order of the processes; values are what JSON can express."""
+    """Returns the values of all processes in their order. A value is what JSON can express."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
@@ -41,7 +41,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def share_json(value: Any) -> Any:
-    """Returns the value of process 0 on every process; those of the others are not looked at."""
+    """Returns the value of process 0 on every process; the others' values are ignored."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -62,12 +62,12 @@ def on_all(
     fails: Callable[[Exception], bool] = lambda error: isinstance(error, V4JaxError),
     as_error: type[V4JaxError] = V4JaxError,
 ) -> Result:
-    """Returns call() if it succeeded on every process; if not, raises on every process.
+    """Returns call() if it succeeds on every process; otherwise raises on every process.
 
     Args:
-      fails: which errors the others are told of; any other one ends this process at once, and JAX
-        then ends the others.
-      as_error: what is raised where the call succeeded on this process and not on another.
+      fails: says which errors are told to the others. Any other error ends this process at once,
+        and JAX then ends the others.
+      as_error: the error to raise here when the call succeeded here and failed on another process.
     """
     if jax.process_count() == 1:
         return call()
@@ -89,15 +89,16 @@ def on_all(
 
 
 def _describe(error: Exception) -> str:
-    """Returns what an error says; of one that is not ours, which may be long, the first line."""
+    """Returns the text of our own error; the first line of another, which may be long."""
     return str(error) if isinstance(error, V4JaxError) else str(error).partition("\n")[0]
 
 
-def meet(layout: Layout | None) -> None:
-    """Lets all groups of devices that collectives can name meet once, while the hosts are in step.
+def warm_up_collectives(layout: Layout | None) -> None:
+    """Runs one collective over every combination of mesh axes, while the hosts are in step.
 
-    On CPUs a group has 30 s to meet for the first time (gloo). Hosts that compile a large program
-    for longer than others would miss that; later they wait for each other as long as it takes.
+    On CPUs the members of a group must connect within 30 s of the first call (Gloo). Hosts that
+    compile a large program for longer than others would miss that. Once connected, they wait for
+    each other as long as it takes.
     """
     if layout is None or jax.process_count() == 1:
         return
@@ -105,7 +106,7 @@ def meet(layout: Layout | None) -> None:
     groups = [g for count in range(len(axes)) for g in itertools.combinations(axes, count + 1)]
 
     def run() -> jax.Array:
-        # Of another value on each device: the sum of equal ones is known without a meeting.
+        # The value differs on each device: XLA computes a sum of equal values without messages.
         own = jax.lax.axis_index(axes).astype(jnp.float32)
         return functools.reduce(lambda x, group: own + jax.lax.psum(x, group), groups, own)[None]
 
@@ -117,10 +118,10 @@ def meet(layout: Layout | None) -> None:
 
 @contextlib.contextmanager
 def _does_not_wait_forever(error: Exception | None) -> Iterator[None]:
-    """Ends the process if others do not come to hear of an error.
+    """Ends this process if the others do not come to hear of its error.
 
-    They may be in a program that waits for the devices of this process: then only its end frees
-    them.
+    They may be inside a program that waits for the devices of this process. Then only its end
+    frees them.
     """
     if error is None:
         yield
@@ -129,7 +130,7 @@ def _does_not_wait_forever(error: Exception | None) -> Iterator[None]:
     def end() -> None:
         log.warning(
             f"process {jax.process_index()} failed, and the others did not come to hear of it: "
-            f"{_describe(error)}. It ends the job; start it again, and it continues"
+            f"{_describe(error)}. This ends the job; start it again, and it continues"
         )
         os._exit(1)
 

@@ -1,40 +1,26 @@
-"""The processes of a job: who else is there, which of them this one is, and joining them.
+"""The processes of a job: how many there are, which one this is, and joining them.
 
-`find_hosts` reads what the job's launcher left behind and touches nothing; `start_hosts` then
-connects the processes through `jax.distributed`, before anything uses a device. The environments,
-first match wins:
+`find_hosts` asks the flags, the variables V4JAX_…, and then JAX, which recognizes Cloud TPU, GKE
+TPU, Slurm and Open MPI. It starts nothing. `start_hosts` connects the processes through
+`jax.distributed`, before anything uses a device.
 
-    explicit     --coordinator, --process_index, --process_count, or the variables of the same names
-                 V4JAX_COORDINATOR, …; an Indexed Job of Kubernetes may leave the index to
-                 JOB_COMPLETION_INDEX
-    SLURM        a step that srun started (in the batch script itself a process is alone)
-    GKE TPU      TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_… of several slices
-    Cloud TPU    the metadata server, asked only where there are TPU chips
-    one process  none of these
-
-A job that gives every index its own documents has nothing to join: `find_job_index` says which
-index this process is (`v4jax batch --shard`).
+A job that gives each process its own documents joins nothing: `find_job_index` says which part of
+the input is this process's (`v4jax batch --shard`).
 """
 
 import dataclasses
-import glob
 import math
 import os
 import re
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from v4jax import log
 from v4jax.errors import ConfigError, V4JaxError
 
-PORT = 8482  # of the coordinator, where the environment names only its host
 START_SECONDS = 300.0  # machines of one job rarely start within the same minute
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-_METADATA_SECONDS = 5.0
 ARRAY_VARIABLE = "SLURM_ARRAY_TASK_ID"  # the same for all processes of a task
 _INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", ARRAY_VARIABLE, "SLURM_PROCID")
 
@@ -44,60 +30,73 @@ class Hosts:
     """One process among those of a job.
 
     Attributes:
-      environment: where this was read, as in the module's list.
-      index, count: this process is number `index`, from 0, of `count`.
+      environment: "explicit", the cluster that JAX found ("Slurm", "GkeTpu", …) or "one process".
+      index, count: this is process `index`, from 0, of `count`.
       coordinator: host:port where process 0 listens; empty for one process.
-      local_devices: the accelerators of this machine that belong to this process; None: all.
+      local_devices: GPUs of this machine that belong to this process; empty: all.
     """
 
     environment: str = "one process"
     index: int = 0
     count: int = 1
     coordinator: str = ""
-    local_devices: tuple[int, ...] | None = None
+    local_devices: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.count == 1:
             return "one process"
-        place = f"process {self.index} of {self.count} ({self.environment})"
-        return f"{place}, coordinator {self.coordinator}"
+        process = f"process {self.index} of {self.count} ({self.environment})"
+        return f"{process}, coordinator {self.coordinator}"
 
 
 def find_hosts(
-    variables: Mapping[str, str] | None = None,
     *,
     coordinator: str | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
-    read_metadata: Callable[[str], str | None] | None = None,
 ) -> Hosts:
     """Returns which process of which job this is. Starts nothing.
 
-    Args:
-      variables: the environment; by default that of the process.
-      coordinator, process_index, process_count: flags; they win over the variables.
-      read_metadata: attribute of a Cloud TPU machine → its value, None where there is none.
+    Each value comes from the argument, else from the variable V4JAX_COORDINATOR,
+    V4JAX_PROCESS_INDEX or V4JAX_PROCESS_COUNT, else from the cluster that JAX finds. Where one is
+    explicit, an Indexed Job of Kubernetes may leave the index to JOB_COMPLETION_INDEX.
 
     Raises:
-      ConfigError: the environment contradicts itself or lacks something; the message names it.
+      ConfigError: a value is missing, malformed or contradicts another; the message names it.
     """
-    variables = os.environ if variables is None else variables
-    return (
-        _find_explicit(variables, coordinator, process_index, process_count)
-        or _find_slurm(variables)
-        or _find_gke(variables)
-        or _find_cloud_tpu(variables, read_metadata or _read_metadata)
-        or Hosts()
-    )
+    coordinator = coordinator or os.environ.get("V4JAX_COORDINATOR") or None
+    index = _or_variable(process_index, "V4JAX_PROCESS_INDEX")
+    count = _or_variable(process_count, "V4JAX_PROCESS_COUNT")
+    if count == 1 and not index:
+        return Hosts("explicit")
+    if index is None and (coordinator or count is not None):
+        index = _or_variable(None, "JOB_COMPLETION_INDEX")
+    given = {"coordinator": coordinator, "process_index": index, "process_count": count}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        return _check(Hosts("explicit", index, count, coordinator))
+    found = _ask_jax()
+    if found.count > 1:
+        index = found.index if index is None else index
+        count = found.count if count is None else count
+        coordinator = coordinator or found.coordinator
+        return _check(Hosts(found.environment, index, count, coordinator, found.local_devices))
+    if len(missing) < 3:
+        raise ConfigError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: several "
+            "processes need coordinator (HOST:PORT), process_index and process_count, as flags or "
+            "as the variables V4JAX_COORDINATOR, V4JAX_PROCESS_INDEX and V4JAX_PROCESS_COUNT"
+        )
+    return found
 
 
 def start_hosts(hosts: Hosts, *, timeout_seconds: float = START_SECONDS) -> Hosts:
-    """Joins the processes of a job and logs once which one this is; one process joins nothing.
+    """Joins the processes of a job and logs which one this is. One process joins nothing.
 
-    Has to come before the first use of a device. A second call does nothing.
+    It has to come before the first use of a device. A second call does nothing.
 
     Raises:
-      V4JaxError: the coordinator did not come in time, or a device has been used already. Where
+      V4JaxError: the coordinator did not come in time, or a device has been used already. When
         another process does not come, JAX ends this one; a warning says why.
     """
     if hosts.count == 1:
@@ -106,9 +105,9 @@ def start_hosts(hosts: Hosts, *, timeout_seconds: float = START_SECONDS) -> Host
 
     if not jax.distributed.is_initialized():
         if hosts.index:
-            _wait_for(hosts, timeout_seconds)
-        # Where another process does not come, JAX ends this one from within, and what it prints
-        # names no remedy. So that is said a moment before.
+            _wait_for_coordinator(hosts, timeout_seconds)
+        # When another process does not come, JAX ends this one from within and names no remedy.
+        # This warning comes a moment earlier.
         missing = TimeoutError("another process did not come")
         warning = threading.Timer(
             timeout_seconds, lambda: log.warning(_explain(hosts, timeout_seconds, missing))
@@ -120,8 +119,8 @@ def start_hosts(hosts: Hosts, *, timeout_seconds: float = START_SECONDS) -> Host
                 hosts.coordinator,
                 hosts.count,
                 hosts.index,
-                local_device_ids=hosts.local_devices,
-                cluster_detection_method="deactivate",  # `find_hosts` has decided
+                local_device_ids=hosts.local_devices or None,
+                cluster_detection_method="deactivate",  # `find_hosts` has asked
                 initialization_timeout=math.ceil(timeout_seconds) + 1,
             )
         except (RuntimeError, ValueError) as error:
@@ -135,7 +134,7 @@ def start_hosts(hosts: Hosts, *, timeout_seconds: float = START_SECONDS) -> Host
 def find_job_index(variables: Mapping[str, str] | None = None) -> int:
     """Returns which of a job's independent parts this process is, counted from 0.
 
-    Kubernetes gives it in JOB_COMPLETION_INDEX (Jobs with `completionMode: Indexed`), SLURM in
+    Kubernetes gives it in JOB_COMPLETION_INDEX (Jobs with `completionMode: Indexed`), Slurm in
     SLURM_ARRAY_TASK_ID (sbatch --array) or, without an array, in SLURM_PROCID.
 
     Raises:
@@ -144,7 +143,7 @@ def find_job_index(variables: Mapping[str, str] | None = None) -> int:
     variables = os.environ if variables is None else variables
     name = find_index_variable(variables)
     if name is not None:
-        return _number(variables, name)
+        return _to_number(name, variables[name])
     raise ConfigError(
         f"none of {', '.join(_INDEX_VARIABLES)} is set, so this process does not know which part "
         "of the job it is; say it, as in --shard=3/16"
@@ -157,166 +156,97 @@ def find_index_variable(variables: Mapping[str, str] | None = None) -> str | Non
     return next((name for name in _INDEX_VARIABLES if variables.get(name)), None)
 
 
-def _find_explicit(
-    variables: Mapping[str, str], coordinator: str | None, index: int | None, count: int | None
-) -> Hosts | None:
-    coordinator = coordinator or variables.get("V4JAX_COORDINATOR") or ""
-    if count is None and variables.get("V4JAX_PROCESS_COUNT"):
-        count = _number(variables, "V4JAX_PROCESS_COUNT")
-    if index is None and variables.get("V4JAX_PROCESS_INDEX"):
-        index = _number(variables, "V4JAX_PROCESS_INDEX")
-    if not coordinator and index is None and count is None:
-        return None
-    if index is None and variables.get("JOB_COMPLETION_INDEX"):
-        index = _number(variables, "JOB_COMPLETION_INDEX")
-    if count == 1 and not index:
-        return Hosts("explicit")
-    given = {"coordinator": coordinator, "process_index": index, "process_count": count}
-    missing = [name for name, value in given.items() if value in (None, "")]
-    if missing:
-        raise ConfigError(
-            f"{_both(missing)} missing: several processes need coordinator (HOST:PORT), "
-            "process_index and process_count, as flags or as the variables V4JAX_COORDINATOR, "
-            "V4JAX_PROCESS_INDEX and V4JAX_PROCESS_COUNT"
-        )
-    return _check(Hosts("explicit", index, count, coordinator), "process_index", "process_count")
+def _ask_jax() -> Hosts:
+    """Returns what JAX's own cluster detection says, before `jax.distributed` acts on it.
 
+    `jax.distributed.initialize` would ask the same classes, but cannot be asked without joining.
+    Kubernetes is left out: an index of its Indexed Jobs may be a part of the input (`--shard`), and
+    asking its API takes a package and a permission.
+    """
+    from jax._src import clusters
 
-def _find_slurm(variables: Mapping[str, str]) -> Hosts | None:
-    if not variables.get("SLURM_STEP_NODELIST"):
-        return None
-    # The step's own number; that of the job counts tasks of an interactive shell not yet started.
-    tasks = "SLURM_STEP_NUM_TASKS" if variables.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
-    names = ("SLURM_JOB_ID", "SLURM_PROCID", tasks, "SLURM_LOCALID")
-    _require(variables, "SLURM_STEP_NODELIST", names)
-    job, index, count, local = (_number(variables, name) for name in names)
-    if count == 1:
-        return Hosts("SLURM")
-    host = _first_node(variables["SLURM_STEP_NODELIST"])
-    port = 49152 + job % 16384  # of the dynamic ports; jobs that share a node rarely share it
-    # Tasks of one machine that all see all of its GPUs take one each, in their order.
-    visible = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    devices = (local,) if len(visible) > 1 and _tasks_a_node(variables) > 1 else None
-    hosts = Hosts("SLURM", index, count, f"{host}:{port}", devices)
-    return _check(hosts, "SLURM_PROCID", tasks)
-
-
-def _find_gke(variables: Mapping[str, str]) -> Hosts | None:
-    name = "TPU_PROCESS_ADDRESSES"
-    if not variables.get(name):
-        name = "TPU_WORKER_HOSTNAMES"
-    if not variables.get(name):
-        return None
-    _require(variables, name, ("TPU_WORKER_ID",))
-    workers = [worker.split(":")[0] for worker in variables[name].split(",")]
-    return _join_slices("GKE TPU", workers, _number(variables, "TPU_WORKER_ID"), variables)
-
-
-def _find_cloud_tpu(
-    variables: Mapping[str, str], read_metadata: Callable[[str], str | None]
-) -> Hosts | None:
-    if variables.get("TPU_SKIP_MDS_QUERY"):  # libtpu's own way of saying: this is no Cloud TPU
-        return None
-    values = {"TPU_WORKER_ID": read_metadata("agent-worker-number")}
-    endpoints = read_metadata("worker-network-endpoints")
-    if values["TPU_WORKER_ID"] is None or not endpoints:
-        return None
-    for line in (read_metadata("tpu-env") or "").splitlines():  # lines such as KEY: 'value'
-        key, _, value = line.partition(":")
-        if key.strip().startswith("MEGASCALE_"):
-            values[key.strip()] = value.strip().strip("'\"")
-    values |= {name: value for name, value in variables.items() if name.startswith("MEGASCALE_")}
-    # An endpoint is a host, or name:id:host.
-    workers = [worker.split(":")[-1] for worker in endpoints.split(",")]
-    return _join_slices("Cloud TPU", workers, _number(values, "TPU_WORKER_ID"), values)
-
-
-def _join_slices(
-    environment: str, workers: list[str], worker: int, variables: Mapping[str, str]
-) -> Hosts:
-    """Counts processes slice by slice, each slice's in the order of its workers."""
-    slices, this, first = 1, 0, workers[0]
-    if variables.get("MEGASCALE_NUM_SLICES"):
-        names = ("MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-        _require(variables, "MEGASCALE_NUM_SLICES", names)
-        slices = _number(variables, "MEGASCALE_NUM_SLICES")
-        this = _number(variables, "MEGASCALE_SLICE_ID")
-        first = variables["MEGASCALE_COORDINATOR_ADDRESS"].split(":")[0]
-        if this >= slices:
+    for cluster in clusters.ClusterEnv._cluster_types:
+        if cluster.opt_in_only_method or cluster is clusters.K8sCluster:
+            continue
+        name = cluster.__name__.removesuffix("Cluster")
+        try:
+            if not cluster.is_env_present():
+                continue
+            count = cluster.get_process_count()
+            if name == "Slurm" and "SLURM_STEP_NUM_TASKS" in os.environ:
+                # In an interactive shell the other count is that of tasks not yet started.
+                count = int(os.environ["SLURM_STEP_NUM_TASKS"])
+            if count == 1:
+                return Hosts(name)
+            index, local_index = cluster.get_process_id(), cluster.get_local_process_id()
+            port = os.environ.get("JAX_COORDINATOR_PORT")
+            address = cluster.get_coordinator_address(math.ceil(START_SECONDS), port)
+        except Exception as error:  # the classes raise whatever a bad variable leads to
             raise ConfigError(
-                f"MEGASCALE_SLICE_ID must be below MEGASCALE_NUM_SLICES = {slices}, got {this}"
+                f"JAX found the cluster {name} but cannot tell which process this is "
+                f"({type(error).__name__}: {error}); give --coordinator, --process_index and "
+                "--process_count"
+            ) from error
+        if name == "Slurm":
+            address = (
+                _first_node(os.environ["SLURM_STEP_NODELIST"]) + address[address.rindex(":") :]
             )
-    if worker >= len(workers):
-        raise ConfigError(
-            f"TPU_WORKER_ID must be below the number of workers, {len(workers)}, got {worker}"
-        )
-    count = slices * len(workers)
-    if count == 1:
-        return Hosts(environment)
-    return Hosts(environment, this * len(workers) + worker, count, f"{first}:{PORT}")
+        return Hosts(name, index, count, address, _choose_devices(local_index))
+    return Hosts()
 
 
-def _check(hosts: Hosts, index_name: str, count_name: str) -> Hosts:
+def _choose_devices(local_index: int | None) -> tuple[int, ...]:
+    """Returns the GPUs of one of the processes on this machine; empty: all it can see.
+
+    JAX by itself gives every process of Slurm and Open MPI one GPU. Here a process that is alone on
+    its machine, or sees only a GPU of its own, takes all that it sees.
+    """
+    # Slurm's value is such as 2(x3),1: two tasks on each of three nodes, one on the next.
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", tasks)
+    shares_machine = any(int(count) > 1 for count in re.findall(r"(?:^|,)(\d+)", tasks))
+    sees_several = "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+    return (local_index,) if local_index is not None and shares_machine and sees_several else ()
+
+
+def _first_node(nodes: str) -> str:
+    """Returns the first of `node7`, `node7,other`, `node[07-09,12],other` or `r[1-2]n[3-4]`.
+
+    JAX (0.12) stops at the first bracket, and would name the last of these `r1`.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+
+
+def _check(hosts: Hosts) -> Hosts:
     if hosts.count < 1:
-        raise ConfigError(f"{count_name} must be at least 1, got {hosts.count}")
+        raise ConfigError(f"process_count must be at least 1, got {hosts.count}")
     if not 0 <= hosts.index < hosts.count:
         raise ConfigError(
-            f"{index_name} must be from 0 to {hosts.count - 1}, as {count_name} is {hosts.count}; "
-            f"got {hosts.index}"
+            f"process_index must be from 0 to {hosts.count - 1}, as process_count is "
+            f"{hosts.count} ({hosts.environment}); got {hosts.index}"
         )
     host, _, port = hosts.coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"coordinator must be HOST:PORT of process 0, such as 10.0.0.2:{PORT}; got "
+            "coordinator must be HOST:PORT of process 0, such as 10.0.0.2:8482; got "
             f"{hosts.coordinator!r}"
         )
     return hosts
 
 
-def _require(variables: Mapping[str, str], found: str, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not variables.get(name)]
-    if missing:
-        raise ConfigError(
-            f"{found} is set but {_both(missing)} missing; set what is missing, or take away "
-            f"{found} to run one process"
-        )
+def _or_variable(value: int | None, name: str) -> int | None:
+    text = os.environ.get(name)
+    return _to_number(name, text) if value is None and text else value
 
 
-def _both(names: list[str]) -> str:
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
+def _to_number(name: str, text: str) -> int:
+    if not re.fullmatch(r"\s*[0-9]+\s*", text):
+        raise ConfigError(f"{name} must be a number from 0, got {text.strip()!r}")
+    return int(text)
 
 
-def _number(variables: Mapping[str, str], name: str) -> int:
-    value = str(variables[name]).strip()
-    if not re.fullmatch(r"[0-9]+", value):
-        raise ConfigError(f"{name} must be a number from 0, got {value!r}")
-    return int(value)
-
-
-def _first_node(nodes: str) -> str:
-    """Returns the first of `node7`, `node7,other`, `node[07-09,12],other` or `r[1-2]n[3-4]`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
-
-
-def _tasks_a_node(variables: Mapping[str, str]) -> int:
-    # Such as 2(x3),1: two tasks on each of three nodes, one on the next.
-    counts = variables.get("SLURM_STEP_TASKS_PER_NODE") or "1"
-    return max(int(count) for count in re.findall(r"(?:^|,)(\d+)", counts))
-
-
-def _read_metadata(key: str) -> str | None:
-    if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
-        return None
-    request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, OSError):
-        return None
-
-
-def _wait_for(hosts: Hosts, timeout_seconds: float) -> None:
+def _wait_for_coordinator(hosts: Hosts, timeout_seconds: float) -> None:
     """Waits until process 0 listens.
 
     JAX would wait as well, but its message names neither the address nor the reason.
