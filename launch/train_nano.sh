@@ -8,18 +8,21 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_environment train
+export PYTHONPATH="$V4JAX_ROOT" # the stages import configs.train
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 # The window each stage trains with; nano's own is 128.
 windows=(32 128 128 32 128 128 128 128 128 128)
 
 mkdir -p out
-python - <<'PY'
-import pathlib
+cat >out/nano_0.py <<'PY'
+import dataclasses
 
-text = pathlib.Path("configs/nano.py").read_text()
-narrow = text.replace("    return config", "    config.sliding_window = 32\n    return config")
-pathlib.Path("out/nano_0.py").write_text(narrow)
+from v4jax.config.loading import load_model_config
+
+
+def get_config():
+    return dataclasses.replace(load_model_config("nano"), sliding_window=32)
 PY
 # Stage 10 starts with the norms of CSA entries multiplied; its configuration says why.
 sharpen_entries() {

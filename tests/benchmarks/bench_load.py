@@ -25,9 +25,9 @@ MIB = 2**20
 
 def make_config(gib: float):
     """Returns a configuration of about `gib` as released, most of it in routed experts."""
-    from configs import tiny
     from v4jax.config import ModelConfig
     from v4jax.config.loading import build
+    from v4jax.config.models import tiny
 
     config = tiny.get_config()
     config.update(

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax.checkpoint.api import PRETRAINED, pretrained_names
-from v4jax.config.loading import load_model_config
+from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import ConfigError
 from v4jax.inference import Document, Engine, EngineOptions, Question, SamplingOptions
 from v4jax.training.data import needles

@@ -133,7 +133,7 @@ def test_names_files_and_folders(tmp_path):
     assert load_model_config(tmp_path) == load_model_config("v4_flash")
     file = tmp_path / "mine.py"
     file.write_text(
-        "from configs import tiny\n"
+        "from v4jax.config.models import tiny\n"
         "def get_config():\n"
         "    config = tiny.get_config()\n"
         "    config.index_topk = 99\n"
@@ -144,13 +144,23 @@ def test_names_files_and_folders(tmp_path):
     )
 
 
+def test_no_package_called_configs_is_asked(tmp_path, monkeypatch):
+    """Another project's `configs`, first on the path, is neither a model nor imported."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise SystemExit('the wrong configs')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in packaged_names():
+        load_model_config(name)
+
+
 def test_a_run_gives_its_model(tmp_path):
     file = tmp_path / "run.py"
     file.write_text(
-        "import ml_collections\nfrom configs import nano\n"
-        "def get_config():\n    return ml_collections.ConfigDict(dict(model=nano.get_config()))\n"
+        "import ml_collections\nfrom v4jax.config.models import tiny\n"
+        "def get_config():\n    return ml_collections.ConfigDict(dict(model=tiny.get_config()))\n"
     )
-    assert load_model_config(file) == load_model_config("nano")
+    assert load_model_config(file) == load_model_config("tiny")
 
 
 # {file: (its text, what the message must say)}
@@ -160,12 +170,12 @@ BAD_FILES = {
     "syntax": ("def\n", r"cannot be run: SyntaxError"),
     "returns nothing": ("def get_config():\n    pass\n", r"must return a ConfigDict, got NoneType"),
     "unknown field": (
-        "from configs import tiny\n"
+        "from v4jax.config.models import tiny\n"
         "def get_config():\n    c = tiny.get_config()\n    c.index_top_k = 3\n    return c\n",
         r"model.index_top_k is no field of ModelConfig; did you mean 'index_topk'\?",
     ),
     "broken invariant": (
-        "from configs import tiny\n"
+        "from v4jax.config.models import tiny\n"
         "def get_config():\n    c = tiny.get_config()\n    c.o_groups = 3\n    return c\n",
         r"model.num_attention_heads must be a multiple of o_groups = 3, got 4",
     ),

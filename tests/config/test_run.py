@@ -4,21 +4,17 @@ import pathlib
 
 import pytest
 
-import configs
 from v4jax.config import TrainConfig
 from v4jax.config.loading import load_model_config, load_run
 from v4jax.errors import ConfigError
 
-PACKAGED = sorted(
-    str(path)
-    for folder in ("train", "finetune")
-    for path in pathlib.Path(configs.__file__).parent.joinpath(folder).glob("[a-z]*.py")
-)
-CHAT = next(path for path in PACKAGED if path.endswith("chat.py"))
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+RUNS = [path for folder in ("train", "finetune") for path in CONFIGS.glob(f"{folder}/[a-z]*.py")]
+CHAT = CONFIGS / "finetune" / "chat.py"
 
 
-@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: pathlib.Path(path).stem)
-def test_packaged_runs_are_valid(path):
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_runs_are_valid(path):
     config = load_run(TrainConfig, path)
     assert config.steps >= config.optimizer.warmup_steps + config.optimizer.decay_steps
     if not config.model.startswith("out/"):  # what an earlier stage of a curriculum leaves

@@ -1,6 +1,6 @@
 """Mini: two layers, CSA with hash routing and HCA with learned routing; compiles in seconds."""
 
-from configs import tiny
+from v4jax.config.models import tiny
 
 
 def get_config():

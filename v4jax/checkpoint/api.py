@@ -10,7 +10,7 @@ from v4jax import log
 from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, get_numerics
-from v4jax.config.loading import load_model_config
+from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
@@ -18,7 +18,6 @@ from v4jax.parallel import Dispatch, Layout, Regime, check_mesh
 from v4jax.parallel.weights import born
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
-PRETRAINED = pathlib.Path(__file__).parent.parent / "pretrained"  # folders of packaged weights
 
 
 def load(
@@ -92,11 +91,6 @@ def load(
     model = born(build, layout)
     model.layout = layout
     return model
-
-
-def pretrained_names() -> list[str]:
-    """Returns the names of the configurations whose trained weights are packaged."""
-    return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
 def save(

@@ -227,7 +227,7 @@ def identify_model(values: Any, mesh: Any) -> str:
 
     Weights of a folder are the same on every mesh; random ones are others on a mesh.
     """
-    from v4jax.checkpoint.api import pretrained_names
+    from v4jax.config.loading import pretrained_names
     from v4jax.files import is_remote
 
     if os.path.isdir(values.model):

@@ -2,7 +2,8 @@
 
 Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
 `from_hf.py` (a checkpoint's `config.json`), `run.py` (a training run), `data.py` (what it reads),
-and `loading.py` (files under `configs/`).
+and `loading.py` (how files become these).
+`models/` holds the packaged models.
 """
 
 from v4jax.config.data import DataConfig, SourceConfig

@@ -1,18 +1,16 @@
-"""Files under `configs/` → frozen dataclasses. The only place that knows ml_collections.
+"""Configuration files → frozen dataclasses. The only place that knows ml_collections.
 
-    load_model_config("nano")                  a packaged configuration
-    load_model_config("configs/v4_flash.py")   a file with get_config()
-    load_model_config("/models/V4-Flash")      a folder with config.json
+    load_model_config("v4_flash")            a packaged configuration (`config/models`)
+    load_model_config("my_model.py")         a file with get_config()
+    load_model_config("/models/V4-Flash")    a folder with config.json
 
 Below this floor there is no `ConfigDict` and no `.get`: every value is typed and checked.
 """
 
 import dataclasses
 import enum
-import importlib
 import importlib.util
 import pathlib
-import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -26,39 +24,42 @@ from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.files import to_path
 
-PACKAGE = "configs"
+MODELS = pathlib.Path(__file__).with_name("models")  # files with get_config()
+PRETRAINED = MODELS.parents[1] / "pretrained"  # checkpoint folders of packaged weights
 
 
 def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
     """Returns a model's configuration from a packaged name, a Python file, or a checkpoint folder.
 
-    A file whose `get_config()` holds a `model` (a run) gives that model.
+    A file's `get_config()` returns a `ConfigDict` or a `ModelConfig`. One that describes a run
+    gives the run's `model`.
 
     Raises:
       ConfigError: nothing of that name exists, or the configuration breaks a rule.
     """
-    path = to_path(name_or_folder)
-    name = str(name_or_folder)
-    if name in packaged_names():
-        config = importlib.import_module(f"{PACKAGE}.{name}").get_config()
-    elif path.is_dir():
+    name, path = str(name_or_folder), to_path(name_or_folder)
+    if name in pretrained_names():
+        path = PRETRAINED / name
+    elif name in packaged_names():
+        path = MODELS / f"{name}.py"
+    if path.is_dir():
         return model_config_from_hf(read_config_json(path))
-    elif path.suffix == ".py" and path.is_file():
-        config = _run_file(path)
-    else:
+    if path.suffix != ".py" or not path.is_file():
         known = packaged_names()
         raise ConfigError(
-            f"model must be one of {known}, a configs/*.py file, or a folder with config.json; got "
-            f"{name!r}{did_you_mean(name, known)}"
+            f"model must be one of {known}, a Python file with get_config(), or a folder with "
+            f"config.json; got {name!r}{did_you_mean(name, known)}"
         )
-    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+    config = _run_file(path)
+    if isinstance(config, Mapping | ml_collections.ConfigDict):
+        config = config.get("model", config)
+    elif not isinstance(config, ModelConfig):
         raise ConfigError(
             f"{name}: get_config() must return a ConfigDict, got {type(config).__name__}"
         )
-    model = config.get("model", config)
-    if isinstance(model, str):  # of a training run: a name or a folder
-        return load_model_config(model)
-    return build(ModelConfig, model, "model")
+    if isinstance(config, str):  # of a run: a name or a folder
+        return load_model_config(config)
+    return build(ModelConfig, config, "model")
 
 
 def load_run(
@@ -96,10 +97,13 @@ def load_run(
 
 def packaged_names() -> list[str]:
     """Returns the names of the packaged model configurations."""
-    package = importlib.import_module(PACKAGE)
-    return sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg
-    )
+    files = (path.stem for path in MODELS.glob("[a-z]*.py"))
+    return sorted({*files, *pretrained_names()})
+
+
+def pretrained_names() -> list[str]:
+    """Returns the names of the configurations whose trained weights are packaged."""
+    return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
 def read_config_json(folder: pathlib.Path) -> dict:

@@ -30,7 +30,7 @@ from v4jax.checkpoint import api
 from v4jax.checkpoint.adapters import write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
-from v4jax.config.loading import load_model_config
+from v4jax.config.loading import load_model_config, pretrained_names
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
 from v4jax.files import RemotePath, is_remote, to_path
@@ -344,7 +344,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
 
 def _has_weights(config: TrainConfig) -> bool:
     """Returns whether the run starts from weights that were read, not made of its seed."""
-    packaged = config.model in api.pretrained_names() and not config.from_scratch
+    packaged = config.model in pretrained_names() and not config.from_scratch
     return packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
 
 

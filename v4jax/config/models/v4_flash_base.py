@@ -6,7 +6,7 @@ Source: `config.json` of deepseek-ai/DeepSeek-V4-Flash-Base; it differs from V4-
 `expert_dtype` alone.
 """
 
-from configs import v4_flash
+from v4jax.config.models import v4_flash
 
 
 def get_config():

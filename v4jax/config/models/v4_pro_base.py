@@ -6,7 +6,7 @@ Source: `config.json` of deepseek-ai/DeepSeek-V4-Pro-Base. That it differs from 
 `expert_dtype` alone is assumed from Flash; no copy of the file was at hand.
 """
 
-from configs import v4_pro
+from v4jax.config.models import v4_pro
 
 
 def get_config():
