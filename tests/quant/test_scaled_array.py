@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracle import quantizers
 
-from v4jax.quant import ScaledArray, quantize_weight
+from v4jax.quant import ScaledArray, abstract_weight, quantize_weight
 
 SHAPES = {"tiles": (128, 256), "odd": (200, 136), "narrow": (3, 40)}
 
@@ -81,3 +81,13 @@ def test_leading_axes_are_batch(fmt):
         )
         np.testing.assert_array_equal(found.scales, one.scales)
     np.testing.assert_array_equal(dequantize(held)[1, 1], dequantize(one))
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "fp4"])
+@pytest.mark.parametrize("shape", [(128, 256), (200, 136), (3, 40), (2, 5, 130, 192)])
+def test_abstract_weight_has_the_shapes_of_a_quantized_one(shape, fmt):
+    if fmt == "fp4" and shape[-1] % 32:
+        pytest.skip("FP4 needs whole blocks of 32")
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    expected = jax.eval_shape(lambda w: quantize_weight(w, fmt), weight)
+    assert abstract_weight(shape, fmt) == expected

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from v4jax.config import ModelConfig
-from v4jax.quant import quantize_weight
+from v4jax.quant import ScaledArray, abstract_weight, quantize_weight
 
 Storage = Literal["released", "float32", "bfloat16"]
 Format = Literal["fp4", "fp8", "bfloat16", "float32"]
@@ -30,32 +30,43 @@ class Declare:
     storage: "released" keeps each parameter in the format of the released checkpoint; "float32" and
       "bfloat16" keep what the release quantizes or stores as bfloat16 in that dtype. Parameters
       released as float32 stay so.
+    rngs: draws the values; None declares shapes (`jax.ShapeDtypeStruct`) in place of arrays.
     repeats: leading axis of every parameter of a scanned block; None for a single block.
     """
 
     config: ModelConfig
     storage: Storage
-    rngs: nnx.Rngs
+    rngs: nnx.Rngs | None
     repeats: int | None = None
 
     def matrix(self, fmt: Format, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """Declares a weight [..., out, in], normally distributed with `initializer_range`."""
-        value = draw_normal(next_key(self.rngs), self._lead(shape), self.config.initializer_range)
+        shape = self._lead(shape)
+        if self.rngs is None:
+            return self._param(jax.ShapeDtypeStruct(shape, jnp.float32), fmt, axes)
+        value = draw_normal(next_key(self.rngs), shape, self.config.initializer_range)
         return self._param(value, fmt, axes)
 
     def constant(self, fmt: Format, value: float, shape: tuple[int, ...], axes: tuple[str, ...]):
         """Declares a parameter that starts at one value everywhere."""
-        return self._param(np.full(self._lead(shape), value, np.float32), fmt, axes)
+        shape = self._lead(shape)
+        if self.rngs is None:
+            return self._param(jax.ShapeDtypeStruct(shape, jnp.float32), fmt, axes)
+        return self._param(np.full(shape, value, np.float32), fmt, axes)
 
-    def buffer(self, value: jax.Array, axes: tuple[str, ...]) -> Buffer:
+    def buffer(self, value: np.ndarray, axes: tuple[str, ...]) -> Buffer:
         """Declares a stored value that is not trained; every repeat starts equal."""
-        value = jnp.broadcast_to(value, self._lead(value.shape))
-        return Buffer(value, axes=self._axes(axes))
+        shape = self._lead(value.shape)
+        if self.rngs is None:
+            return Buffer(jax.ShapeDtypeStruct(shape, value.dtype), axes=self._axes(axes))
+        return Buffer(jnp.broadcast_to(value, shape), axes=self._axes(axes))
 
     def _param(self, value, fmt, axes):
         if fmt != "float32" and self.storage != "released":
             fmt = self.storage
-        if fmt in ("fp4", "fp8"):
+        if self.rngs is None:
+            value = _abstract_value(value.shape, fmt)
+        elif fmt in ("fp4", "fp8"):
             value = quantize_weight(value, fmt)
         else:
             value = jnp.asarray(value.astype(jnp.dtype(fmt)))
@@ -66,6 +77,12 @@ class Declare:
 
     def _axes(self, axes):
         return axes if self.repeats is None else ("layers", *axes)
+
+
+def _abstract_value(shape: tuple[int, ...], fmt: Format) -> jax.ShapeDtypeStruct | ScaledArray:
+    if fmt in ("fp4", "fp8"):
+        return abstract_weight(shape, fmt)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(fmt))
 
 
 def next_key(rngs: nnx.Rngs) -> jax.Array:

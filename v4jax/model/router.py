@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -31,12 +32,12 @@ class Router(nnx.Module):
         )
         if kind is RouterKind.HASH:
             # Neighbouring ids start at neighbouring experts; the released tables replace this.
-            table = (jnp.arange(config.vocab_size)[:, None] + jnp.arange(chosen)) % experts
-            self.table = declare.buffer(table.astype(jnp.int32), ("token_id", "chosen"))
+            table = (np.arange(config.vocab_size)[:, None] + np.arange(chosen)) % experts
+            self.table = declare.buffer(table.astype(np.int32), ("token_id", "chosen"))
             self.bias = None
         else:
             self.table = None
-            self.bias = declare.buffer(jnp.zeros(experts, jnp.float32), ("choices",))
+            self.bias = declare.buffer(np.zeros(experts, np.float32), ("choices",))
 
     def __call__(
         self, x: Float[Array, "t d"], tokens: Int[Array, "t"]

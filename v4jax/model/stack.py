@@ -28,7 +28,9 @@ class Stack(nnx.Module):
       repeat·period + place.
     """
 
-    def __init__(self, config: ModelConfig, numerics: Numerics, storage: Storage, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, numerics: Numerics, storage: Storage, rngs: nnx.Rngs | None
+    ):
         plan, layers = config.stack_plan, config.layers
         self.config, self.numerics = config, numerics
 

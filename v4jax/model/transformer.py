@@ -54,7 +54,7 @@ class Transformer(nnx.Module):
         numerics: Numerics,
         *,
         storage: Storage = "float32",
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         declare = Declare(config, storage, rngs)
         self.config, self.numerics, self.folder = config, numerics, None
@@ -207,7 +207,7 @@ def abstract_transformer(
     config: ModelConfig, numerics: Numerics, *, storage: Storage = "released"
 ) -> Transformer:
     """Returns the model with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: Transformer(config, numerics, storage=storage, rngs=nnx.Rngs(0)))
+    return Transformer(config, numerics, storage=storage, rngs=None)
 
 
 @jax.jit

@@ -7,6 +7,14 @@ vectors).
 
 from v4jax.quant.entry_format import EntryFormat
 from v4jax.quant.recipes import LowRank, Master, Recipe
-from v4jax.quant.scaled_array import ScaledArray, quantize_weight
+from v4jax.quant.scaled_array import ScaledArray, abstract_weight, quantize_weight
 
-__all__ = ["EntryFormat", "LowRank", "Master", "Recipe", "ScaledArray", "quantize_weight"]
+__all__ = [
+    "EntryFormat",
+    "LowRank",
+    "Master",
+    "Recipe",
+    "ScaledArray",
+    "abstract_weight",
+    "quantize_weight",
+]

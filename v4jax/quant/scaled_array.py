@@ -63,6 +63,17 @@ class ScaledArray:
         return (values.astype(jnp.float32) * scales).astype(dtype)
 
 
+def abstract_weight(shape: tuple[int, ...], fmt: str) -> ScaledArray:
+    """Returns the shapes and dtypes of a quantized weight [..., out, in], without arrays."""
+    *lead, out, width = shape
+    block, dtype, stored = FP8_BLOCK, jnp.float8_e4m3fn, width
+    if fmt == "fp4":
+        block, dtype, stored = FP4_BLOCK, jnp.uint8, width // 2
+    scales = (*lead, ceil_div(out, block[0]), ceil_div(width, block[1]))
+    values = jax.ShapeDtypeStruct((*lead, out, stored), dtype)
+    return ScaledArray(values, jax.ShapeDtypeStruct(scales, jnp.uint8), block)
+
+
 @partial(jax.jit, static_argnames="fmt")
 def quantize_weight(weight: jax.Array, fmt: str) -> ScaledArray:
     """Quantizes a weight [..., out, in] to the release's storage format.
