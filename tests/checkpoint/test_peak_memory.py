@@ -1,8 +1,8 @@
 """Reading needs the model's memory and no second copy of it, measured in a fresh process."""
 
 import pytest
-from benchmarks import bench_load
 
+from benchmarks import load
 from v4jax.checkpoint import census, total
 from v4jax.config import get_numerics
 from v4jax.model import abstract_transformer
@@ -14,9 +14,9 @@ OVERHEAD_BYTES = 32 * MIB
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
-    config = bench_load.make_config(0.25)
-    bench_load.write_random(config, tmp_path / "in")
-    result = bench_load.measure_elsewhere(tmp_path / "in", tmp_path / "out")
+    config = load.make_config(0.25)
+    load.write_random(config, tmp_path / "in")
+    result = load.measure_elsewhere(tmp_path / "in", tmp_path / "out")
     entries = census(abstract_transformer(config, get_numerics("released")))
     size, largest = total(entries).memory_bytes, max(entry.memory_bytes for entry in entries)
     assert result["model_bytes"] == size > 200 * MIB

@@ -39,13 +39,6 @@ def test_a_plan_that_does_not_fit_says_so_by_its_status(capsys):
     assert "DOES NOT FIT" in shown and "smallest change: --batch=" in shown
 
 
-def test_efficiency(capsys):
-    shown = plan(capsys, "--efficiency")
-    assert "     1 M    46.9414     4.9178    10.48     3.4349     7.32" in shown.splitlines()
-    rows = json.loads(plan(capsys, "--efficiency", "--json"))
-    assert round(rows[-1]["flops_share"], 3) == 0.101
-
-
 def test_chips(capsys):
     shown = plan(capsys, "--chips")
     for name in ("v5e", "v5p", "v6e", "tpu7x", "h100", "h200"):
@@ -58,7 +51,6 @@ BROKEN = {
     "topology": (["--topology=v6e-3"], "usual are v6e-1, v6e-4"),
     "mesh": (["--topology=v6e-4", "--mesh=expert=3"], "must multiply to the 4 devices"),
     "positional": (["v4_flash"], "unexpected argument 'v4_flash'"),
-    "plot alone": (["--plot=x.png"], "--plot goes with --efficiency"),
     "model": (["--topology=v6e-4", "--model=v4_flsh"], "did you mean 'v4_flash'?"),
 }
 

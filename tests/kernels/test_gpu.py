@@ -1,7 +1,7 @@
 """What portable operations do on GPUs, traced for one and run on a CPU: the same as there.
 
 The two kernels for GPUs are interpreted; that they compile and run on a card is no test's here
-(`tests/benchmarks/bench_layers.py` is run on one).
+(`benchmarks/layers.py` is run on one).
 """
 
 import functools

@@ -34,7 +34,6 @@ _VERBS = (
     "convert",
     "plan",
     "inspect",
-    "bench",
     "serve",
 )
 _HELP = ("--help", "-help", "-h")

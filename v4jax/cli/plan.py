@@ -15,10 +15,7 @@ device runs them, and bounds the time of a step by the chip's published peaks. A
   v4jax plan --model=v4_flash --topology=v5p:4x4x8 --mesh=data=8,expert=16 --regime=train
     --context=4096 --batch=128
   v4jax plan --model=v4_flash --topology=v6e-16 --batch=4 --compile
-  v4jax plan --table                 compiles the cases of docs/planning.md that it lacks
-  v4jax plan --table flash_train_4k  compiles this one again
-  v4jax plan --chips                 the figures of every chip and their sources
-  v4jax plan --efficiency            cache and operations beside DeepSeek-V3.2's, by length
+  v4jax plan --chips   the figures of every chip and their sources
 
 Mesh axes are data, expert, context and tensor; what each splits stands in v4jax/parallel/axes.py.
 v5p and tpu7x slices are named by TensorCores, two a chip: v5p-16 has 8 chips, as v5p:2x2x2.
@@ -89,48 +86,18 @@ def define(flags: Any, values: Any) -> None:
         "it says beside the plan.",
         flag_values=values,
     )
-    flags.DEFINE_boolean(
-        "table",
-        False,
-        "Compile the cases of a list, named or all that have no row yet, into a document's table.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "document",
-        "docs/planning.md",
-        "With --table: the document. Its rows are kept in the JSON file beside it.",
-        flag_values=values,
-    )
     flags.DEFINE_boolean("chips", False, "Print the table of chips.", flag_values=values)
-    flags.DEFINE_boolean(
-        "efficiency",
-        False,
-        "Compare cache and operations with DeepSeek-V3.2, 32 K to 1 M tokens.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "plot",
-        None,
-        "With --efficiency: write the comparison as a PNG to this file (needs matplotlib).",
-        flag_values=values,
-    )
 
 
 def run(values: Any, positional: list[str]) -> int:
     """Prints the plan; exit status 1 where it does not fit."""
     from v4jax.errors import RequestError
 
-    if positional and not values.table:
+    if positional:
         raise RequestError(f"unexpected argument {positional[0]!r}; plan takes flags only")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave accelerators alone
-    if values.table:
-        return _print_table(values, positional)
     if values.chips:
         return _print_chips(values)
-    if values.efficiency:
-        return _print_efficiency(values)
-    if values.plot:
-        raise RequestError("--plot goes with --efficiency")
     return _print_plan(values)
 
 
@@ -169,16 +136,6 @@ def _print_plan(values: Any) -> int:
     return 0 if plan.fits else 1
 
 
-def _print_table(values: Any, names: list[str]) -> int:
-    import pathlib
-
-    from v4jax.planning import table
-
-    rows = table.fill(pathlib.Path(values.document), names, _programs())
-    print(json.dumps(rows, indent=2) if values.json else table.as_markdown(rows))
-    return 0
-
-
 def _programs() -> dict[str, Any]:
     """Returns what builds the program of each regime; planning knows no training."""
     from v4jax.planning.compile import serving_program
@@ -204,19 +161,6 @@ def training_program(work: Any, layout: Any) -> Any:
         offload=work.offload,
     )
     return abstract_program(config, work.config, layout, work.storage)
-
-
-def _print_efficiency(values: Any) -> int:
-    from v4jax.planning import efficiency
-
-    rows = efficiency.compare()
-    if values.plot:
-        efficiency.plot(rows, values.plot)
-    if values.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    else:
-        print(efficiency.as_text(rows))
-    return 0
 
 
 def _print_chips(values: Any) -> int:

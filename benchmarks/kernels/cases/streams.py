@@ -1,0 +1,56 @@
+"""Cases around attention: rotation of queries, and hyper-connections."""
+
+import functools
+
+import jax.numpy as jnp
+
+from benchmarks.kernels.cases.case import CHUNK, Case, Kernel, count_bytes, spec
+from v4jax.config.model import ModelConfig
+
+
+def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
+    """Queries turned in place: bound by memory, without products to count."""
+    from v4jax.kernels import rotation
+    from v4jax.kernels.rotation.pallas_tpu import LANES
+
+    heads, channels, cases = config.num_attention_heads, config.head_dim, []
+    for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 64", 64, 1)):
+        angle = spec((batch, tokens, config.qk_rope_head_dim), jnp.float32)
+        arguments = spec((batch, tokens, heads, channels), jnp.bfloat16), angle, angle
+        # A register of every head is read and written, and the angles of a token, filled up.
+        moved_bytes = batch * tokens * LANES * (2 * 2 * heads + 2 * 4)
+        kernel = Kernel("rotation", moved_bytes=moved_bytes)
+        cases.append(Case("rotation", model, shape, rotation.rotate, arguments, (kernel,)))
+    return cases
+
+
+def hyper_connections_cases(model: str, config: ModelConfig) -> list[Case]:
+    """Streams collapsed to a sublayer's input: bound by memory.
+
+    FLOPs: the projection alone, 2 · streams · hidden · outputs per token.
+    """
+    from v4jax.kernels import hyper_connections
+
+    n, width = config.hc_mult, config.hidden_size
+    outputs = (2 + n) * n
+    options = {
+        "norm_eps": config.rms_norm_eps,
+        "eps": config.hc_eps,
+        "iterations": config.hc_sinkhorn_iters,
+    }
+    run = functools.partial(hyper_connections.mix, **options)
+    cases = []
+    for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 64", 64, 1)):
+        arguments = (
+            spec((batch, tokens, n, width), jnp.bfloat16),
+            spec((outputs, n * width), jnp.float32),
+            spec((outputs,), jnp.float32),
+            spec((3,), jnp.float32),
+        )
+        kernel = Kernel(
+            "hyper_connections",
+            flops=batch * tokens * 2 * n * width * outputs,
+            moved_bytes=count_bytes(arguments) + 2 * batch * tokens * width,
+        )
+        cases.append(Case("hyper_connections", model, shape, run, arguments, (kernel,)))
+    return cases

@@ -1,0 +1,1 @@
+"""The pages; `tools/` writes the tables in them."""

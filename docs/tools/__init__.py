@@ -1,0 +1,1 @@
+"""Commands that write parts of the pages: `compiled.py` and `efficiency.py`."""
