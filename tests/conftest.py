@@ -6,6 +6,7 @@ change by rounding only. The programs of a file are freed when it is done: each 
 memory, of which Linux gives a process 65,530, and XLA crashes where there are no more.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -36,6 +37,13 @@ def pytest_runtest_setup(item):
     """Skips the tests of the TPU compiler where it is missing, with the reason."""
     if item.get_closest_marker("tpu_compiler") and (reason := ahead_of_time.why_unavailable()):
         pytest.skip(reason)
+
+
+def pytest_collection_finish():
+    """Spares Python's collector what imports made; searching it took an eighth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
