@@ -12,13 +12,13 @@ Runs what a configuration file describes: a model, data, an optimizer, where the
 again with the same command it continues from its newest checkpoint, whatever ended it; SIGTERM and
 ctrl-C end it in order.
 
-  v4jax train --config=configs/train/nano_1.py
+  v4jax train --config=configs/train/text.py
   v4jax train --config=configs/finetune/chat.py --set=model=/models/v4-flash --set=data.batch=16
 
 The output folder, on a disk or in gs://, gets checkpoints/, metrics.jsonl, in the end run.png, a
 picture of the run (at any time: v4jax train --plot=OUTPUT), and model/, which every verb takes:
 
-  v4jax generate --model=out/nano_1/model --prompt="What is the code of quiet-river?"
+  v4jax generate --model=out/text/model --prompt="What is the code of quiet-river?"
 
 On several hosts every process runs the same command; Cloud TPU, GKE and SLURM are recognized:
 
