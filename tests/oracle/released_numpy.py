@@ -16,7 +16,6 @@ import math
 
 import numpy as np
 
-from .checkpoints import random_checkpoint, write_checkpoint
 from .quantizers import (
     E4M3,
     act_dequant,
@@ -28,19 +27,6 @@ from .quantizers import (
     hadamard,
     to_bf16,
 )
-
-__all__ = [
-    "BFLOAT16",
-    "FLOAT32",
-    "FLOAT64",
-    "QAT",
-    "RELEASED",
-    "Numerics",
-    "ReleasedModel",
-    "random_checkpoint",
-    "rope_frequencies",
-    "write_checkpoint",
-]
 
 
 @dataclasses.dataclass(frozen=True)
