@@ -41,9 +41,15 @@ CASES = {
     "only reasoned": Case("hm, hm", "", "length", mode="thinking", reasoning="hm, hm"),
     "stray control token": Case(f"a<think>b\n{EOS}", "ab\n", warning="<think>"),
     "stray control token, reasoning": Case(
-        f"a<think>b</think>c{EOS}", "bc", mode="thinking", reasoning="a", warning="<think>"
+        f"a<think>b</think>c{EOS}", "c", mode="thinking", reasoning="ab", warning="<think>"
     ),
     "held back, then malformed": Case(f"a\n\n<think>b{EOS}", "a\n\nb", warning="<think>"),
+    "control tokens of other places": Case(
+        f"a<｜User｜>b<｜title｜><｜User｜>{EOS}", "ab", warning="left out: <｜User｜>, <｜title｜>"
+    ),
+    "thinking ended twice": Case(
+        f"r</think>a</think>b{EOS}", "ab", mode="thinking", reasoning="r", warning="</think>"
+    ),
 }
 
 

@@ -81,10 +81,14 @@ BAD_MESSAGES = {
         "messages[1].tool_calls[0] must call a function by name, "
         f"got {{'function': {{'arguments': '{{}}'}}}}; write {CALL_FORM}",
     ),
-    "call with a dict of arguments": (
-        assistant(tool_calls=[{"function": {"name": "f", "arguments": {"x": 1}}}]),
-        "messages[1].tool_calls[0].function.arguments must be a string of JSON, got {'x': 1}; "
-        "pass it through json.dumps",
+    "call with a list of arguments": (
+        assistant(tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
+        "messages[1].tool_calls[0].function.arguments must be an object, or a string of JSON, "
+        'got [1]; write "{}" for none',
+    ),
+    "two response formats": (
+        [{"role": "system", "content": "s", "response_format": {"type": "text"}}] * 2,
+        "messages[1].response_format is given twice, got {'type': 'text'}; keep one",
     ),
     "call with an id that is no text": (
         assistant(tool_calls=[{**CALL, "id": 1}]),
@@ -181,3 +185,12 @@ def test_messages_are_left_as_they_were():
     before = repr(messages)
     encode_messages(messages, mode="thinking")
     assert repr(messages) == before
+
+
+def test_arguments_may_be_an_object():
+    def prompt(arguments):
+        return encode_messages(
+            assistant(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+        )
+
+    assert prompt({"x": "ü", "y": [1]}) == prompt('{"x": "ü", "y": [1]}')

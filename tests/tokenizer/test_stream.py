@@ -7,6 +7,7 @@ import pytest
 from v4jax.errors import CompletionError, ConversationError
 from v4jax.tokenizer import (
     ContentText,
+    Departure,
     Done,
     ReasoningText,
     StreamSplitter,
@@ -18,7 +19,7 @@ from v4jax.tokenizer import (
     parse_completion,
 )
 
-from .completions import CALL, EOS, STRICT, TOLERANT, TOLERANT_CASES, Case, split
+from .completions import CALL, DEPARTED, EOS, STRICT, TOLERANT, TOLERANT_CASES, Case, split
 
 
 @pytest.mark.parametrize("case", STRICT.values(), ids=STRICT.keys())
@@ -31,8 +32,19 @@ def test_parse_tolerant(case):
     assert parse_completion(case.text, case.mode, tolerant=True) == case.message()
 
 
-@pytest.mark.parametrize("case", TOLERANT.values(), ids=TOLERANT.keys())
-def test_strict_refuses(case):
+@pytest.mark.parametrize("name", TOLERANT_CASES)
+def test_departures_are_told(name):
+    case = TOLERANT_CASES[name]
+    events = split([case.text], case.mode, tolerant=True)
+    departs = any(isinstance(event, Departure) for event in events)
+    assert departs == (name in DEPARTED and name != "no call among the calls")
+
+
+@pytest.mark.parametrize("name", [*TOLERANT, *DEPARTED])
+def test_strict_refuses(name):
+    if name == "no call among the calls":  # strange, and within the format
+        return
+    case = TOLERANT_CASES[name]
     with pytest.raises(CompletionError):
         parse_completion(case.text, case.mode)
 
@@ -111,6 +123,15 @@ HELD_BACK = {
     "decided: tag": ("thinking", ["</think", ">a"], [[], [ContentText("a")]]),
     "newlines": ("chat", ["a\n", "\n", "\n"], [[ContentText("a")], [], [ContentText("\n")]]),
     "envelope": ("chat", ["a\n\n<", "｜DSML｜", "tool"], [[ContentText("a")], [], []]),
+    "value that may be no JSON": (
+        "chat",
+        [CALL[:86], "1", "</｜DSML｜parameter>"],
+        [
+            [ToolCallStart(0, "f"), ToolCallArguments(0, '{"x": ')],
+            [],
+            [ToolCallArguments(0, "1")],
+        ],
+    ),
     "end": ("chat", ["a<｜end▁", "of▁sentence｜>"], [[ContentText("a")], [Done("stop")]]),
 }
 
@@ -123,9 +144,9 @@ def test_held_back(mode, pieces, expected):
 
 FINISHED = {
     "in the content": ("x\n\n</thi", [ContentText("</thi"), Done("length")]),
-    "in the envelope": ("x\n\n<｜DSML｜tool", [Done("length", "\n\n<｜DSML｜tool")]),
-    "in a header": (CALL[:42], [Done("length", ' name="f')]),
-    "in a closing tag": (CALL[:95], [Done("length", "</｜DSML｜")]),
+    "in the envelope": ("x\n\n<｜DSML｜tool", [Done("length")]),
+    "in a header": (CALL[:42], [Done("length")]),
+    "in a closing tag": (CALL[:95], [Done("length")]),
     "behind EOS": (f"x{EOS}", []),
 }
 

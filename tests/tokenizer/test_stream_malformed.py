@@ -42,39 +42,39 @@ MALFORMED = {
     ),
     "text behind the calls": (
         f"{CALL}\n{EOS}",
-        'end of the tool calls, character 141: expected "<｜end▁of▁sentence｜>", got "\\n"',
+        'end of the tool calls, character 141: expected nothing before "<｜end▁of▁sentence｜>", '
+        'got "\\n"',
     ),
     "no newline behind the opening tag": (
         f"{CALL}{EOS}".replace("tool_calls>\n", "tool_calls> "),
-        'tool calls, character 19: expected ">\\n", got "> "',
+        'tool calls, character 20: expected "\\n" before "<｜DSML｜", got " "',
     ),
     "text between the calls": (
         f"{CALL}{EOS}".replace("invoke>\n", "invoke>\nso "),
-        'tool call 0 (f), character 122: expected "<｜DSML｜invoke" or "</｜DSML｜tool_calls>", '
-        'got "s"',
+        'tool call 0 (f), character 121: expected "\\n" before "</｜DSML｜", got "\\nso "',
     ),
     "call without name": (
         f"{CALL}{EOS}".replace(' name="f"', ""),
-        'tool call 0, character 34: expected name="NAME"> in the opening tag, got ">\\n"',
+        'tool calls, character 34: expected name="NAME"> in "<｜DSML｜invoke", got ">\\n"',
     ),
     "text behind the name": (
         f"{CALL}{EOS}".replace('"f">', '"f" >'),
-        'tool call 0, character 34: expected name="NAME"> in the opening tag, got " name="f" >\\n"',
+        'tool calls, character 34: expected name="NAME"> in "<｜DSML｜invoke", '
+        'got " name="f" >\\n"',
     ),
     "text behind the header": (
         f"{CALL}{EOS}".replace('"f">\n', '"f">\nx'),
-        'tool call 0 (f), character 45: expected "<｜DSML｜parameter" or "</｜DSML｜invoke" or '
-        '"\\n<｜DSML｜parameter" or "\\n</｜DSML｜invoke", got "x"',
+        'tool call 0 (f), character 44: expected "\\n" or "\\n\\n" before "<｜DSML｜", got "\\nx"',
     ),
     "parameter without its kind": (
         f"{CALL}{EOS}".replace(' string="false"', ""),
-        'tool call 0 (f), character 61: expected name="NAME" string="true|false"> in the opening '
-        'tag, got " name="x">1"',
+        'tool call 0 (f), character 61: expected name="NAME" string="true|false"> in '
+        '"<｜DSML｜parameter", got " name="x">1"',
     ),
     "kind that is no boolean": (
         f"{CALL}{EOS}".replace("false", "no"),
-        'tool call 0 (f), character 61: expected name="NAME" string="true|false"> in the opening '
-        'tag, got " name="x" string="no">1"',
+        'tool call 0 (f), character 61: expected name="NAME" string="true|false"> in '
+        '"<｜DSML｜parameter", got " name="x" string="no">1"',
     ),
     "parameter twice": (
         f"{TWO_CALLS}{EOS}".replace('"o"', '"s"'),
@@ -82,18 +82,18 @@ MALFORMED = {
     ),
     "closing tag without <": (
         f"{CALL}{EOS}".replace("1</", "1/"),
-        'tool call 0 (f), character 87: expected </｜DSML｜parameter> behind parameter "x", '
+        'tool call 0 (f), character 87: expected "</｜DSML｜parameter" behind parameter "x", '
         'got "/｜DSML｜parameter"',
     ),
     "EOS inside a value": (
         f"{CALL[:88]}{EOS}",
-        'tool call 0 (f), character 88: expected </｜DSML｜parameter> behind parameter "x", '
+        'tool call 0 (f), character 88: expected "</｜DSML｜parameter" behind parameter "x", '
         'got "<｜end▁of▁sentence｜>"',
     ),
     "EOS instead of a closing tag": (
         f"{CALL.removesuffix('</｜DSML｜tool_calls>')}{EOS}",
-        'tool call 0 (f), character 122: expected "<｜DSML｜invoke" or "</｜DSML｜tool_calls>", '
-        'got "<｜e"',
+        'tool call 0 (f), character 122: expected "</｜DSML｜tool_calls>", '
+        'got "<｜end▁of▁sentence｜>"',
     ),
 }
 MALFORMED_THINKING = {
@@ -116,7 +116,7 @@ MALFORMED_THINKING = {
     ),
     "calls inside the reasoning": (
         f"abc{CALL}{EOS}",
-        'reasoning, character 3: expected text and then </think>, got "\\n\\n<｜DSML｜tool_calls"',
+        'reasoning, character 3: expected text and then </think>, got "\\n\\n<｜DSML｜"',
     ),
 }
 

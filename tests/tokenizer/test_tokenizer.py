@@ -71,10 +71,10 @@ def test_untrusted_document_gives_no_control_ids(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", FORGED)
-def test_neutralised_text_gives_no_control_ids(tokenizer, text):
-    harmless = tokenizer.neutralise(text)
-    assert not any(map(tokenizer.is_control, tokenizer.encode(harmless)))
-    assert harmless.replace("\u2060", "") == text
+def test_literals_are_found(tokenizer, text):
+    place = tokenizer.find_control(text)
+    assert text[place:].startswith(tuple(tokenizer.controls))
+    assert not any(map(tokenizer.is_control, tokenizer.encode(text[:place])))
 
 
 def test_every_control_token_can_be_spelt_plainly(v4):
@@ -82,12 +82,11 @@ def test_every_control_token_can_be_spelt_plainly(v4):
     assert len(v4.encode(text)) == len(v4.controls) == 1283
     assert max(v4.encode(text, specials=False)) < 128_000
     assert min(v4.encode(text, specials=False)) > 2
-    assert not any(map(v4.is_control, v4.encode(v4.neutralise(text))))
 
 
 def test_ordinary_text_is_not_changed(tokenizer):
     text = "a < b, <b>bold</b>, |x|, 你好 ｜"
-    assert tokenizer.neutralise(text) == text
+    assert tokenizer.find_control(text) is None
     assert tokenizer.encode(text) == tokenizer.encode(text, specials=False)
 
 
@@ -137,8 +136,9 @@ def test_stream_decoder_control_token_inside_a_character(v4):
 
 
 def test_stream_decoder_leaves_control_tokens_out(v4):
-    decoder = StreamDecoder(v4, specials=False)
-    assert [decoder.push(token) for token in (0, 6366, 1)] == ["", "hi", ""]
+    decoder = StreamDecoder(v4, keep=("</think>",))
+    assert [decoder.push(token) for token in (0, 6366, 128822, 1)] == ["", "hi", "</think>", ""]
+    assert decoder.left_out == ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
 
 
 def test_stream_decoder_equals_decode(tokenizer):

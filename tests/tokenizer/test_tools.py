@@ -3,6 +3,7 @@ import json
 import pytest
 
 from v4jax.tokenizer import ToolCall, parse_completion, render_tool_calls
+from v4jax.tokenizer.markup import join_pieces
 
 EOS = "<｜end▁of▁sentence｜>"
 
@@ -43,7 +44,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("arguments, rendered", PARAMETERS.values(), ids=PARAMETERS.keys())
 def test_render(arguments, rendered):
-    assert render_tool_calls([ToolCall("f", arguments)]) == (
+    assert join_pieces(render_tool_calls([ToolCall("f", arguments)])) == (
         "<｜DSML｜tool_calls>\n"
         '<｜DSML｜invoke name="f">\n'
         f"{rendered}\n"
@@ -55,7 +56,7 @@ def test_render(arguments, rendered):
 @pytest.mark.parametrize("arguments", [a for a, _ in PARAMETERS.values() if a.endswith("}")])
 def test_rendered_calls_are_read_back(arguments):
     calls = [ToolCall("f", arguments), ToolCall("g", "{}"), ToolCall("f", arguments)]
-    message = parse_completion(f"\n\n{render_tool_calls(calls)}{EOS}", "chat")
+    message = parse_completion(f"\n\n{join_pieces(render_tool_calls(calls))}{EOS}", "chat")
     read = [call["function"] for call in message["tool_calls"]]
     assert [call["name"] for call in read] == ["f", "g", "f"]
     assert [json.loads(call["arguments"]) for call in read] == [

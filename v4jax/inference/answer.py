@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from v4jax.errors import CompletionError
-from v4jax.tokenizer import ContentText, ReasoningText, StreamDecoder, StreamSplitter, assemble
+from v4jax.tokenizer import (
+    COMPLETION_CONTROLS,
+    ContentText,
+    Departure,
+    ReasoningText,
+    StreamDecoder,
+    StreamSplitter,
+    assemble,
+)
 
 Piece = ContentText | ReasoningText  # of the text that is shown while it is written
 
@@ -19,8 +26,8 @@ class Answer:
       tool_calls: calls the model made, as in a chat message; usually none.
       prompt_tokens: tokens of the prompt, without those of the shared document.
       answer_tokens: tokens written, EOS included.
-      warning: how the model's output left the wire format; empty if it did not. `text` then holds
-        all that was written, without control tokens.
+      warning: how the model's output left the wire format and was read all the same; empty if it
+        did not.
     """
 
     text: str
@@ -36,8 +43,8 @@ class Answer:
 class AnswerReader:
     """Collects one answer from its tokens.
 
-    The wire format is read tolerantly. Output that leaves it even so (models with random weights
-    write control tokens anywhere) is text without its control tokens from there on.
+    The wire format is read tolerantly. Control tokens that have no place in an answer (models with
+    random weights write them anywhere) are left out of it.
     """
 
     tokenizer: object
@@ -47,8 +54,8 @@ class AnswerReader:
 
     def __post_init__(self):
         self._splitter = StreamSplitter(self.mode, tolerant=True)
-        self._decoder = StreamDecoder(self.tokenizer)
-        self._events, self._shown, self._warning = [], "", ""
+        self._decoder = StreamDecoder(self.tokenizer, keep=COMPLETION_CONTROLS)
+        self._events = []
 
     def push(self, token: int) -> list[Piece]:
         """Takes the next token, EOS included; returns the pieces of text to show."""
@@ -67,27 +74,20 @@ class AnswerReader:
             answer_tokens=len(self.tokens),
             reasoning=message["reasoning_content"],
             tool_calls=tuple(message["tool_calls"]),
-            warning=self._warning,
+            warning=self._describe_departures(),
         )
 
     def _read(self, text: str, last: bool = False) -> list[Piece]:
-        if self._warning:
-            events = [ContentText(text)]
-        else:
-            try:
-                events = self._splitter.push(text)
-                events += self._splitter.finish() if last else []
-            except CompletionError as error:
-                self._warning = str(error)
-                events = [ContentText(self._reread(last))]
+        events = self._splitter.push(text)
+        events += self._splitter.finish() if last else []
         self._events += events
-        pieces = [event for event in events if isinstance(event, Piece) and event.text]
-        self._shown += "".join(piece.text for piece in pieces)
-        return pieces
+        return [event for event in events if isinstance(event, Piece) and event.text]
 
-    def _reread(self, last: bool) -> str:
-        """Returns the plain text not yet shown, and leaves control tokens out from now on."""
-        self._decoder = StreamDecoder(self.tokenizer, specials=False)
-        plain = "".join(map(self._decoder.push, self.tokens))
-        plain += self._decoder.finish() if last else ""
-        return plain.removeprefix(self._shown) if plain.startswith(self._shown) else ""
+    def _describe_departures(self) -> str:
+        """Returns the first departures from the wire format, and how many more there were."""
+        found = [event.text for event in self._events if isinstance(event, Departure)]
+        left_out = dict.fromkeys(self._decoder.left_out)
+        if left_out:
+            found.append(f"control tokens were left out: {', '.join(left_out)}")
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        return "; ".join(found[:3]) + more

@@ -9,9 +9,9 @@ where the document ends: everything before is the same for all questions and is 
 from dataclasses import dataclass
 
 from v4jax.errors import RequestError
-from v4jax.tokenizer import encode_messages
+from v4jax.tokenizer import Piece, encode_pieces, render_messages
 
-_HERE = "\x00here\x00"  # stands for the user's words while the frame is rendered
+_HERE = "here"  # stands for the user's words while the frame is rendered
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Frame:
     """What surrounds the user's words.
 
     Attributes:
-      system: the system message; its text is trusted and may hold control tokens.
+      system: the system message.
       thinking: lets the model reason before it answers.
       effort: how long to reason (`"max"`: as long as it takes); only with `thinking`.
       profile: the generation of checkpoints, which says what an effort means; a key of
@@ -34,8 +34,6 @@ class Frame:
     def __post_init__(self):
         if self.effort and not self.thinking:
             raise RequestError(f'effort "{self.effort}" needs thinking; switch thinking on')
-        if self.system and _HERE in self.system:
-            raise RequestError("system must not hold NUL characters")
         self._render()  # complains about a bad effort now, not at the first document
 
     @property
@@ -46,22 +44,24 @@ class Frame:
     def encode_document(self, tokenizer, text: str) -> list[int]:
         """Returns the ids up to the end of the document, the shared part of all its prompts."""
         before, _ = self._render()
-        return tokenizer.encode(before) + tokenizer.encode(text, specials=False)
+        return encode_pieces(before, tokenizer) + tokenizer.encode(text, specials=False)
 
     def encode_question(self, tokenizer, text: str) -> list[int]:
         """Returns the ids from the end of the document to where the answer begins."""
         _, after = self._render()
-        return tokenizer.encode("\n\n" + text, specials=False) + tokenizer.encode(after)
+        words = tokenizer.encode("\n\n" + text, specials=False)
+        return words + encode_pieces(after, tokenizer)
 
     def encode_prompt(self, tokenizer, text: str) -> list[int]:
         """Returns the ids of a turn without a document."""
         before, after = self._render()
-        words = tokenizer.encode(text, specials=False)
-        return tokenizer.encode(before) + words + tokenizer.encode(after)
+        return encode_pieces([*before, Piece(text), *after], tokenizer)
 
-    def _render(self) -> tuple[str, str]:
+    def _render(self) -> tuple[list[Piece], list[Piece]]:
+        """Returns what precedes and what follows the user's words."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, {"role": "user", "content": _HERE}]
-        prompt = encode_messages(messages, mode=self.mode, effort=self.effort, profile=self.profile)
-        before, after = prompt.split(_HERE)
-        return before, after
+        options = {"mode": self.mode, "effort": self.effort, "profile": self.profile}
+        pieces = render_messages(messages, **options)
+        place = len(pieces) - 1 - pieces[::-1].index(Piece(_HERE))  # the user speaks last
+        return pieces[:place], pieces[place + 1 :]

@@ -3,6 +3,7 @@
 Read `chat.py` first; it shows what a prompt is.
 
     chat.py            messages → prompt; effort prefixes per checkpoint generation
+    markup.py          the pieces of a prompt: control tokens, and text that only spells them
     conversation.py    messages checked, merged and sorted into turns
     tools.py           the tools block; tool calls written and read
     stream.py          completion → message, whole (parse_completion) or streaming (StreamSplitter)
@@ -14,9 +15,10 @@ Read `chat.py` first; it shows what a prompt is.
 """
 
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
-from v4jax.tokenizer.chat import PROFILES, Piece, PromptProfile, encode_messages, render_messages
+from v4jax.tokenizer.chat import PROFILES, PromptProfile, encode_messages, render_messages
 from v4jax.tokenizer.events import (
     ContentText,
+    Departure,
     Done,
     Event,
     ReasoningText,
@@ -25,16 +27,19 @@ from v4jax.tokenizer.events import (
     ToolCallStart,
     assemble,
 )
-from v4jax.tokenizer.stream import StreamSplitter, parse_completion
+from v4jax.tokenizer.markup import Piece, encode_pieces
+from v4jax.tokenizer.stream import COMPLETION_CONTROLS, StreamSplitter, parse_completion
 from v4jax.tokenizer.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from v4jax.tokenizer.tools import ToolCall, render_tool_calls, render_tools
 from v4jax.tokenizer.vocabulary import Vocabulary
 
 __all__ = [
     "BYTE_VOCAB_SIZE",
+    "COMPLETION_CONTROLS",
     "PROFILES",
     "ByteTokenizer",
     "ContentText",
+    "Departure",
     "Done",
     "Event",
     "Piece",
@@ -50,6 +55,7 @@ __all__ = [
     "Vocabulary",
     "assemble",
     "encode_messages",
+    "encode_pieces",
     "load_tokenizer",
     "parse_completion",
     "render_messages",

@@ -2,22 +2,28 @@
 
     BOS [effort prefix] [system text] <｜User｜>question<｜Assistant｜><think>
 
-Thinking mode leaves `<think>` open at the end; chat mode closes it at once with `</think>`. No
-newline stands around role tokens. Which earlier reasoning stays is decided by
-`drop_thinking` and the tools.
+Everything the assistant wrote follows its token and a tag, or the token of a task; a conversation
+whose last message is not the assistant's ends with them and thereby asks for an answer. Thinking
+mode opens the answer with `<think>`; chat mode, and a turn without its reasoning, with `</think>`.
+`drop_thinking` and the tools decide which earlier reasoning is kept.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from v4jax.errors import ConversationError
 from v4jax.tokenizer.conversation import (
     Turn,
+    check_tasks,
     drop_earlier_thinking,
     find_last_user,
+    find_task,
+    hoist_system,
+    join_users,
     read_turns,
     sort_tool_results,
 )
+from v4jax.tokenizer.markup import SLOT, Piece, join_pieces, markup
 from v4jax.tokenizer.stream import MODES
 from v4jax.tokenizer.tools import render_tool_calls, render_tools, to_json
 from v4jax.tokenizer.vocabulary import (
@@ -82,22 +88,9 @@ PROFILES = {
 }
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a prompt.
-
-    Attributes:
-      text: the stretch.
-      written: the assistant wrote it (reasoning, content, calls, EOS): what training teaches.
-    """
-
-    text: str
-    written: bool = False
-
-
 def encode_messages(messages: Sequence[Mapping], **options) -> str:
     """Returns the prompt for `messages`; `options` are those of `render_messages`."""
-    return "".join(piece.text for piece in render_messages(messages, **options))
+    return join_pieces(render_messages(messages, **options))
 
 
 def render_messages(
@@ -110,9 +103,10 @@ def render_messages(
     context: Sequence[Mapping] | None = None,
     profile: str | PromptProfile = "preview",
 ) -> list[Piece]:
-    """Returns the prompt for `messages` in pieces that say which of it the assistant wrote.
+    """Returns the prompt for `messages` in pieces.
 
-    A turn whose message has a true `mask` counts as not written.
+    The texts of all system messages come first, joined by blank lines. A turn whose message has a
+    true `mask` counts as not written.
 
     Args:
       messages: dicts with `role` and the fields that `conversation.FIELDS` lists for it.
@@ -120,36 +114,53 @@ def render_messages(
       effort: a key of the profile's `effort_prefixes`; has an effect in thinking mode only.
       drop_thinking: leave out the reasoning of turns before the last user's; any tools keep it in.
       add_bos: begin with BOS, unless there is a context.
-      context: earlier messages that the prompt already holds: they are heeded but not rendered.
+      context: earlier messages whose prompt is already there, as this function renders it: they
+        are heeded but not rendered.
       profile: a key of `PROFILES`, or a profile.
 
     Raises:
       ConversationError: a message or an argument breaks a rule; the error names it.
 
-    Source: the prompt encoder published with the V4 checkpoints.
+    Source: the prompt encoder published with the V4 checkpoints; the order of roles as the vendor's
+    package deepseek-recipe normalizes it.
     """
     if mode not in MODES:
         raise ConversationError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     thinking = mode == "thinking"
     prefix = _effort_prefix(effort, profile)
     turns = read_turns(context, "context") if context else []
-    turns = sort_tool_results([*turns, *read_turns(messages, "messages", before=turns)])
+    asked = bool(turns) and turns[-1].role != "assistant"  # the prompt of the context has asked
+    turns += read_turns(messages, "messages", before=turns)
+    asks = turns[-1].role != "assistant" or turns[-1].task is not None
+    turns = sort_tool_results(join_users(hoist_system(turns)))
+    check_tasks(turns)
     keep_reasoning = not drop_thinking or any(turn.tools for turn in turns)
     if thinking and not keep_reasoning:
         turns = drop_earlier_thinking(turns)
 
-    # Reasoning may stand from this turn on; in chat mode, nowhere.
-    first_open = len(turns)
-    if thinking:
-        first_open = 0 if keep_reasoning else find_last_user(turns)
-    pieces = [Piece(BOS)] if add_bos and not context else []
-    if thinking and not turns[0].encoded:
+    first_open = len(turns)  # the first turn that may hold reasoning, the answer asked for included
+    if thinking and keep_reasoning:
+        first_open = 0
+    elif thinking and not asks:
+        first_open = find_last_user(turns)
+    pieces = markup(BOS) if add_bos and not context else []
+    if thinking and not (turns and turns[0].encoded):
         pieces.append(Piece(prefix))
     for i, turn in enumerate(turns):
-        if not turn.encoded:
-            opened, written = i >= first_open, turn.role == "assistant" and not turn.masked
-            pieces.append(Piece(_render_turn(turns, i, opened=opened), written))
-            pieces.append(Piece(_render_transition(turns, i, thinking, opened=opened)))
+        if turn.encoded:
+            continue
+        if turn.role != "assistant":
+            pieces, asked = [*pieces, *_render_turn(turn)], False
+            continue
+        opened, task = thinking and i >= first_open, find_task(turns[:i])
+        if not asked:
+            pieces += _render_opening(thinking, opened=opened, task=task)
+        asked = False
+        # The answer to a task has no reasoning: no <think> opened it.
+        answer = _render_answer(turn, reasons=opened and task is None)
+        pieces += [replace(piece, written=not turn.masked) for piece in answer]
+    if asks:
+        pieces += _render_opening(thinking, opened=thinking, task=find_task(turns))
     return [piece for piece in pieces if piece.text]
 
 
@@ -168,55 +179,48 @@ def _effort_prefix(effort: str | None, profile: str | PromptProfile) -> str:
     return profile.effort_prefixes[effort]
 
 
-def _render_turn(turns: Sequence[Turn], i: int, *, opened: bool) -> str:
-    turn = turns[i]
+def _render_turn(turn: Turn) -> list[Piece]:
     match turn.role:
         case "system":
-            return turn.content + _render_instructions(turn)
+            return [Piece(turn.content), *_render_instructions(turn)]
         case "developer":
-            return USER + turn.content + _render_instructions(turn)
+            return [*markup(USER), Piece(turn.content), *_render_instructions(turn)]
+        case "latest_reminder":
+            return markup(f"{LATEST_REMINDER}{SLOT}", turn.content)
         case "user":
-            return USER + "\n\n".join(
+            texts = (
                 f"<tool_result>{block.text}</tool_result>" if block.is_result else block.text
                 for block in turn.blocks
             )
-        case "latest_reminder":
-            return LATEST_REMINDER + turn.content
-        case "assistant":
-            # The answer to a task has no reasoning: its tag was not preceded by <think>.
-            answers_task = i > 0 and turns[i - 1].task is not None
-            reasoning = turn.reasoning_content + THINK_END if opened and not answers_task else ""
-            calls = "\n\n" + render_tool_calls(turn.tool_calls) if turn.tool_calls else ""
-            return reasoning + turn.content + calls + ("" if turn.wo_eos else EOS)
+            return markup(f"{USER}{SLOT}", "\n\n".join(texts))
     raise AssertionError(f"role {turn.role!r} was let through")
 
 
-def _render_instructions(turn: Turn) -> str:
-    text = "\n\n" + render_tools(turn.tools) if turn.tools else ""
+def _render_instructions(turn: Turn) -> list[Piece]:
+    pieces = [Piece("\n\n"), *render_tools(turn.tools)] if turn.tools else []
     if turn.response_format:
-        schema = to_json(turn.response_format)
-        text += (
-            "\n\n## Response Format:\n\n"
-            f"You MUST strictly adhere to the following schema to reply:\n{schema}"
-        )
-    return text
-
-
-def _render_transition(turns: Sequence[Turn], i: int, thinking: bool, *, opened: bool) -> str:
-    """Returns what asks for the next turn: the assistant token and a tag, or a task's token."""
-    turn = turns[i]
-    next_role = turns[i + 1].role if i + 1 < len(turns) else "assistant"
-    if next_role not in ("assistant", "latest_reminder"):
-        if turn.task is not None:
-            raise ConversationError(
-                f"{turn.place}.task must be answered by an assistant, got {turn.task!r} before a "
-                f"{next_role} message; remove the task or add its answer"
+        pieces.append(
+            Piece(
+                "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to "
+                f"reply:\n{to_json(turn.response_format)}"
             )
-        return ""
-    if turn.task == "action":
-        return ASSISTANT + (THINK_START if thinking else THINK_END) + TASKS["action"]
-    if turn.task is not None:
-        return TASKS[turn.task]
-    if turn.role in ("user", "developer"):
-        return ASSISTANT + (THINK_START if opened else THINK_END)
-    return ""
+        )
+    return pieces
+
+
+def _render_opening(thinking: bool, *, opened: bool, task: str | None) -> list[Piece]:
+    """Returns what stands before an answer: the assistant's token and a tag, or a task's token."""
+    if task == "action":
+        return markup(ASSISTANT + (THINK_START if thinking else THINK_END) + TASKS[task])
+    if task is not None:
+        return markup(TASKS[task])
+    return markup(ASSISTANT + (THINK_START if opened else THINK_END))
+
+
+def _render_answer(turn: Turn, *, reasons: bool) -> list[Piece]:
+    """Returns what the assistant wrote in a turn."""
+    pieces = [Piece(turn.reasoning_content), *markup(THINK_END)] if reasons else []
+    pieces.append(Piece(turn.content))
+    if turn.tool_calls:
+        pieces += [Piece("\n\n"), *render_tool_calls(turn.tool_calls)]
+    return pieces if turn.wo_eos else [*pieces, *markup(EOS)]

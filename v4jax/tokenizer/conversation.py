@@ -5,13 +5,14 @@ messages become one turn of several blocks; every other message is a turn of its
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from v4jax.errors import ConversationError
-from v4jax.tokenizer.tools import ToolCall
+from v4jax.tokenizer.tools import ToolCall, to_json
 from v4jax.tokenizer.vocabulary import TASKS
 
 # What each role may carry. A field that is empty counts as absent, whatever its name.
@@ -61,7 +62,7 @@ class Turn:
 
 
 def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list[Turn]:
-    """Returns the turns of `messages`, with neighbouring user and tool messages merged.
+    """Returns a turn for each of `messages`.
 
     Args:
       name: what to call `messages` in errors.
@@ -85,12 +86,25 @@ def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list
             remedy = "put the assistant message with tool_calls before it"
             _fail(f"{turn.place}.role", "must follow an assistant's tool call", "tool", remedy)
         called = called or bool(turn.tool_calls)
-        if turns and _joins(turn, turns[-1]):
-            blocks = turns[-1].blocks + turn.blocks
-            turns[-1] = dataclasses.replace(turns[-1], blocks=blocks)
-        else:
-            turns.append(dataclasses.replace(turn, role="user") if turn.role == "tool" else turn)
+        turns.append(turn)
     return turns
+
+
+def join_users(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns `turns` with neighbouring turns of users and tools made one turn of a user.
+
+    Raises:
+      ConversationError: a turn with a task would be joined.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and _joins(turn, joined[-1]):
+            blocks = [*joined[-1].blocks, *turn.blocks]  # an empty text beside others says nothing
+            blocks = [block for block in blocks if block.text or block.is_result] or blocks[:1]
+            joined[-1] = dataclasses.replace(joined[-1], blocks=tuple(blocks))
+        else:
+            joined.append(dataclasses.replace(turn, role="user") if turn.role == "tool" else turn)
+    return joined
 
 
 def sort_tool_results(turns: Sequence[Turn]) -> list[Turn]:
@@ -115,6 +129,51 @@ def sort_tool_results(turns: Sequence[Turn]) -> list[Turn]:
     return sorted_turns
 
 
+def hoist_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns `turns` with one system turn, the first, that holds what all of them say.
+
+    Raises:
+      ConversationError: a system message follows a context, whose prompt it would have to begin.
+    """
+    system = [turn for turn in turns if turn.role == "system"]
+    if not system or (system == [turns[0]]):
+        return list(turns)
+    late = next((turn for turn in system if not turn.encoded), None)
+    if late and turns[0].encoded:
+        _fail(f"{late.place}.role", "must not be system behind a context", "system", "put it there")
+    formats = [turn.response_format for turn in system if turn.response_format]
+    if len(formats) > 1:
+        _fail(f"{system[-1].place}.response_format", "is given twice", formats[1], "keep one")
+    whole = dataclasses.replace(
+        system[0],
+        content="\n\n".join(turn.content for turn in system if turn.content),
+        tools=tuple(tool for turn in system for tool in turn.tools),
+        response_format=formats[0] if formats else None,
+    )
+    return [whole, *(turn for turn in turns if turn.role != "system")]
+
+
+def check_tasks(turns: Sequence[Turn]) -> None:
+    """Raises where something else than an assistant's turn follows a task.
+
+    Raises:
+      ConversationError: a turn to be rendered has such a task.
+    """
+    spoken = [turn for turn in turns if turn.role != "latest_reminder"]
+    for turn, following in itertools.pairwise(spoken):
+        if turn.task is not None and following.role != "assistant" and not turn.encoded:
+            rule = "must be answered by an assistant"
+            got = f"{turn.task!r} before a {following.role} message"
+            remedy = "remove the task or add its answer"
+            raise ConversationError(f"{turn.place}.task {rule}, got {got}; {remedy}")
+
+
+def find_task(turns: Sequence[Turn]) -> str | None:
+    """Returns the task that what follows `turns` answers; None for an ordinary answer."""
+    asking = next((turn for turn in reversed(turns) if turn.role != "latest_reminder"), None)
+    return None if asking is None else asking.task
+
+
 def find_last_user(turns: Sequence[Turn]) -> int:
     """Returns the index of the last user or developer turn, -1 if there is none."""
     return max(
@@ -135,6 +194,8 @@ def drop_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
 
 def _joins(turn: Turn, previous: Turn) -> bool:
     if previous.role != "user" or turn.role not in ("user", "tool"):
+        return False
+    if previous.encoded != turn.encoded:
         return False
     if turn.role == "user" and previous.task is not None:
         return False
@@ -257,10 +318,11 @@ def _read_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             _fail(f"{place}[{i}]", "must call a function by name", call, f"write {form}")
-        arguments = function.get("arguments")
+        arguments, where = function.get("arguments"), f"{place}[{i}].function.arguments"
+        if isinstance(arguments, Mapping):
+            arguments = to_json(_check_json(arguments, where))
         if not isinstance(arguments, str):
-            where = f"{place}[{i}].function.arguments"
-            _fail(where, "must be a string of JSON", arguments, "pass it through json.dumps")
+            _fail(where, "must be an object, or a string of JSON", arguments, 'write "{}" for none')
         call_id = _read_id(call.get("id"), f"{place}[{i}].id")
         calls.append(ToolCall(function["name"], arguments, call_id))
     return tuple(calls)

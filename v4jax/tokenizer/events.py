@@ -42,19 +42,26 @@ class ToolCallEnd:
 
 
 @dataclass(frozen=True)
+class Departure:
+    """The completion leaves the format here and is read on: what was expected, and what came."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Done:
     """The completion is over.
 
     Attributes:
       reason: `"stop"`, `"tool_calls"`, or `"length"` when the text ended before EOS.
-      rest: text received that belongs to no event: the piece of a tag that the length limit cut.
     """
 
     reason: str
-    rest: str = ""
 
 
-Event = ReasoningText | ContentText | ToolCallStart | ToolCallArguments | ToolCallEnd | Done
+Event = (
+    ReasoningText | ContentText | ToolCallStart | ToolCallArguments | ToolCallEnd | Departure | Done
+)
 
 
 def assemble(events: Iterable[Event]) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import NoReturn
 
 from v4jax.errors import CompletionError
+from v4jax.tokenizer.events import Departure
 from v4jax.tokenizer.vocabulary import DSML
 
 NEED_MORE = object()
@@ -32,13 +33,15 @@ class Scanner:
     Attributes:
       pending: text not yet consumed.
       place: what is being read, for error messages; the grammar sets it.
+      position: number of characters consumed.
     """
 
     def __init__(self, *, tolerant: bool):
         self.tolerant = tolerant
         self.pending = ""
         self.place = "completion"
-        self._consumed = 0
+        self.position = 0
+        self._text: list[str] = []  # what `hold_until` consumed
         self._held = ""  # the start of a tag with doubled bars, perhaps
 
     def push(self, text: str) -> None:
@@ -60,7 +63,7 @@ class Scanner:
     def take(self, count: int) -> str:
         """Consumes the next `count` characters."""
         text, self.pending = self.pending[:count], self.pending[count:]
-        self._consumed += count
+        self.position += count
         return text
 
     def take_until(self, markers: Markers) -> tuple[str, str | None]:
@@ -74,32 +77,45 @@ class Scanner:
         text = self.take(found.start())
         return text, self.take(len(found[0])) if found[0] in markers.literals else None
 
-    def skip_space(self) -> Generator[object, None, None]:
-        """Consumes whitespace until something else is pending."""
-        while not self.pending.strip():
-            self.take(len(self.pending))
+    def hold_until(self, markers: Markers) -> Generator[object, None, str]:
+        """Consumes text through the earliest marker, which it returns; `take_held` has the text."""
+        while True:
+            text, marker = self.take_until(markers)
+            self._text.append(text)
+            if marker is not None:
+                return marker
             yield NEED_MORE
-        self.take(len(self.pending) - len(self.pending.lstrip()))
 
-    def expect(self, *options: str) -> Generator[object, None, str]:
-        """Consumes the one of `options` that comes next and returns it.
+    def take_held(self) -> str:
+        """Returns the text that `hold_until` consumed, once."""
+        text = "".join(self._text)
+        self._text.clear()
+        return text
+
+    def depart(self, message: str, *, back: int = 0) -> Departure:
+        """Returns the event that says how the completion leaves the format.
 
         Raises:
-          CompletionError: something else comes; raised at the first character that fits none.
+          CompletionError: the scanner is strict.
         """
-        while True:
-            for option in options:
-                if self.pending.startswith(option):
-                    return self.take(len(option))
-            if not any(option.startswith(self.pending) for option in options):
-                starts = (self.pending[:n] for n in range(1, len(self.pending) + 1))
-                got = next(s for s in starts if not any(o.startswith(s) for o in options))
-                self.fail(f"expected {' or '.join(map(quote, options))}, got {quote(got)}")
-            yield NEED_MORE
+        self.insist(message, back=back)
+        return Departure(self._locate(message, back))
+
+    def insist(self, message: str, *, back: int = 0) -> None:
+        """Raises CompletionError where the scanner is strict; a tolerant one needs no word of it.
+
+        Args:
+          back: how many characters ago it was.
+        """
+        if not self.tolerant:
+            self.fail(message, back=back)
 
     def fail(self, message: str, *, back: int = 0) -> NoReturn:
         """Raises CompletionError with the place and the position, `back` characters ago."""
-        raise CompletionError(f"{self.place}, character {self._consumed - back}: {message}")
+        raise CompletionError(self._locate(message, back))
+
+    def _locate(self, message: str, back: int) -> str:
+        return f"{self.place}, character {self.position - back}: {message}"
 
 
 def quote(text: str) -> str:

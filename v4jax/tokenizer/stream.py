@@ -13,17 +13,18 @@ from collections.abc import Generator
 from v4jax.errors import CompletionError, ConversationError
 from v4jax.tokenizer.events import ContentText, Done, Event, ReasoningText, assemble
 from v4jax.tokenizer.scanner import NEED_MORE, Markers, Scanner, quote
-from v4jax.tokenizer.tools import CALLS_OPEN, read_tool_calls
+from v4jax.tokenizer.tools import TAG_CLOSE, TAG_OPEN, CallReader
 from v4jax.tokenizer.vocabulary import BOS, DSML, EOS, THINK_END, THINK_START
 
 MODES = ("chat", "thinking")
 
 # The blank line before the calls belongs to their envelope, not to the text.
-_STRICT_CALLS = ("\n\n" + CALLS_OPEN,)
-_TOLERANT_CALLS = (*_STRICT_CALLS, "\n" + CALLS_OPEN, CALLS_OPEN)
-_CONTROLS = (BOS, EOS, THINK_START, THINK_END, DSML)
-_STRICT_MARKERS = Markers(*_CONTROLS, *_STRICT_CALLS)
-_TOLERANT_MARKERS = Markers(*_CONTROLS, *_TOLERANT_CALLS)
+_STRICT_CALLS = ("\n\n" + TAG_OPEN,)
+_TOLERANT_CALLS = (*_STRICT_CALLS, "\n" + TAG_OPEN, TAG_OPEN)
+# Control tokens that a completion is read for; any other has no place in one.
+COMPLETION_CONTROLS = (BOS, EOS, THINK_START, THINK_END, DSML)
+_STRICT_MARKERS = Markers(*COMPLETION_CONTROLS, *_STRICT_CALLS)
+_TOLERANT_MARKERS = Markers(*COMPLETION_CONTROLS, TAG_CLOSE, *_TOLERANT_CALLS)
 
 
 def parse_completion(text: str, mode: str, *, tolerant: bool = False) -> dict:
@@ -32,10 +33,12 @@ def parse_completion(text: str, mode: str, *, tolerant: bool = False) -> dict:
     Args:
       text: the completion, EOS included.
       mode: `"chat"` or `"thinking"`, as the prompt was encoded.
-      tolerant: accept what models do under way or by mistake: no EOS (the length limit), no blank
+      tolerant: accept what models do under way or by mistake. No EOS (the length limit), no blank
         line before the tool calls or other whitespace between their tags, tool calls inside the
-        reasoning, reasoning that ends with EOS, tags with doubled bars. A call that was cut off
-        keeps the arguments it got, which are then no valid JSON.
+        reasoning, reasoning that ends with EOS, and tags with doubled bars need no word. Where
+        anything else leaves the format, as tags that are missing, misspelt or not closed, values
+        that are no JSON and stray control tokens, an event (`Departure`) says how it was read. A
+        call that was cut off keeps the arguments it got, which are then no valid JSON.
 
     Returns:
       `role`, `content`, `reasoning_content` and `tool_calls`, whose entries have no ids.
@@ -104,9 +107,8 @@ class StreamSplitter:
         rest = self._scanner.pending
         if self._text_type and rest and DSML not in rest:  # it did not become a tag: it was text
             events.append(self._text_type(rest))
-            rest = ""
         self._done = True
-        return [*events, Done("length", rest)]
+        return [*events, Done("length")]
 
     def _advance(self) -> list[Event]:
         if self._error:
@@ -130,16 +132,19 @@ class StreamSplitter:
         if marker in ("", THINK_END):
             self.missing = EOS
             marker = yield from self._read_text(ContentText, "content", stops=(EOS,))
-        if marker.endswith(CALLS_OPEN):
-            self._calls = True
-            yield from read_tool_calls(self._scanner)
-            yield from self._read_end()
+        if marker.endswith(TAG_OPEN):
+            reader = CallReader(self._scanner)
+            yield from reader.read()
+            self._calls = reader.found
         self._scanner.place = "end of the completion"
         self._done = True
         yield Done("tool_calls" if self._calls else "stop")
-        while not self._scanner.pending:
-            yield NEED_MORE
-        self._scanner.fail(f"expected nothing behind {EOS}, got {quote(self._scanner.pending[0])}")
+        while True:
+            while not self._scanner.pending:
+                yield NEED_MORE
+            got = quote(self._scanner.pending[0])
+            yield self._scanner.depart(f"expected nothing behind {EOS}, got {got}")
+            self._scanner.take(len(self._scanner.pending))
 
     def _read_text(
         self, event: type[ReasoningText | ContentText], place: str, stops: tuple[str, ...]
@@ -161,17 +166,14 @@ class StreamSplitter:
                 return marker
             if marker:
                 rule = f"expected text and then {stops[0]}, got {quote(marker)}"
-                scanner.fail(rule, back=len(marker))
+                yield scanner.depart(rule, back=len(marker))
+                if marker == TAG_CLOSE:  # of nothing; its name goes with it
+                    marker = yield from scanner.hold_until(_TAG_END)
+                    scanner.take_held()
+                    if marker == EOS:
+                        return EOS
+                continue
             yield NEED_MORE
 
-    def _read_end(self) -> Generator[object, None, None]:
-        scanner = self._scanner
-        scanner.place = "end of the tool calls"
-        if not scanner.tolerant:
-            yield from scanner.expect(EOS)
-            return
-        yield from scanner.skip_space()
-        # Reasoning that made its calls before closing may close now.
-        if (yield from scanner.expect(EOS, THINK_END)) == THINK_END:
-            yield from scanner.skip_space()
-            yield from scanner.expect(EOS)
+
+_TAG_END = Markers(">", EOS)

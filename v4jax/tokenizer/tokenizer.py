@@ -2,6 +2,7 @@
 
 import codecs
 import json
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 
@@ -135,16 +136,30 @@ _BYTE_OF_LETTER = _byte_letters()
 class StreamDecoder:
     """Turns ids that arrive one by one into text, never emitting part of a character.
 
-    The pieces of `push` and `finish` together are `tokenizer.decode` of all ids.
+    The pieces of `push` and `finish` together are `tokenizer.decode` of the ids that were kept.
+
+    Args:
+      keep: literals of the control tokens that become text; None keeps all. The others are left
+        out: they mean nothing to a reader.
+
+    Attributes:
+      left_out: literals of the control tokens that were left out, in order.
     """
 
-    def __init__(self, tokenizer: Vocabulary, *, specials: bool = True):
-        self._tokenizer, self._specials = tokenizer, specials
+    def __init__(self, tokenizer: Vocabulary, *, keep: Collection[str] | None = None):
+        self._tokenizer, self._keep = tokenizer, keep
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.left_out: list[str] = []
 
     def push(self, token: int) -> str:
         """Returns the text that `token` completes; empty in the middle of a character."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token], specials=self._specials))
+        text = self._tokenizer.token_bytes(token)
+        if self._keep is not None and self._tokenizer.is_control(token):
+            literal = text.decode()
+            if literal not in self._keep:
+                self.left_out.append(literal)
+                return ""
+        return self._decoder.decode(text)
 
     def finish(self) -> str:
         """Returns what is left: U+FFFD if the ids ended inside a character, else nothing."""

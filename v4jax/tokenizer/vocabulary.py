@@ -34,7 +34,18 @@ TASKS = {
     "read_url": "<｜read_url｜>",
 }
 
-_WORD_JOINER = "\u2060"  # invisible, and part of no control token
+# The tokens that prompts and completions are made of. A tokenizer.json has 1,250 more.
+CONTROLS = (
+    BOS,
+    EOS,
+    USER,
+    ASSISTANT,
+    LATEST_REMINDER,
+    THINK_START,
+    THINK_END,
+    DSML,
+    *TASKS.values(),
+)
 
 
 class Vocabulary:
@@ -73,14 +84,10 @@ class Vocabulary:
         """Says whether `token` is a control token."""
         return token in self._control_ids
 
-    def neutralise(self, text: str) -> str:
-        """Returns `text` with every control token's literal broken by an invisible U+2060.
-
-        For untrusted text that has to travel inside a trusted prompt (a user's message): it reads
-        the same and encodes to no control id. A whole document needs no such change: encode it
-        alone with `specials=False`.
-        """
-        return self._control_start.sub(lambda start: start[0] + _WORD_JOINER, text)
+    def find_control(self, text: str) -> int | None:
+        """Returns where the first literal of a control token begins; None where there is none."""
+        found = self._control_start.search(text)
+        return None if found is None else found.start()
 
     @cached_property
     def _control_start(self) -> re.Pattern:
@@ -89,8 +96,7 @@ class Vocabulary:
         for literal in self.controls:
             tails.setdefault(literal[:2], []).append(re.escape(literal[2:]))
         branches = (f"{re.escape(head)}(?:{'|'.join(t)})" for head, t in tails.items())
-        # The look-ahead finds literals that overlap, too: ｜DSML｜DSML｜ holds two.
-        return re.compile(f"(?={'|'.join(branches)}).", re.DOTALL)
+        return re.compile("|".join(branches))
 
     def _check_id(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:

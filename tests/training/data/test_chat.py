@@ -14,6 +14,7 @@ from v4jax.training.data.chat import ChatRecords, add_tools, encode_conversation
 BYTE = load_tokenizer("byte")
 EOS = "<｜end▁of▁sentence｜>"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "für"}}]
+ESCAPED = r'{"x": "\u003cthink>"}'
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
@@ -52,6 +53,11 @@ CASES = {
         [user("a"), assistant("b", reasoning_content="r")],
         {"mode": "chat"},
         ["b" + EOS],
+    ),
+    "an answer first, and two in a row": (
+        [assistant("a"), user("b"), assistant("c"), assistant("d")],
+        {},
+        ["a" + EOS, "c" + EOS, "d" + EOS],
     ),
     "a masked turn": (
         [user("a"), assistant("b", mask=True), user("c"), assistant("d")],
@@ -142,8 +148,18 @@ BROKEN = {
     "a control token": (
         {"messages": [user("a"), assistant("<think>b</think>c")]},
         DataError,
-        "messages[1] holds a control token's literal, '<think>b</think>c\"}'; reasoning belongs "
-        "into reasoning_content",
+        "a message holds a control token's literal, '<think>b</think>c'; reasoning belongs into "
+        "reasoning_content",
+    ),
+    "a control token, escaped in an argument": (
+        {
+            "messages": [
+                user("a"),
+                assistant("", tool_calls=[{"function": {"name": "f", "arguments": ESCAPED}}]),
+            ]
+        },
+        DataError,
+        "a message holds a control token's literal, '<think>'",
     ),
 }
 

@@ -20,8 +20,7 @@ import numpy as np
 from v4jax import log
 from v4jax.config.data import SourceConfig
 from v4jax.errors import ConfigError, ConversationError, DataError
-from v4jax.tokenizer import Vocabulary, render_messages
-from v4jax.tokenizer.tools import to_json
+from v4jax.tokenizer import Piece, Vocabulary, encode_pieces, render_messages
 from v4jax.training.data.document import Document
 from v4jax.training.data.files import Lines, parse_object
 
@@ -89,10 +88,10 @@ def encode_conversation(
         dicts = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
         mode = "thinking" if any(m.get("reasoning_content") for m in dicts) else "chat"
     pieces = render_messages(messages, mode=mode, **options)
-    _check_literals(messages, tokenizer)
+    _check_literals(pieces, tokenizer)
     tokens, weights = [], []
     for written, group in groupby(pieces, key=lambda piece: piece.written):
-        ids = tokenizer.encode("".join(piece.text for piece in group))
+        ids = encode_pieces(group, tokenizer)
         tokens += ids
         weights += [float(written)] * len(ids)
     if not any(weights):
@@ -114,15 +113,14 @@ def add_tools(messages: Any, tools: Any) -> Any:
     return [{**first, "tools": tools}, *messages[1:]]
 
 
-def _check_literals(messages: Sequence[dict], tokenizer: Vocabulary) -> None:
-    """Raises where a message holds a control token's literal, which would become the token."""
-    for i, message in enumerate(messages):
-        text = to_json(message)
-        broken = tokenizer.neutralise(text)
-        if broken != text:
-            at = next(k for k, (a, b) in enumerate(zip(text, broken, strict=False)) if a != b) - 1
+def _check_literals(pieces: Sequence[Piece], tokenizer: Vocabulary) -> None:
+    """Raises where a text spells a control token: it would be learned letter by letter."""
+    for piece in pieces:
+        found = None if piece.control else tokenizer.find_control(piece.text)
+        if found is not None:
+            shown = piece.text[found : found + 24]
             raise DataError(
-                f"messages[{i}] holds a control token's literal, {text[at : at + 24]!r}; reasoning "
-                "belongs into reasoning_content, calls into tool_calls, and other text must not "
-                "look like a token"
+                f"a message holds a control token's literal, {shown!r}; reasoning belongs into "
+                "reasoning_content, calls into tool_calls, and other text must not look like a "
+                "token"
             )

@@ -1,0 +1,61 @@
+"""Prompts in pieces: control tokens, and text that can only spell them.
+
+Everything a user, a document or a tool wrote is plain text, whatever it spells: it encodes to no
+control token. Control tokens come from this package's own templates alone.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from v4jax.tokenizer.vocabulary import CONTROLS, Vocabulary
+
+SLOT = "\x00"  # where a template takes a text; looked for in templates only
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt.
+
+    Attributes:
+      text: the stretch.
+      control: it consists of control tokens; otherwise it is plain text.
+      written: the assistant wrote it (reasoning, content, calls, EOS): what training teaches.
+    """
+
+    text: str
+    control: bool = False
+    written: bool = False
+
+
+def markup(template: str, *texts: str) -> list[Piece]:
+    """Returns a template as pieces, with `texts`, as plain text, in its slots (`SLOT`)."""
+    own = template.split(SLOT)
+    assert len(own) == len(texts) + 1, (template, texts)
+    pieces = []
+    for i, part in enumerate(own):
+        halves = _CONTROL.split(part)  # plain text and control tokens in turn
+        pieces += [Piece(text, control=j % 2 == 1) for j, text in enumerate(halves)]
+        pieces += [Piece(text) for text in texts[i : i + 1]]
+    return [piece for piece in pieces if piece.text]
+
+
+def join_pieces(pieces: Iterable[Piece]) -> str:
+    """Returns the text of all pieces."""
+    return "".join(piece.text for piece in pieces)
+
+
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Vocabulary) -> list[int]:
+    """Returns the ids of pieces; plain text that spells a control token gives none of its ids.
+
+    Raises:
+      RequestError: a text holds a lone surrogate.
+    """
+    ids = []
+    for control, group in groupby(pieces, key=lambda piece: piece.control):
+        ids += tokenizer.encode(join_pieces(group), specials=control)
+    return ids
+
+
+_CONTROL = re.compile(f"({'|'.join(map(re.escape, CONTROLS))})")
