@@ -461,7 +461,7 @@ def run(fault: Fault, root: pathlib.Path) -> tuple[str, float]:
     if ended.returncode not in (0, 1):
         raise SystemExit(f"tests/mutations.py: {fault.what}: the tests did not run\n{said}")
     found = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    noticed = found[0].split(" - ")[0].split()[1] if ended.returncode else ""
+    noticed = found[0].split(" - ")[0].partition(" ")[2] if ended.returncode else ""
     return noticed, time.monotonic() - begin
 
 

@@ -97,7 +97,8 @@ class FakeModel:
         if donate:
             cache.hashes.delete()
             cache.lengths.delete()
-        chosen = all_bt if logits == "all" else hashes
+        # Without new tokens there is nothing to predict from: the logits mean nothing.
+        chosen = all_bt if logits == "all" else jnp.where(lengths > 0, hashes, ~hashes)
         return _logits(chosen, self.config.vocab_size), extended
 
 
