@@ -26,7 +26,7 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 # Ends a command that is followed by something else on its line.
-_OPERATORS = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", ")"}
+_OPERATORS = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "(", ")"}
 
 
 @dataclasses.dataclass(frozen=True)

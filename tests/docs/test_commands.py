@@ -22,7 +22,8 @@ from tests.docs.blocks import (
 )
 
 # Pages whose blocks take less than some eight seconds together; the others are slow tests.
-QUICK = {"README.md", "docs/training_data.md"}
+QUICK = {"docs/training_data.md"}
+VERBS = ("batch", "convert", "evaluate", "generate", "inspect", "plan", "train")
 SHELL, PYTHON = read_blocks("bash"), read_blocks("python")
 # What stands for something to be filled in: flags that contain it are not checked further.
 PLACEHOLDERS = ("…", "DIR", "FILE", "FOLDER")
@@ -76,6 +77,15 @@ def test_flags_in_text(page: str, command: str):
     for call in find_calls(command):
         if call[0].islower():  # not VERB
             check_call(call)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_flags_of_help(verb: str):
+    usage = importlib.import_module(f"v4jax.cli.{verb}").USAGE
+    examples = [line for line in usage.splitlines() if line.startswith("  v4jax ")]
+    assert examples
+    for call in find_calls("\n".join(examples)):
+        check_call(call)
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)

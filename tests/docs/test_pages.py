@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 
 from tests.docs.blocks import PAGES, ROOT
 
-# Paths in backticks that begin with a top-level folder; a word in capitals stands for any name.
+# Paths in backticks that begin with a top-level folder.
 _TOP = "v4jax|tests|docs|configs|launch|notebooks|benchmarks|examples"
 _PATH = re.compile(rf"`((?:{_TOP})/[\w./-]*)`")
+_REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
@@ -21,10 +23,16 @@ _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 def test_paths_exist(page: str):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in _PATH.findall(text):
-        if not re.search(r"[A-Z]{4}", path.removesuffix("README.md")):
+        if not re.search("NAME|VERB", path):
             assert (ROOT / path).exists(), f"{page} names {path}"
     for link in _LINK.findall(text):
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/api/")])
+def test_referenced_names_exist(page: str):
+    for name in _REFERENCE.findall((ROOT / page).read_text(encoding="utf-8")):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda path: path.stem)
