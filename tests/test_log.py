@@ -67,6 +67,36 @@ def test_plain_progress_speaks_at_intervals(capsys, clock):
     assert lines[-1] == "batch: 89 %, document 1 of 2, 1,234 tokens/s, 11 s left"
 
 
+def test_progress_knows_its_rate(capsys, clock):
+    with log.Progress("save", total=100 * 2**20, unit="bytes") as progress:
+        for _ in range(10):
+            clock.now += 2
+            progress.advance(2**20, note="embed")
+        progress.update(50 * 2**20, total=150 * 2**20)  # at once, but not shown so soon
+        clock.now += 15
+        progress.advance(0)
+    assert capsys.readouterr().err.splitlines() == [
+        "save: 8 %, embed, 512 KiB/s, 184 s left",
+        "save: 33 %, 1.43 MiB/s, 70 s left",
+    ]
+
+
+def test_rate_leaves_pauses_out(clock):
+    rate = log.Rate()
+    assert rate.per_second is None
+    clock.now += 2
+    with rate.paused():
+        clock.now += 100
+    clock.now += 3
+    rate.add(10)
+    assert rate.per_second == 2
+    clock.now += 100
+    rate.start()
+    clock.now += 5
+    rate.add(10)
+    assert rate.per_second == 2
+
+
 def test_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with log.Progress("batch", total=100) as progress:

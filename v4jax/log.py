@@ -7,8 +7,8 @@ process 0 speaks and the others speak only on warnings.
     with log.phase("weights") as phase:
         phase.note(f"read {shards} shards", log.format_bytes(size))
     # → weights: read 46 shards, 148 GiB, 212 s
-    with log.Progress("batch", total=tokens, unit="tokens") as progress:
-        progress.update(done=tokens_done, rate=812.0, seconds_left=73.0)
+    with log.Progress("save", total=size, unit="bytes") as progress:
+        progress.advance(written)              # → save: 40 %, 212 MiB/s, 73 s left
 """
 
 import contextlib
@@ -102,12 +102,45 @@ def phase(name: str, announcement: str = "") -> Iterator[Phase]:
     info(f"{name}: " + ", ".join((*current.notes, format_seconds(current.seconds))))
 
 
+class Rate:
+    """How many units a second takes, over the time that counts."""
+
+    def __init__(self):
+        """Begins to count time."""
+        self.units, self.seconds = 0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Leaves out the time since the last `add`."""
+        self._last = time.perf_counter()
+
+    def add(self, units: float) -> None:
+        """Counts units that took the time since `start` or the last `add`."""
+        now = time.perf_counter()
+        self.seconds += now - self._last
+        self.units += units
+        self._last = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time inside."""
+        self.add(0)
+        yield
+        self.start()
+
+    @property
+    def per_second(self) -> float | None:
+        """Units per second; None before any was counted."""
+        return self.units / self.seconds if self.units and self.seconds else None
+
+
 class Progress:
     """Shows how far a loop is: a bar on a terminal, a plain line every 15 seconds elsewhere."""
 
     def __init__(self, name: str, total: float, unit: str = "tokens"):
         """Begins at 0 of `total` units; `total` may be an estimate that `update` corrects."""
-        self.name, self.unit, self.total = name, unit, total
+        self.name, self.unit, self.total, self.done = name, unit, total, 0
+        self._rate = Rate()
         self._bar = self._task = None
         self._next = time.perf_counter() + _PLAIN_SECONDS
 
@@ -123,6 +156,10 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def advance(self, units: float, *, note: str = "") -> None:
+        """Counts units that were just finished, and shows the state."""
+        self.update(self.done + units, note=note)
+
     def update(
         self,
         done: float,
@@ -136,18 +173,21 @@ class Progress:
 
         Args:
           done: units finished so far.
-          rate: units per second.
-          seconds_left: estimate of the remaining time.
+          rate: units per second; None: that of all updates.
+          seconds_left: the remaining time; None: that of the remaining units at this rate.
           total: a better estimate of the total.
           note: what is being worked on, such as `document 3 of 40`.
         """
-        self.total = self.total if total is None else total
+        self._rate.add(done - self.done)
+        self.done, self.total = done, self.total if total is None else total
         now = time.perf_counter()
         if now < self._next:
             return
+        rate = self._rate.per_second if rate is None else rate
+        if rate and seconds_left is None:
+            seconds_left = max(self.total - done, 0) / rate
         left = "" if seconds_left is None else f"{_format_estimate(seconds_left)} left"
-        speed = "" if rate is None else f"{rate:,.0f} {self.unit}/s"
-        status = ", ".join(part for part in (note, speed, left) if part)
+        status = ", ".join(part for part in (note, self._format_rate(rate), left) if part)
         if self._bar is not None:
             self._next = now + _TERMINAL_SECONDS
             self._bar.update(
@@ -157,6 +197,11 @@ class Progress:
             self._next = now + _PLAIN_SECONDS
             percent = 100 * min(done / self.total, 1.0) if self.total else 100.0
             info(f"{self.name}: {percent:.0f} %" + (f", {status}" if status else ""))
+
+    def _format_rate(self, rate: float | None) -> str:
+        if rate is None:
+            return ""
+        return f"{format_bytes(rate) if self.unit == 'bytes' else f'{rate:,.0f} {self.unit}'}/s"
 
 
 def _format_estimate(seconds: float) -> str:

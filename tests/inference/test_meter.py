@@ -2,7 +2,7 @@
 
 import pytest
 
-from v4jax.inference import meter as meter_module
+from v4jax import log
 from v4jax.inference.meter import Meter, summarize
 
 
@@ -15,7 +15,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(meter_module, "time", clock)
+    monkeypatch.setattr(log, "time", clock)
     return clock
 
 

@@ -14,7 +14,6 @@ bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,7 +109,6 @@ class _Reader:
             _box_bytes(array, box) for path, array in arrays for box in self._boxes(path, array)
         )
         self.progress = log.Progress("weights", self.total, unit="bytes")
-        self.done, self.start = 0, time.perf_counter()
 
     def __enter__(self) -> "_Reader":
         self.pool.__enter__()
@@ -160,10 +158,7 @@ class _Reader:
         # In the order of the files, so that a slow disk is read forwards.
         found.sort(key=lambda pair: (pair[0].file, pair[0].offset))
         for nbytes in self.pool.map(lambda pair: fill(*pair), found):
-            self.done += nbytes
-            rate = self.done / max(time.perf_counter() - self.start, 1e-6)
-            left = (self.total - self.done) / max(rate, 1.0)
-            self.progress.update(self.done, rate=rate, seconds_left=left)
+            self.progress.advance(nbytes)
         return out
 
 

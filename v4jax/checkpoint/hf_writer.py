@@ -238,15 +238,13 @@ def build_index(files: dict[str, dict[str, tuple[str, tuple[int, ...]]]]) -> dic
 
 
 def _write_tensors(model, format, pieces, files, target) -> None:
-    reader, done = _Reader(model, format, pieces), 0
+    reader = _Reader(model, format, pieces)
     sizes = {piece.name: _nbytes(piece) for group in pieces.values() for piece in group}
     with log.Progress("save", sum(sizes.values()), unit="bytes") as progress:
 
         def read(name: str, needed: bool) -> np.ndarray | None:
-            nonlocal done
             array = reader.read(name, needed)
-            done += sizes[name]
-            progress.update(done, note=name)
+            progress.advance(sizes[name], note=name)
             return array
 
         for name, contents in files.items():

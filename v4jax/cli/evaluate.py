@@ -92,13 +92,8 @@ def _evaluate(
     )
 
     engine = load_engine()
-    done, written = 0, []
+    written = []
     with log.Progress("evaluate", sum(text.length for text in texts), "bytes") as progress:
-
-        def on_tokens(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.update(done)
 
         def on_text(text: Any, answers: list[tuple[str, str, str]]) -> None:
             for name, code, answer in answers:
@@ -107,7 +102,7 @@ def _evaluate(
             if values.answers:  # after each text: reading the next may take long
                 _write(values.answers, "".join(written))
 
-        cells = needle_grid.ask_texts(engine, texts, values.depths, on_text, on_tokens)
+        cells = needle_grid.ask_texts(engine, texts, values.depths, on_text, progress.advance)
     if values.json:
         rows = [dataclasses.asdict(cell) | {"accuracy": cell.accuracy} for cell in cells]
         print(json.dumps({"model": values.model, "depths": values.depths, "cells": rows}, indent=2))

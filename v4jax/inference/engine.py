@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from v4jax import log
 from v4jax.errors import ConfigError, RequestError
 from v4jax.inference.answer import Answer, AnswerReader, Piece
-from v4jax.inference.meter import Rate
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
@@ -210,15 +209,8 @@ class Engine:
         capacity = self._capacity(needed)
         chunk_tokens = self._chunk(len(tokens), capacity)
         self._compile({(self._parts, chunk_tokens, capacity), (self._parts, 1, capacity)})
-        rate = Rate()
-
-        def show(count: int) -> None:
-            rate.add(count)
-            progress.update(rate.tokens, rate=rate.per_second)
-
         with log.Progress("read", total=len(tokens)) as progress:
-            rate.start()
-            logits_bv, cache = self._read(tokens, capacity, show)
+            logits_bv, cache = self._read(tokens, capacity, progress.advance)
         for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
             yield from pieces
             if answer is not None:

@@ -1,36 +1,11 @@
 """Tokens and seconds of a job: how fast it is, how much is left, and what it did in the end."""
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from v4jax import log
-
-
-class Rate:
-    """Tokens and the seconds they took, counted while they come."""
-
-    def __init__(self):
-        self.tokens, self.seconds = 0, 0.0
-        self._last = 0.0
-
-    def start(self) -> None:
-        """Begins a stretch of work."""
-        self._last = time.perf_counter()
-
-    def add(self, tokens: int) -> None:
-        """Counts tokens that took the time since `start` or the last `add`."""
-        now = time.perf_counter()
-        self.seconds += now - self._last
-        self.tokens += tokens
-        self._last = now
-
-    @property
-    def per_second(self) -> float | None:
-        """Tokens per second; None before anything was counted."""
-        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 class Meter:
@@ -46,7 +21,7 @@ class Meter:
     """
 
     def __init__(self, document_bytes: int, questions: int, max_new_tokens: int):
-        self.reading, self.writing = Rate(), Rate()
+        self.reading, self.writing = log.Rate(), log.Rate()
         self.cache_bytes = 0
         self._bytes_left, self._questions_left = document_bytes, questions
         self._answer_tokens, self._answers = max_new_tokens, 1
@@ -80,7 +55,7 @@ class Meter:
     @property
     def done(self) -> int:
         """Tokens read and written."""
-        return self.reading.tokens + self.writing.tokens
+        return self.reading.units + self.writing.units
 
     @property
     def total(self) -> float:

@@ -1,15 +1,15 @@
-"""What a run says about itself: a line of JSON per logged step, TensorBoard and W&B when asked.
+"""Metrics of a run: a line of JSON per logged step, and TensorBoard or W&B on request.
 
-In a bucket, where nothing can be appended to, `metrics.jsonl` is written anew with each checkpoint
-and about once a minute. A run that is killed goes on from its newest checkpoint, whose lines are
-all there.
+Objects in a bucket cannot be appended to. There `metrics.jsonl` is written again with each
+checkpoint and about once a minute. A killed run resumes at its newest checkpoint, and all lines up
+to that step are in the file.
 
 `metrics.jsonl` has the fields of `compute_losses`, `grad_norm`, `rate`, `tokens_per_second`,
-`model_flops_per_second` (of the mathematics), `executed_flops_per_second` (what is computed again
-included), `mfu` where the chip's peak is known, and `imbalance`: per router the load of its fullest
-expert over the mean, one number for each layer. Speeds leave out compiling and evaluating. Once
-attention is sparse `recall` is 1 by construction; `eval_recall` compares with full attention. The
-line of an evaluation also has the `samples` it wrote.
+`model_flops_per_second` (the model's own operations), `executed_flops_per_second` (recomputation
+included), `mfu` where the chip's peak is known, and `imbalance`: for each router the load of its
+fullest expert over the mean, one number per layer. Speeds exclude compilation and evaluation. With
+sparse attention `recall` is 1 by construction; `eval_recall` compares with full attention. The line
+of an evaluation also has the `samples` that it wrote.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from v4jax.files import RemotePath, to_path
 from v4jax.planning import flops
 from v4jax.planning.hardware import peak_flops
 
-SECONDS_BETWEEN_OBJECTS = 60.0  # people look on no more often, and every object holds all lines
+SECONDS_BETWEEN_OBJECTS = 60.0  # between two writes to a bucket; each writes all lines
 
 
 class Metrics:
@@ -42,10 +42,12 @@ class Metrics:
     def __init__(
         self, folder: pathlib.Path | RemotePath, receivers: Sequence[str], *, first_step: int
     ):
-        """Opens `metrics.jsonl` in the folder; lines from `first_step` on are of a lost future.
+        """Opens `metrics.jsonl` in the folder.
+
+        Lines at or after `first_step` come from steps that were lost; they are removed.
 
         Raises:
-          TrainingError: it cannot be read or written.
+          TrainingError: the file cannot be read or written.
         """
         self.path = folder / "metrics.jsonl"
         self._writers = [_open_receiver(name, folder) for name in receivers] if log.speaks() else []
@@ -63,10 +65,10 @@ class Metrics:
                 _cut(self.path, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line and passes the numbers on; JSON has null for what is not finite.
+        """Appends one line, null for numbers that are not finite, and feeds the receivers.
 
         Raises:
-          TrainingError: the line cannot be written, as on a full disk.
+          TrainingError: the line cannot be written, for example because the disk is full.
         """
         if not log.speaks():
             return
@@ -83,11 +85,7 @@ class Metrics:
             writer(step, numbers)
 
     def flush(self) -> None:
-        """Sees to it that every line so far is where `path` says.
-
-        Raises:
-          TrainingError: as `write`.
-        """
+        """Writes the lines that are not in the bucket yet."""
         if self._written == len(self._lines):
             return
         with self._writing():
@@ -107,7 +105,7 @@ class Metrics:
 
 
 def check_receivers(names: Sequence[str]) -> None:
-    """Raises ConfigError if the package of a receiver is not installed."""
+    """Raises ConfigError unless the packages of all receivers are installed."""
     packages = {"tensorboard": "tensorboardX", "wandb": "wandb"}
     for name in names:
         if importlib.util.find_spec(packages[name]) is None:
@@ -118,7 +116,7 @@ def check_receivers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: str | os.PathLike | RemotePath) -> list[dict]:
-    """Returns the lines of a `metrics.jsonl`; one that is not finished is left out."""
+    """Returns the lines of a `metrics.jsonl`, except unfinished ones."""
     lines = []
     for line in to_path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -169,7 +167,7 @@ def _open_receiver(name: str, folder: pathlib.Path):
     if name == "wandb":
         import wandb
 
-        # A run that is started again goes on in the same picture: its id is kept in its folder.
+        # The run's id is kept in its folder: a run that is started again continues its curves.
         kept = folder / "wandb_id"
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -197,31 +195,26 @@ class Speed:
     """Tokens and operations per second since the last reading."""
 
     def __init__(self, config: ModelConfig, row_tokens: int, remat: bool):
-        """Counts the work of one row, as if it were one document: an upper bound when packed."""
+        """Counts the work of one row as one document, which is an upper bound for packed rows."""
 
         def per_token(again: bool) -> float:
             return flops.total(flops.count_training(config, row_tokens, remat=again)) / row_tokens
 
         self._model, self._executed = per_token(False), per_token(remat)
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._since, self._tokens = time.perf_counter(), 0
+        self._rate = log.Rate()
 
     def add(self, tokens: int) -> None:
-        """Counts tokens of rows, padding included: they are computed like others."""
-        self._tokens += tokens
+        """Counts tokens of rows; padding counts, because it is computed like other tokens."""
+        self._rate.add(tokens)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time of what is no training: compiling, evaluating."""
-        begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Leaves out the time inside: that of compilation or evaluation."""
+        return self._rate.paused()
 
     def read(self) -> dict[str, float]:
         """Returns the speed since the last reading."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
+        rate, self._rate = self._rate.per_second or 0.0, log.Rate()
         found = {
             "tokens_per_second": rate,
             "model_flops_per_second": rate * self._model,
