@@ -8,18 +8,18 @@ import pytest
 from v4jax.errors import DataError
 from v4jax.shapes import round_up
 from v4jax.training.batch import PADDING
-from v4jax.training.data import Document, split_document, weigh_all
+from v4jax.training.data import Example, split_example, weigh_all
 from v4jax.training.data.packing import Counts, Lane
 
 LENGTH, ALIGN, PAD = 1024, 128, 9
 
 
-def make_document(name: int, tokens: int) -> Document:
+def make_document(name: int, tokens: int) -> Example:
     """Returns a document whose tokens say which it is and where."""
-    return Document(1000 * name + np.arange(tokens), weigh_all(tokens))
+    return Example(1000 * name + np.arange(tokens), weigh_all(tokens))
 
 
-def make_records(lengths) -> list[list[Document]]:
+def make_records(lengths) -> list[list[Example]]:
     """Returns one record for each length; 0 is a bad one, a list is one split into parts."""
     names = iter(range(10**6))
     return [
@@ -167,7 +167,7 @@ SPLITS = {3: [3], 4: [4], 8: [4, 4], 10: [4, 4, 2], 9: [4, 4]}  # the ninth woul
 @pytest.mark.parametrize(("tokens", "parts"), SPLITS.items())
 def test_split_at_whole_multiples(tokens, parts):
     document = make_document(0, tokens)
-    split = split_document(document, 4)
+    split = split_example(document, 4)
     assert [len(part) for part in split] == parts
     joined = np.concatenate([part.tokens for part in split])
     assert (joined == document.tokens[: len(joined)]).all()
@@ -177,6 +177,6 @@ def test_split_at_whole_multiples(tokens, parts):
 
 def test_a_part_that_is_all_prompt_is_left_out():
     weights = [0] * 6 + [1] * 4
-    (part, last) = split_document(Document(range(10), weights), 4)
+    (part, last) = split_example(Example(range(10), weights), 4)
     assert part.tokens.tolist() == [4, 5, 6, 7] and part.weights.tolist() == [0, 0, 1, 1]
     assert last.tokens.tolist() == [8, 9] and last.weights.tolist() == [0, 1]

@@ -7,7 +7,7 @@ import pytest
 from v4jax.config import DataConfig, SourceConfig
 from v4jax.errors import ConfigError, DataError
 from v4jax.tokenizer import load_tokenizer
-from v4jax.training.data.sources import Source, open_source
+from v4jax.training.data.sources import ExampleSource, open_source
 
 BYTE = load_tokenizer("byte")
 LINES = ['{"text": "one"}', "", "{torn", '{"text": "%s"}' % ("x" * 300)]
@@ -101,7 +101,7 @@ def test_a_record_nested_too_deeply_is_a_bad_one():
     config = SourceConfig("text", ("x",))
     data = DataConfig((config,), length=128, batch=1)
     with pytest.raises(DataError, match="data: here: maximum recursion depth exceeded"):
-        Source(Deep(), config, data)[0]
+        ExampleSource(Deep(), config, data)[0]
 
 
 def test_many_bad_records_among_good_ones_go_on(tmp_path):

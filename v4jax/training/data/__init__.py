@@ -1,17 +1,18 @@
-"""Training data: files to Documents, Documents to Batches. Read `document.py`, then `loader.py`.
+"""Training data: files to Examples, Examples to Batches. Read `example.py`, then `loader.py`.
 
-document.py   one example: tokens, and how much each counts as a target
-files.py      lines and ranges of files, read where they lie
-chat.py       conversations, loss on the assistant's turns
+example.py    one document: its tokens, and how much each counts as a target
+files.py      lines and ranges of files, read at random access
+chat.py       conversations; the assistant's turns count
 text.py       plain text and long documents
-sources.py    a configured source; bad and too long records
+needles.py    the needle task, made of any text
+sources.py    a configured source; bad records and records that are too long
 packing.py    documents to rows
-pipeline.py   shuffling, mixing, batches ahead: all of grain
-loader.py     configuration to Batches, and where one stands
+pipeline.py   shuffling, mixing, batches ahead: everything that uses grain
+loader.py     from the configuration to Batches, and back to a saved position
 """
 
-from v4jax.training.data.document import Document, weigh_all
+from v4jax.training.data.example import Example, weigh_all
 from v4jax.training.data.loader import Loader, merge_states
-from v4jax.training.data.packing import Counts, split_document
+from v4jax.training.data.packing import Counts, split_example
 
-__all__ = ["Counts", "Document", "Loader", "merge_states", "split_document", "weigh_all"]
+__all__ = ["Counts", "Example", "Loader", "merge_states", "split_example", "weigh_all"]

@@ -1,13 +1,13 @@
-"""Conversations as training examples: rendered as prompts are, loss on what the assistant wrote.
+"""Conversations as training examples: rendered like prompts; what the assistant wrote counts.
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-    messages      as `tokenizer.conversation.FIELDS` lists them; a true `mask` on an assistant's
-                  message leaves its turn out of the loss
-    tools         declared to the whole conversation (optional; or `tools` on the system message)
-    mode, effort  instead of the source's (optional)
+    messages      with the fields of `tokenizer.conversation.FIELDS`; a true `mask` on a message of
+                  the assistant leaves that turn out of the loss
+    tools         of the whole conversation (optional; or `tools` on the system message)
+    mode, effort  override those of the source (optional)
 
-Other fields of a line are not used, and one line of the log says which.
+Other fields of a record are ignored; the log names them once.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from v4jax import log
 from v4jax.config.data import SourceConfig
 from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Piece, Vocabulary, encode_pieces, render_messages
-from v4jax.training.data.document import Document
+from v4jax.training.data.example import Example
 from v4jax.training.data.files import Lines, parse_object
 
 SUFFIXES = (".jsonl",)
@@ -32,7 +32,7 @@ class ChatRecords:
     """The conversations of JSONL files."""
 
     def __init__(self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary):
-        try:  # a bad effort is complained about now, not at every record
+        try:  # reports a bad effort now instead of at every record
             options = dict(mode="thinking", effort=config.effort, profile=config.profile)
             render_messages([{"role": "user", "content": ""}], **options)
         except ConversationError as error:
@@ -43,10 +43,10 @@ class ChatRecords:
         return len(self._lines)
 
     def place(self, index: int) -> str:
-        """Returns where record `index` stands."""
+        """Returns the place of record `index` for messages."""
         return self._lines.place(index)
 
-    def read(self, index: int) -> Document:
+    def read(self, index: int) -> Example:
         """Returns record `index`.
 
         Raises:
@@ -70,11 +70,10 @@ class ChatRecords:
 
 def encode_conversation(
     messages: Sequence[dict], tokenizer: Vocabulary, *, mode: str = "auto", **options
-) -> Document:
-    """Returns a conversation as a Document; only what the assistant wrote has weight.
+) -> Example:
+    """Returns a conversation as an Example; only what the assistant wrote has weight.
 
-    Prompts and answers are encoded apart, as they are when the model answers: so a token never
-    spans both.
+    Prompts and answers are encoded separately, as in inference. No token spans both.
 
     Args:
       mode: `chat`, `thinking`, or `auto`: thinking where a message has `reasoning_content`.
@@ -98,11 +97,11 @@ def encode_conversation(
         raise DataError(
             "has no assistant turn that counts; add the answer, or remove the conversation"
         )
-    return Document(np.array(tokens, np.int32), np.array(weights, np.float32))
+    return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
 
 
 def add_tools(messages: Any, tools: Any) -> Any:
-    """Returns `messages` with `tools` on the system message, which is added where there is none."""
+    """Returns `messages` with `tools` on the system message, which is added if missing."""
     if not tools or not isinstance(messages, list):
         return messages
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
@@ -114,7 +113,7 @@ def add_tools(messages: Any, tools: Any) -> Any:
 
 
 def _check_literals(pieces: Sequence[Piece], tokenizer: Vocabulary) -> None:
-    """Raises where a text spells a control token: it would be learned letter by letter."""
+    """Raises if a text spells a control token, which would be learned letter by letter."""
     for piece in pieces:
         found = None if piece.control else tokenizer.find_control(piece.text)
         if found is not None:

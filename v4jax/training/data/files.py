@@ -1,9 +1,9 @@
-"""Files of training data: found, indexed, and read where an example lies.
+"""Files of training data: found, indexed, and read at random access.
 
     find_files(("corpus", "more.jsonl"), (".txt", ".jsonl"))   folders opened, in a fixed order
-    Lines(files)[i]                                            line i of all of them, by its offset
+    Lines(files)[i]                                            line i of all files
 
-No corpus is ever read as a whole.
+No corpus is read into memory as a whole.
 """
 
 from array import array
@@ -17,14 +17,14 @@ from v4jax.config.json_keys import parse_json
 from v4jax.errors import ConfigError, DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_LINES_PER_UPDATE = 65_536  # of the progress display
+_LINES_PER_UPDATE = 65_536  # lines between two updates of the progress display
 
 
 def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """Returns the files that `paths` name, folders searched through, each folder's sorted.
+    """Returns the files that `paths` name; folders are searched, and their files sorted.
 
     Args:
-      suffixes: what files of a folder must end in; others there are left alone.
+      suffixes: of the files wanted; other files in folders are ignored.
 
     Raises:
       ConfigError: a path does not exist, is of another kind, or no file was found.
@@ -53,9 +53,9 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
 
 
 class Lines:
-    """The lines of JSONL files that are not blank, each read when it is asked for.
+    """The lines of JSONL files that are not blank, each read on request.
 
-    Building it reads the files once, for 16 bytes of index a line.
+    Building it reads the files once; the index takes 16 bytes per line.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -83,7 +83,7 @@ class Lines:
             return file.readline()
 
     def place(self, index: int) -> str:
-        """Returns where a line stands, for messages: `file, line 7`."""
+        """Returns the place of a line for messages: `file, line 7`."""
         return f"{self._file(index)}, line {self._numbers[index]}"
 
     def _file(self, index: int) -> Path:
@@ -93,7 +93,7 @@ class Lines:
         begin = 0
         with open_file(path) as file:
             for number, data in enumerate(file, start=1):
-                # A byte-order mark is no content; the offset steps over it.
+                # The offset skips a byte-order mark, which is no content.
                 mark = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
                 if not data[mark:].isspace():
                     self._begins.append(begin + mark)
@@ -107,7 +107,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Returns the JSON object of a line.
 
     Raises:
-      DataError: it is none; the message leaves the place to whoever reports it.
+      DataError: it is none; the caller adds the place to the message.
     """
     text = decode(data)
     try:
@@ -132,7 +132,7 @@ def open_file(path: Path):
 
 
 def read_range(path: Path, begin: int, end: int) -> bytes:
-    """Returns bytes `begin` to `end` of a file, moved forward to where characters begin.
+    """Returns bytes `begin` to `end` of a file; both ends move forward to the next character.
 
     Neighbouring ranges together give the whole file, and none cuts a UTF-8 character.
     """
@@ -160,5 +160,5 @@ def decode(data: bytes) -> str:
 
 
 def _continuation_bytes(data: bytes) -> int:
-    """Returns how many bytes at the start belong to a character that began earlier."""
+    """Returns how many leading bytes belong to a character that began earlier."""
     return next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))

@@ -1,12 +1,12 @@
-"""From a configuration to Batches, and back to where one stood.
+"""From a configuration to Batches, and back to a saved position.
 
     loader = Loader(config, tokenizer)
     batch = next(loader)
-    state = loader.state()          # small, JSON-able: places, no documents
+    state = loader.state()          # small and JSON-able: positions, no documents
     Loader(config, tokenizer).restore(state)
 
-Every batch is the same for every number of hosts: host i of n gets rows i · batch / n and up, reads
-only what lies in them, and never waits for another.
+Every batch is the same for every number of hosts. Host i of n makes the rows from i · batch / n on,
+reads only their records, and never waits for another host.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from v4jax.training.data.sources import open_source
 
 
 class Loader:
-    """An iterator of Batches that can say where it stands and go on from there."""
+    """An iterator of Batches that can save its position and go on from it."""
 
     def __init__(
         self,
@@ -50,35 +50,35 @@ class Loader:
             range(shard_index * rows, (shard_index + 1) * rows),
             tokenizer.pad_id,
         )
-        # Ends the thread that makes batches ahead; called at exit too, because the iterator must be
-        # gone before the interpreter takes its modules away.
+        # Ends the thread that makes batches ahead. It is called at exit too, because the iterator
+        # must be gone before the interpreter unloads its modules.
         self.close = weakref.finalize(self, vars(self).pop, "_iterator", None)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        """Returns the next batch, of this host's rows.
+        """Returns this host's rows of the next batch.
 
         Raises:
           StopIteration: every record was read `epochs` times.
-          DataError: a bad record, where those are fatal; the message says where it stands.
+          DataError: a record is bad where that is fatal; the message names its place.
         """
         return next(self._iterator)
 
     def state(self) -> dict:
-        """Returns where the loader stands behind the last batch given: a JSON-able value.
+        """Returns the position after the last returned batch, JSON-able.
 
-        It holds the lanes of this host; `merge_states` joins those of all hosts into one from which
-        any number of hosts can go on.
+        It holds the lanes of this host. `merge_states` joins the positions of all hosts into one,
+        from which any number of hosts can go on.
         """
         return {"data": self._data, "lanes": self._iterator.get_state()}
 
     def restore(self, state: Mapping) -> None:
-        """Goes on behind the batch after which `state` was taken.
+        """Goes on from a `state`.
 
         Raises:
-          DataError: the state is of other data, or lacks rows of this host.
+          DataError: the state belongs to other data, or lacks rows of this host.
         """
         changed = [
             f"{name} was {state['data'].get(name)!r} and is {value!r}"
@@ -99,12 +99,12 @@ class Loader:
         self._iterator.set_state(state["lanes"])
 
     def counts(self) -> Counts:
-        """Returns what this host's batches held so far, since the very beginning."""
+        """Returns what this host made since the beginning of the data."""
         lanes = self._iterator.get_state().values()
         return sum((Counts(**lane["counts"]) for lane in lanes), Counts())
 
     def report(self) -> str:
-        """Returns a line for people: documents, tokens, how full the rows are, bad records."""
+        """Returns a line for people: documents, tokens, fill of the rows, bad records."""
         counts = self.counts()
         return (
             f"data: {counts.documents:,} documents, {counts.tokens:,} tokens, rows "
@@ -113,7 +113,7 @@ class Loader:
 
 
 def merge_states(states: Sequence[Mapping]) -> dict:
-    """Returns the state of all hosts, given that of each after the same number of batches."""
+    """Returns the state of all hosts, given each host's after the same number of batches."""
     lanes = {name: lane for state in states for name, lane in state["lanes"].items()}
     return {"data": states[0]["data"], "lanes": lanes}
 
@@ -137,7 +137,7 @@ def _check_shards(config: DataConfig, shard_index: int, shard_count: int) -> Non
 
 
 def _describe(config: DataConfig, records: Sequence[int]) -> dict:
-    """Returns what a saved position depends on, JSON-able."""
+    """Returns what a saved position depends on, as a JSON-able value."""
     names = ("length", "batch", "packing", "lookahead", "shuffle", "seed", "epochs")
     sources = [
         vars(source) | {"paths": None, "settings": repr(source.settings), "records": count}

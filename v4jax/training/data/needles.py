@@ -5,8 +5,8 @@
     What is the code of amber-falcon?<｜Assistant｜></think>40917 EOS
     <｜User｜>What is the code of …
 
-The first turn holds the ids that `v4jax batch` makes of a document and its question; each further
-question is a turn of its own. Names asked for in training and in tests share words, never pairs.
+The first turn holds the ids that `v4jax batch` makes of a document and its question. Each further
+question is a turn of its own. Names in training and in tests share words, but never pairs of words.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ import numpy as np
 from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 from v4jax.tokenizer import ByteTokenizer, encode_messages
-from v4jax.training.data.document import Document
+from v4jax.training.data.example import Example
 
 DIGITS = 5
 END = "\n\n"  # between the text and the first question
-LINE = 70  # bytes of text between two places where a sentence may stand, about
-TEST_SHARE = 8  # one in so many pairs of words is kept for tests
+LINE = 70  # bytes in which the end of a word is looked for
+TEST_SHARE = 8  # one pair of words in eight is kept for tests
 
-# Distractors look like needles and answer nothing that is asked.
+# Sentences that look like needles and answer no question.
 DISTRACTORS = (
     "The price of {name} is {number}.",
     "The code of {name} is not known.",
@@ -73,17 +73,17 @@ class Needles:
     """What documents of the needle task look like; ranges include both ends.
 
     Attributes:
-      tokens: length of the document without the questions, in tokens.
-      needles: sentences that give a code; at least one fits, whatever the length.
-      distractors: sentences that look like one.
-      questions: how many of the codes are asked for, at most those there are.
-      gaps: probability that positions are left out in front of each 128 tokens behind the first,
-        the questions' included: so short documents have the distances of long ones.
-      gap_tokens: range of the positions left out, any power of two as likely as any other.
-      text_weight: how much a token that is no answer counts as a target.
+      tokens: of the document without its questions.
+      needles: number of sentences that give a code; one is always there, whatever the length.
+      distractors: number of sentences that look like needles.
+      questions: number of codes that are asked for, at most those in the text.
+      gaps: probability that positions are left out before a stretch of 128 tokens, for all but the
+        first stretch. A short document then has the distances of a long one.
+      gap_tokens: range of the number of positions left out; its logarithm is uniform.
+      text_weight: how much a token outside the answers counts as a target.
       split: which pairs of words make names.
-      folder: files whose text surrounds the sentences, searched for *.txt, *.md, *.rst and *.py;
-        None: the language reference and library of this Python.
+      folder: its *.txt, *.md, *.rst and *.py files give the text around the sentences; None: the
+        language reference and library of this Python.
 
     Raises:
       DataError: a range is empty or too small.
@@ -128,8 +128,8 @@ class Sentence(NamedTuple):
 class Haystack:
     """A text with its codes in it.
 
-    codes: name → number, in the order of the text; depths: name → place of its sentence, from 0
-    (first byte) to 1 (last).
+    codes: name → number in the order of the text. depths: name → place of its sentence, from 0
+    (the first byte) to 1 (the last).
     """
 
     text: str
@@ -137,8 +137,8 @@ class Haystack:
     depths: dict[str, float]
 
 
-def make_document(seed: int, index: int, settings: Needles) -> Document:
-    """Returns document `index` of the task: the same for the same arguments and text."""
+def make_document(seed: int, index: int, settings: Needles) -> Example:
+    """Returns document `index` of the task; equal arguments and text give equal documents."""
     generator = np.random.default_rng((seed, index))
     haystack = (hide_in_stretches if settings.gaps else hide)(generator, settings)
     count = int(generator.integers(*settings.questions, endpoint=True))
@@ -152,7 +152,7 @@ def make_document(seed: int, index: int, settings: Needles) -> Document:
 
 
 def draw_gaps(generator: np.random.Generator, tokens: int, settings: Needles) -> np.ndarray:
-    """Returns `Document.skipped` of that many tokens."""
+    """Returns `Example.skipped` for a document of `tokens` tokens."""
     stretches = -(-tokens // ALIGN)
     sizes = np.exp2(generator.uniform(*np.log2(settings.gap_tokens), stretches))
     sizes = (sizes // ALIGN * ALIGN).astype(np.int64)
@@ -162,9 +162,9 @@ def draw_gaps(generator: np.random.Generator, tokens: int, settings: Needles) ->
 
 
 def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Haystack:
-    """As `hide`, where no sentence reaches over a multiple of 128 tokens of the document.
+    """Does what `hide` does, but no sentence crosses a multiple of 128 tokens of the document.
 
-    The text ends so that the questions begin at such a multiple too; it is ASCII, a byte a token.
+    The questions begin at such a multiple too. The text is ASCII: one byte is one token.
     """
     size = int(generator.integers(*settings.tokens, endpoint=True))
     count = max(round(size / ALIGN), 1)
@@ -177,7 +177,7 @@ def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Hays
     for stretch in range(count):
         room = ALIGN - (around - len(END) if stretch == 0 else 0)
         room -= len(END) if stretch == count - 1 else 0
-        # The first needle always fits: it comes first in its stretch.
+        # The first needle always fits, because it comes first in its stretch.
         mine = [s for s, place in zip(sentences, places, strict=True) if place == stretch]
         part = _join(generator, *_fit(mine, room), settings.folder)
         texts.append(part.text.encode("ascii", "replace").decode().ljust(room))
@@ -197,7 +197,7 @@ def hide(generator: np.random.Generator, settings: Needles) -> Haystack:
 
 
 def draw_sentences(generator, needles: int, distractors: int, split: str) -> list[Sentence]:
-    """Returns needles and distractors in any order, but a needle first."""
+    """Returns needles and distractors in random order; the first is a needle."""
     names = draw_names(generator, needles + distractors, split)
     numbers = draw_numbers(generator, needles + distractors)
     sentences = []
@@ -211,9 +211,7 @@ def draw_sentences(generator, needles: int, distractors: int, split: str) -> lis
 
 
 def _fit(sentences: Sequence[Sentence], room: int) -> tuple[list[Sentence], int]:
-    """Returns the sentences that fit into a text of `room` bytes, a first needle always, and the
-    room they leave.
-    """
+    """Returns the sentences that fit into `room` bytes, and the room left; the first is kept."""
     kept: list[Sentence] = []
     for sentence in sentences:
         if not kept or len(sentence.text) + 1 <= room:
@@ -223,7 +221,7 @@ def _fit(sentences: Sequence[Sentence], room: int) -> tuple[list[Sentence], int]
 
 
 def _join(generator, sentences: Sequence[Sentence], room: int, folder) -> Haystack:
-    """Puts sentences between pieces of one stretch of text, at any depth."""
+    """Returns one stretch of text with the sentences inside, at random depths."""
     text = read_text(folder)
     first = int(generator.integers(len(text) - room))
     filler = text[first : first + room].decode(errors="ignore")
@@ -245,14 +243,14 @@ def _join(generator, sentences: Sequence[Sentence], room: int, folder) -> Haysta
 
 
 def _next_gap(text: str, place: int) -> int:
-    """Returns the next place at or after `place` where a word ends, so that none is torn."""
+    """Returns the first place at or after `place` where a word ends."""
     for i in range(place, min(place + LINE, len(text))):
         if text[i].isspace():
             return i
     return min(place, len(text))
 
 
-def write_turns(text: str, answers: Sequence[tuple[str, str]], settings: Needles) -> Document:
+def write_turns(text: str, answers: Sequence[tuple[str, str]], settings: Needles) -> Example:
     """Returns text, questions and answers as the model reads them; answers have weight 1."""
     tokenizer = ByteTokenizer()
     tokens: list[int] = []
@@ -271,7 +269,7 @@ def write_turns(text: str, answers: Sequence[tuple[str, str]], settings: Needles
         add(tokenizer.encode(after), settings.text_weight)
         add([*tokenizer.encode(number, specials=False), tokenizer.eos_id], 1.0)
     weights[0] = 0.0
-    return Document(np.array(tokens, np.int32), np.array(weights, np.float32))
+    return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
 
 
 def ask(name: str) -> str:
@@ -281,7 +279,7 @@ def ask(name: str) -> str:
 
 @functools.cache
 def render_turn(*, first: bool) -> tuple[str, str]:
-    """Returns what stands before and after the user's words, as the encoder writes it."""
+    """Returns what the encoder writes before and after the user's words."""
     mark = "\x00"
     turn = {"role": "user", "content": mark}
     if first:
@@ -293,7 +291,7 @@ def render_turn(*, first: bool) -> tuple[str, str]:
 
 
 def draw_names(generator: np.random.Generator, count: int, split: str) -> list[str]:
-    """Returns that many different names of the split."""
+    """Returns `count` different names of the split."""
     names: dict[str, None] = {}
     while len(names) < count:
         a, b = (int(i) for i in generator.integers(len(WORDS), size=2))
@@ -304,7 +302,7 @@ def draw_names(generator: np.random.Generator, count: int, split: str) -> list[s
 
 
 def draw_numbers(generator: np.random.Generator, count: int) -> list[str]:
-    """Returns that many numbers of five digits, the first of which may be 0."""
+    """Returns `count` numbers of five digits; leading digits may be 0."""
     return [f"{number:0{DIGITS}}" for number in generator.integers(10**DIGITS, size=count)]
 
 

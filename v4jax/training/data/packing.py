@@ -1,9 +1,9 @@
-"""Documents to rows: several in a row, none cut, each from a multiple of 128 tokens on.
+"""Documents to rows: several in a row, none cut, each beginning at a multiple of 128 tokens.
 
     row of 1024   0 │ document of 300 │ padding │ 384 │ document of 600 │ padding │ 1024
 
-A `Lane` fills one row of every batch, from records of its own. Lanes know nothing of each other, so
-a batch is the same whichever host fills which lane.
+A `Lane` fills one row of every batch from records of its own. Lanes are independent. A batch is
+therefore the same whichever host fills which lane.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 from v4jax.shapes import round_up
 from v4jax.training.batch import PADDING, Batch
-from v4jax.training.data.document import Document
+from v4jax.training.data.example import Example
 
-_WAITING_ROWS = 4  # rows' worth of tokens that may wait: bounds the memory of long documents
+_WAITING_ROWS = 4  # rows of tokens that may wait; bounds the memory that long documents take
 
 
 @dataclass
 class Counts:
-    """What a lane, or all lanes together, gave so far.
+    """What a lane, or all lanes together, made so far.
 
     Attributes:
       rows: rows made, of `row_tokens` tokens in all.
-      documents, tokens: what lies in them; a split document counts once for each part.
+      documents, tokens: contents of these rows; a split document counts once for each part.
       skipped: bad records left out.
     """
 
@@ -38,7 +38,7 @@ class Counts:
 
     @property
     def fill(self) -> float:
-        """The share of the rows' tokens that are documents' (1 is full, 0 is all padding)."""
+        """Share of the rows' tokens that belong to documents: 1 is full, 0 is all padding."""
         return self.tokens / max(self.row_tokens, 1)
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -48,23 +48,23 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A document in line: part `part` of the lane's record `record`."""
+    """A document in the queue: part `part` of the lane's record `record`."""
 
     record: int
     part: int
-    document: Document
+    document: Example
 
 
 class Lane:
-    """Fills the rows of one place in the batch, best fit first, from a bounded line.
+    """Fills one row of every batch from a bounded queue of documents.
 
-    The document that waits longest begins a row; then the longest that fits follows, until none
-    fits. So no document waits for more than `lookahead` rows.
+    The document that waited longest begins a row. Then the longest that fits follows, until none
+    fits. No document therefore waits for more than `lookahead` rows.
     """
 
     def __init__(
         self,
-        read: Callable[[int], Sequence[Document] | None],
+        read: Callable[[int], Sequence[Example] | None],
         length: int,
         *,
         packing: bool = True,
@@ -75,32 +75,33 @@ class Lane:
         """Begins at the lane's first record.
 
         Args:
-          read: the documents of the lane's record k, none where it is bad; None behind the last.
+          read: returns the documents of the lane's record k: none where the record is bad, None
+            after the last record.
           length: tokens of a row; a multiple of 128.
-          packing: False gives every document a row of its own.
-          gaps: rows have `skipped`, which documents with gaps need.
-          lookahead: documents in line, at most.
-          pad_id: the token where no document is.
+          packing: whether several documents share a row.
+          gaps: whether rows have `skipped`, which documents with gaps need.
+          lookahead: documents in the queue, at most.
+          pad_id: the token of padding.
         """
         self._read, self._length = read, length
         self._packing, self._gaps = packing, gaps
         self._lookahead, self._pad_id = lookahead, pad_id
         self._restart(0, 0, [], Counts())
 
-    def _restart(self, record: int, part: int, line: list[_Waiting], counts: Counts) -> None:
-        self._record, self._part = record, part  # the next to join the line
-        self._parts: Sequence[Document] = ()  # of that record, once it is read
-        self._line, self._counts, self._ended = line, counts, False
+    def _restart(self, record: int, part: int, queue: list[_Waiting], counts: Counts) -> None:
+        self._record, self._part = record, part  # the next to join the queue
+        self._parts: Sequence[Example] = ()  # of that record, once it is read
+        self._queue, self._counts, self._ended = queue, counts, False
 
     def next_row(self) -> Batch | None:
-        """Returns the next row, a batch of one; None at the end."""
-        self._fill_line()
-        if not self._line:
+        """Returns the next row as a batch of one; None at the end."""
+        self._fill_queue()
+        if not self._queue:
             return None
         row = empty_row(self._length, self._pad_id, gaps=self._gaps)
         begin, chosen = 0, 0
         while chosen is not None:
-            document = self._line.pop(chosen).document
+            document = self._queue.pop(chosen).document
             end = begin + len(document)
             row.tokens[0, begin:end] = document.tokens
             row.weights[0, begin:end] = document.weights
@@ -120,49 +121,49 @@ class Lane:
         return row
 
     def state(self) -> dict:
-        """Returns where the lane stands, as JSON-able numbers: not the documents, their places."""
+        """Returns the lane's position as JSON-able numbers: records and parts, no documents."""
         return {
             "next": [self._record, self._part],
-            "line": [[waiting.record, waiting.part] for waiting in self._line],
+            "line": [[waiting.record, waiting.part] for waiting in self._queue],
             "counts": asdict(self._counts),
         }
 
     def restore(self, state: dict) -> None:
-        """Goes on from a `state`, reading the documents in line again.
+        """Goes on from a `state`; reads the documents of its queue again.
 
         Raises:
           DataError: one of them is no longer there.
         """
-        line: list[_Waiting] = []
-        read: dict[int, Sequence[Document] | None] = {}
+        queue: list[_Waiting] = []
+        read: dict[int, Sequence[Example] | None] = {}
         for record, part in state["line"]:
             if record not in read:
-                read = {record: self._read(record)}  # parts of a record are neighbours in line
+                read = {record: self._read(record)}  # parts of a record are neighbours
             parts = read[record] or ()
             if part >= len(parts):
                 raise DataError(
                     f"data: document {part} of record {record} was there when the position was "
                     "saved and is gone; restore the files, or start the data anew"
                 )
-            line.append(_Waiting(record, part, parts[part]))
-        self._restart(*state["next"], line, Counts(**state["counts"]))
+            queue.append(_Waiting(record, part, parts[part]))
+        self._restart(*state["next"], queue, Counts(**state["counts"]))
 
     def _choose(self, room: int) -> int | None:
-        """Returns which document in line is the longest of at most `room` tokens."""
-        self._fill_line()
-        fitting = [i for i, waiting in enumerate(self._line) if len(waiting.document) <= room]
-        return max(fitting, key=lambda i: len(self._line[i].document), default=None)
+        """Returns the index of the longest waiting document of at most `room` tokens."""
+        self._fill_queue()
+        fitting = [i for i, waiting in enumerate(self._queue) if len(waiting.document) <= room]
+        return max(fitting, key=lambda i: len(self._queue[i].document), default=None)
 
-    def _fill_line(self) -> None:
-        tokens = sum(len(waiting.document) for waiting in self._line)
-        while len(self._line) < self._lookahead and tokens < _WAITING_ROWS * self._length:
+    def _fill_queue(self) -> None:
+        tokens = sum(len(waiting.document) for waiting in self._queue)
+        while len(self._queue) < self._lookahead and tokens < _WAITING_ROWS * self._length:
             document = self._next_document()
             if document is None:
                 break
             tokens += len(document)
 
-    def _next_document(self) -> Document | None:
-        """Puts the next document in line and returns it; None at the end."""
+    def _next_document(self) -> Example | None:
+        """Appends the next document to the queue and returns it; None at the end."""
         while not self._ended:
             if not self._parts:
                 parts = self._read(self._record)
@@ -173,37 +174,40 @@ class Lane:
                 self._counts.skipped += not parts
             if self._part < len(self._parts):
                 document = self._parts[self._part]
-                self._line.append(_Waiting(self._record, self._part, document))
+                self._queue.append(_Waiting(self._record, self._part, document))
                 self._part += 1
                 return document
             self._record, self._part, self._parts = self._record + 1, 0, ()
         return None
 
 
-def split_document(document: Document, length: int) -> list[Document]:
+def split_example(document: Example, length: int) -> list[Example]:
     """Returns a document cut at whole multiples of `length` tokens.
 
-    Each part begins anew: it sees nothing of those before, and its first token is no target. A part
-    without any target is left out, since nothing would be learned from it.
+    Each part begins anew: it sees nothing of the parts before it, and its first token is no target.
+    A part without any target is left out, because nothing would be learned from it.
+
+    Raises:
+      DataError: the document has gaps and would have to be cut.
     """
-    if document.skipped is not None and len(document) > length:
+    if document.skipped is not None:
+        if len(document) <= length:
+            return [document]
         raise DataError(
             f"data.length = {length} is too short for a document of {len(document)} tokens with "
             "gaps, which cannot be cut; make rows longer, or documents shorter"
         )
-    if document.skipped is not None:
-        return [document]
     parts = []
     for begin in range(0, len(document), length):
         weights = document.weights[begin : begin + length].copy()
         weights[0] = 0
         if weights.any():
-            parts.append(Document(document.tokens[begin : begin + length], weights))
+            parts.append(Example(document.tokens[begin : begin + length], weights))
     return parts
 
 
 def empty_row(length: int, pad_id: int, *, gaps: bool = False) -> Batch:
-    """Returns a row of padding, a batch of one; with `gaps` it has `skipped`."""
+    """Returns a row of padding as a batch of one; with `gaps` it has `skipped`."""
     return Batch(
         tokens=np.full((1, length), pad_id, np.int32),
         weights=np.zeros((1, length), np.float32),

@@ -1,10 +1,11 @@
-"""The part of the data that is grain's: shuffling, mixing, endless epochs, batches made ahead.
+"""The part of the data that uses grain: shuffling, mixing, endless epochs, batches made ahead.
 
-    Source ─ shuffle ─ repeat ─┐                 ┌ lane 0 ─┐
-    Source ─ shuffle ─ repeat ─┴─ records by lane ┼ lane 1 ─┼─ batch ─ prefetch
+    source ─ shuffle ─ repeat ─┐                 ┌ lane 0 ─┐
+    source ─ shuffle ─ repeat ─┴─ records by lane ┼ lane 1 ─┼─ batch ─ prefetch
                                                   └ …      ─┘
 
-Everything before the lanes is addressed by number, so where a lane stands is a number too.
+Lane r makes row r of every batch. Records are addressed by number, and a lane's position is
+therefore a number too.
 """
 
 import sys
@@ -17,24 +18,26 @@ import numpy as np
 
 from v4jax.config.data import DataConfig
 from v4jax.training.batch import Batch
-from v4jax.training.data.document import Document
+from v4jax.training.data.example import Example
 from v4jax.training.data.packing import Lane, empty_row
-from v4jax.training.data.sources import Source
+from v4jax.training.data.sources import ExampleSource
 
-# The documents of a lane's record: none where it is bad, None behind the last.
-ReadRecord = Callable[[int], Sequence[Document] | None]
+# The examples of a lane's record: none where the record is bad, None after the last record.
+ReadRecord = Callable[[int], Sequence[Example] | None]
 
-# Lanes begin at as many turns of the mixture, so that no batch has all its rows of one source.
+# Number of turns of the mixture at which lanes begin: no batch then has all rows of one source.
 _FIRST_TURNS = 64
 
 
-def share_records(sources: Sequence[Source], config: DataConfig) -> Callable[[int], ReadRecord]:
-    """Returns what gives lane r of B its records: r, r + B, r + 2 B, … of every source.
+def share_records(
+    sources: Sequence[ExampleSource], config: DataConfig
+) -> Callable[[int], ReadRecord]:
+    """Returns the function that gives lane r of B its records: r, r + B, r + 2 B, … of each source.
 
-    Without `epochs` sources are endless, reshuffled whenever they were read through, and every lane
-    draws from them by weight (to whole percents of the smallest). Each lane mixes by itself: lanes
-    read at their own pace, and sharing out a mixture could leave one of them a single source. With
-    `epochs` all records of all sources are in one order.
+    Without `epochs`, sources are endless and shuffled again after each pass. Every lane draws from
+    them by weight, to whole percents of the smallest weight. Each lane mixes by itself, because
+    lanes read at their own pace, and a shared mixture could leave one of them a single source. With
+    `epochs`, all records of all sources are in one order.
     """
     seeds = [int(s) for s in np.random.SeedSequence(config.seed).generate_state(len(sources) + 1)]
     datasets = [grain.MapDataset.source(source) for source in sources]
@@ -43,7 +46,7 @@ def share_records(sources: Sequence[Source], config: DataConfig) -> Callable[[in
         together = together.shuffle(seeds[0]) if config.shuffle else together
         return _share_epochs(together.repeat(config.epochs), config.batch)
     for i, source in enumerate(config.sources):
-        if config.shuffle and source.kind != "needles":  # made at random, in the order they say
+        if config.shuffle and source.kind != "needles":  # needles are random already
             datasets[i] = datasets[i].shuffle(seeds[i + 1])
     endless = [dataset.repeat() for dataset in datasets]
     return _share_mixture(endless, [source.weight for source in config.sources], config.batch)
@@ -51,7 +54,7 @@ def share_records(sources: Sequence[Source], config: DataConfig) -> Callable[[in
 
 def _share_epochs(records: grain.MapDataset, lanes: int) -> Callable[[int], ReadRecord]:
     def open_lane(lane: int) -> ReadRecord:
-        def read(record: int) -> Sequence[Document] | None:
+        def read(record: int) -> Sequence[Example] | None:
             position = lane + record * lanes
             return records[position] if position < len(records) else None
 
@@ -63,7 +66,8 @@ def _share_epochs(records: grain.MapDataset, lanes: int) -> Callable[[int], Read
 def _share_mixture(
     sources: Sequence[grain.MapDataset], weights: Sequence[float], lanes: int
 ) -> Callable[[int], ReadRecord]:
-    # Numbers in place of records show which source the mixture takes when, and its how-manieth.
+    # We mix plain counters instead of records. Each turn of the mixture then tells the source and
+    # the record's index within the source.
     numbers = grain.MapDataset.range(sys.maxsize)
     turns = grain.MapDataset.mix(
         [numbers.map(lambda number, i=i: (i, number)) for i in range(len(sources))], weights=weights
@@ -73,7 +77,7 @@ def _share_mixture(
         first = lane % _FIRST_TURNS
         missed = Counter(turns[turn][0] for turn in range(first))
 
-        def read(record: int) -> Sequence[Document]:
+        def read(record: int) -> Sequence[Example]:
             source, number = turns[first + record]
             return sources[source][lane + (number - missed[source]) * lanes]
 
@@ -83,12 +87,12 @@ def _share_mixture(
 
 
 def build_iterator(
-    sources: Sequence[Source], config: DataConfig, lanes: Sequence[int], pad_id: int
+    sources: Sequence[ExampleSource], config: DataConfig, lanes: Sequence[int], pad_id: int
 ) -> grain.DatasetIterator:
     """Returns an iterator of Batches that hold the rows `lanes` of every batch."""
     batches = _Batches(share_records(sources, config), config, lanes, pad_id)
-    # Even with nothing made ahead it keeps the state behind the last batch given, whatever an error
-    # leaves half done.
+    # Even with a buffer of 0 it keeps the state after the last batch that it returned. An error
+    # while the next batch is made therefore leaves a valid state.
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=config.prefetch
     )
@@ -105,7 +109,7 @@ class _Batches(grain.IterDataset):
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """One row of every lane at a time, until no lane has one; padding for those that end early."""
+    """Joins one row of every lane until no lane has one; lanes that end early give padding."""
 
     def __init__(
         self,

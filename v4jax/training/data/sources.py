@@ -1,4 +1,4 @@
-"""A configured source: records to documents of at most a row, bad records reported or fatal."""
+"""A configured source: records to documents of at most one row; bad records are reported."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,31 +12,31 @@ from v4jax.config.loading import build
 from v4jax.errors import ConfigError, DataError, RequestError
 from v4jax.tokenizer import ByteTokenizer, Vocabulary
 from v4jax.training.data import chat, text
-from v4jax.training.data.document import Document
+from v4jax.training.data.example import Example
 from v4jax.training.data.files import find_files
-from v4jax.training.data.packing import split_document
+from v4jax.training.data.packing import split_example
 
-_MOST_WARNINGS = 100  # of bad records; more are counted only
-# So many bad records in succession mean that the source is wrong, and reading on could be endless.
+_MOST_WARNINGS = 100  # warnings about bad records; further ones are counted only
+# Bad records in succession that mean a wrong source; reading on could be endless.
 _MOST_IN_SUCCESSION = 1000
-_ENDLESS = 2**31  # documents of a kind that has no end; shuffling takes 32 bits
+_ENDLESS = 2**31  # length of a source without end; shuffling takes 32 bits
 
 
 class Records(Protocol):
-    """What a kind of source implements; `read` gives the same document for an index every time."""
+    """What each kind of source implements; `read` returns the same document for an index always."""
 
     def __len__(self) -> int: ...
 
     def place(self, index: int) -> str: ...
 
-    def read(self, index: int) -> Document: ...
+    def read(self, index: int) -> Example: ...
 
 
-class Source:
-    """The documents of one configured source, at random access."""
+class ExampleSource:
+    """The examples of one configured source, by the index of their record."""
 
     def __init__(self, records: Records, config: SourceConfig, data: DataConfig):
-        """Joins a kind's records with what happens to long and bad ones."""
+        """Reads `records`; `config` and `data` say what happens to long and to bad ones."""
         if not len(records):
             raise ConfigError(f"data.sources.paths: {', '.join(config.paths)} hold no record")
         self._records, self._length = records, data.length
@@ -47,11 +47,11 @@ class Source:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Sequence[Document]:
-        """Returns record `index` as one document or its parts; none where it is bad.
+    def __getitem__(self, index: int) -> Sequence[Example]:
+        """Returns record `index` as one example or its parts; nothing where the record is bad.
 
         Raises:
-          DataError: it is bad and bad records are fatal, or there are only bad ones.
+          DataError: a record is bad where that is fatal, or too many are bad in succession.
         """
         try:
             documents = self._fit(self._records.read(index))
@@ -61,11 +61,11 @@ class Source:
         self._bad_in_succession = 0
         return documents
 
-    def _fit(self, document: Document) -> Sequence[Document]:
+    def _fit(self, document: Example) -> Sequence[Example]:
         if len(document) <= self._length:
             return (document,)
         if self._splits:
-            return split_document(document, self._length)
+            return split_example(document, self._length)
         raise DataError(
             f"has {len(document):,} tokens and data.length is {self._length:,}; raise it, or set "
             'the source\'s too_long="split"'
@@ -89,30 +89,30 @@ class Source:
 
 
 class NeedleRecords:
-    """Documents of the needle task, each made when it is asked for; there is no last one."""
+    """Documents of the needle task, each made on request; they never end."""
 
-    def __init__(self, make_document: Callable[[int], Document]):
+    def __init__(self, make_document: Callable[[int], Example]):
         self._make_document = make_document
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def place(self, index: int) -> str:
-        """Returns which document `index` is."""
+        """Returns the name of document `index` for messages."""
         return f"needles, document {index}"
 
-    def read(self, index: int) -> Document:
+    def read(self, index: int) -> Example:
         """Returns document `index`."""
         return self._make_document(index)
 
 
-def open_source(data: DataConfig, which: int, tokenizer: Vocabulary) -> Source:
-    """Returns source `which` of the configuration, its files found and indexed.
+def open_source(data: DataConfig, which: int, tokenizer: Vocabulary) -> ExampleSource:
+    """Returns source `which` of the configuration, with its files found and indexed.
 
     Raises:
       ConfigError: a file is missing or of the wrong kind, or there is no record.
     """
-    return Source(_open_records(data, which, tokenizer), data.sources[which], data)
+    return ExampleSource(_open_records(data, which, tokenizer), data.sources[which], data)
 
 
 def _open_records(data: DataConfig, which: int, tokenizer: Vocabulary) -> Records:
@@ -130,7 +130,7 @@ def _open_records(data: DataConfig, which: int, tokenizer: Vocabulary) -> Record
 
 
 def _open_needles(data: DataConfig, which: int, tokenizer: Vocabulary) -> Records:
-    from v4jax.training.data import needles  # brings a mebibyte of text along
+    from v4jax.training.data import needles  # imports a mebibyte of text
 
     place = f"data.sources[{which}]"
     if not isinstance(tokenizer, ByteTokenizer):
@@ -139,6 +139,6 @@ def _open_needles(data: DataConfig, which: int, tokenizer: Vocabulary) -> Record
             "such as nano"
         )
     settings = build(needles.Needles, data.sources[which].settings or {}, f"{place}.settings")
-    # Two sources of needles are not the same documents in two lengths.
+    # Two sources of needles must not make the same documents in two lengths.
     (seed,) = np.random.SeedSequence((data.seed, which)).generate_state(1)
     return NeedleRecords(partial(needles.make_document, int(seed), settings=settings))

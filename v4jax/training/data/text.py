@@ -1,12 +1,12 @@
-"""Plain text as training examples: BOS, the text, EOS, with loss on everything behind BOS.
+"""Plain text as training examples: BOS, the text, EOS; everything after BOS counts.
 
-    notes.txt, book.md        one document a file
-    corpus.jsonl              one document a line: {"text": "…"}; other fields are not used
+    notes.txt, book.md        one document per file
+    corpus.jsonl              one document per line: {"text": "…"}; other fields are ignored
 
-The text is data from outside: a control token's literal in it is ordinary text.
+The text comes from outside: the literal of a control token in it is ordinary text.
 
-Where long documents are split anyway, a long .txt or .md file is read in segments, so that no file
-has to fit into memory. Only the first segment begins with BOS, only the last ends with EOS.
+Where long documents are split, long .txt and .md files are read in segments, and no file has to fit
+into memory. Only the first segment begins with BOS, and only the last ends with EOS.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ import numpy as np
 from v4jax.config.data import SourceConfig
 from v4jax.errors import DataError
 from v4jax.tokenizer import Vocabulary
-from v4jax.training.data.document import Document, weigh_all
+from v4jax.training.data.example import Example, weigh_all
 from v4jax.training.data.files import Lines, decode, parse_object, read_range
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-# A segment holds some rows of tokens (one of V4's is about four bytes), and not too few bytes.
+# Size of a segment: some rows of tokens (a token of V4 has about four bytes), at least 1 MiB.
 ROWS_OF_A_SEGMENT, LEAST_SEGMENT_BYTES = 16, 2**20
 
 
@@ -42,7 +42,7 @@ class TextRecords:
     def __init__(
         self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary, length: int
     ):
-        """Indexes the files; `length` is that of a row, in tokens."""
+        """Indexes the files; `length` is the tokens of a row."""
         self._tokenizer = tokenizer
         step = max(ROWS_OF_A_SEGMENT * length, LEAST_SEGMENT_BYTES) if config.splits else None
         plain = [file for file in files if file.suffix != ".jsonl"]
@@ -53,7 +53,7 @@ class TextRecords:
         return len(self._segments) + len(self._lines)
 
     def place(self, index: int) -> str:
-        """Returns where record `index` stands."""
+        """Returns the place of record `index` for messages."""
         if index >= len(self._segments):
             return self._lines.place(index - len(self._segments))
         segment = self._segments[index]
@@ -61,7 +61,7 @@ class TextRecords:
             return str(segment.file)
         return f"{segment.file}, bytes {segment.begin} to {segment.end}"
 
-    def read(self, index: int) -> Document:
+    def read(self, index: int) -> Example:
         """Returns record `index`.
 
         Raises:
@@ -82,11 +82,11 @@ class TextRecords:
 
 def encode_text(
     text: str, tokenizer: Vocabulary, *, first: bool = True, last: bool = True
-) -> Document:
-    """Returns a text as a Document of which all but the first token have weight 1.
+) -> Example:
+    """Returns a text as an Example; all tokens but the first have weight 1.
 
     Args:
-      first: begin with BOS; `last`: end with EOS.
+      first: whether it begins with BOS. last: whether it ends with EOS.
 
     Raises:
       DataError: the text is blank.
@@ -96,11 +96,11 @@ def encode_text(
         raise DataError("is blank; leave it out")
     ids = np.array(tokenizer.encode(text, specials=False), np.int32)
     tokens = np.concatenate([[tokenizer.bos_id] * first, ids, [tokenizer.eos_id] * last])
-    return Document(tokens.astype(np.int32), weigh_all(len(tokens)))
+    return Example(tokens.astype(np.int32), weigh_all(len(tokens)))
 
 
 def cut_file(file: Path, segment_bytes: int | None) -> list[Segment]:
-    """Returns the segments of a file; None: the whole file is one."""
+    """Returns the segments of a file; with None, the whole file is one."""
     size = file.stat().st_size
     step = segment_bytes or max(size, 1)
     begins = range(0, max(size, 1), step)  # an empty file is a record too: a bad one

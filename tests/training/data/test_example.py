@@ -1,4 +1,4 @@
-"""What a Document accepts, and what it says otherwise."""
+"""What a Example accepts, and what it says otherwise."""
 
 import re
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from v4jax.errors import DataError
-from v4jax.training.data import Document, weigh_all
+from v4jax.training.data import Example, weigh_all
 
 
 def test_types_are_settled():
-    document = Document([5, 6, 7], [0, 1, 0.5])
+    document = Example([5, 6, 7], [0, 1, 0.5])
     assert document.tokens.dtype == np.int32 and document.weights.dtype == np.float32
     assert len(document) == 3 and document.weights.tolist() == [0, 1, 0.5]
 
@@ -21,7 +21,7 @@ def test_all_but_the_first_count():
 
 # {what is wrong: (tokens, weights, what the message must say)}
 BROKEN = {
-    "empty": ([], [], "document.tokens must be a row of at least one token id, got shape [0]"),
+    "empty": ([], [], "example.tokens must be a row of at least one token id, got shape [0]"),
     "two rows": ([[1]], [[0]], "must be a row of at least one token id, got shape [1, 1] of int64"),
     "no ids": ([1.5], [0], "at least one token id, got shape [1] of float64"),
     "other length": ([1, 2], [0], "one weight for each of the 2 tokens, got shape [1]"),
@@ -36,4 +36,4 @@ BROKEN = {
 @pytest.mark.parametrize(("tokens", "weights", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_broken(tokens, weights, message):
     with pytest.raises(DataError, match=re.escape(message)):
-        Document(tokens, weights)
+        Example(tokens, weights)
