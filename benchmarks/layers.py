@@ -38,8 +38,8 @@ from v4jax.planning.hardware import CHIPS
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
-from v4jax.training.step import TrainState, join_model
-from v4jax.training.trainable import as_float32, split_trained
+from v4jax.training.state import TrainState, as_float32, join_model
+from v4jax.training.trainable import split_trained
 
 DECODED, TIMED = 64, 32
 REPEATS = 3

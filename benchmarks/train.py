@@ -25,7 +25,8 @@ from v4jax.planning import flops
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
-from v4jax.training.step import build_step, init_state
+from v4jax.training.state import init_state
+from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
 
 
@@ -51,7 +52,7 @@ def measure(length: int, rows: int, steps: int) -> str:
     model = v4jax.load("nano", config.numerics, regime="train")
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, model.config, config.steps)
-    state = init_state(weights, biases, optimizer)
+    state = init_state(frozen, weights, biases, optimizer)
     step = jax.jit(build_step(config.loss, optimizer, Mode(config.remat), 1.0), donate_argnums=1)
     tokens = np.random.default_rng(0).integers(0, 256, (1, rows, length), np.int32)
     weights = np.broadcast_to(np.arange(length) > 0, tokens.shape).astype(np.float32)

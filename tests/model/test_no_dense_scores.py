@@ -20,8 +20,8 @@ from v4jax.model.weights import read_weights
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import LOGIT_ELEMENTS
-from v4jax.training.step import build_step, init_state
-from v4jax.training.trainable import split_model
+from v4jax.training.state import init_state, split_model
+from v4jax.training.step import build_step
 
 # So long that what is bounded has reached its bound.
 LENGTHS = (524_288, 1_048_576)
@@ -60,7 +60,7 @@ def train(model, length, dense=False):
     """A whole step on packed rows that trains the indexer too."""
     frozen, weights, biases = split_model(model, read_weights(model))
     optimizer = optax.sgd(0.1)  # holds no array that grows with the tokens, whichever it is
-    state = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), weights, biases)
+    state = jax.eval_shape(lambda w, b: init_state(frozen, w, b, optimizer), weights, biases)
     rows = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
     batches = Batch(rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows)
     step = build_step(LossConfig(), optimizer, Mode(dense=dense, distill=True), 1.0)

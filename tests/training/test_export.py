@@ -14,10 +14,9 @@ from v4jax.cli import main
 from v4jax.config import TrainConfig
 from v4jax.config.loading import load_run
 from v4jax.model.weights import read_weights
-from v4jax.training.export import finish
 from v4jax.training.lora import merge
 from v4jax.training.optimizer import build_optimizer
-from v4jax.training.placement import make_state
+from v4jax.training.state import finish, init_state
 from v4jax.training.trainable import split_trained
 from v4jax.training.trainer import load_trained
 
@@ -47,7 +46,7 @@ def run(tmp_path_factory):
     config = load_run(TrainConfig, folder / "run.py", {"output": str(folder / "out")})
     frozen, weights, biases = split_trained(read_model(config.model, "float32"), config)
     optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
-    state = make_state(frozen, weights, biases, optimizer)
+    state = init_state(frozen, weights, biases, optimizer)
     with Store(folder / "out" / "checkpoints", model=frozen.config) as store:
         store.save(2, state)
         moved = {name: x + jnp.float32(0.05) for name, x in state.weights.items()}

@@ -19,12 +19,19 @@ from v4jax.parallel.shard import WEIGHTS, on_shards, sum_over
 from v4jax.parallel.weights import is_variable, move
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.batch import Batch
-from v4jax.training.export import export, finish
+from v4jax.training.export import export
 from v4jax.training.forward import Mode
-from v4jax.training.lora import add_adapters, choose_targets, count_bytes, merge
-from v4jax.training.placement import abstract_state
-from v4jax.training.step import build_step, init_state
-from v4jax.training.trainable import join_weights, split_model, split_trained
+from v4jax.training.lora import add_adapters, choose_targets, merge
+from v4jax.training.state import (
+    TrainState,
+    abstract_state,
+    finish,
+    init_state,
+    join_model,
+    split_model,
+)
+from v4jax.training.step import build_step
+from v4jax.training.trainable import split_trained
 
 from . import tiny
 
@@ -162,27 +169,18 @@ def config_of(**changes):
     return TrainConfig("model", "output", data, lora=LORA, numerics="float32", **changes)
 
 
-def test_bytes_by_kind():
-    """What a run with FP4-resident experts keeps, counted from shapes and from its arrays."""
+def test_what_a_run_keeps():
+    """The base as it is stored, nothing twice; adapters of every expert and two moments of each."""
     frozen, weights, biases = split_trained(base(), config_of())
-    optimizer = optax.adamw(1e-3)
-    state = init_state(weights, biases, optimizer)
-    found = count_bytes(frozen, state)
-    experts = 2 * 8 * 3 * 32 * 64  # two layers of eight experts
-    assert found["fp4"] == experts // 2 + experts // 32
-    # Adapters of every expert: three matrices, 32 and 64 wide, rank 4, float32.
+    state = init_state(frozen, weights, biases, optax.adamw(1e-3))
+    arrays = {id(x) for x in jax.tree.leaves(frozen)}
+    assert arrays <= {id(x) for x in jax.tree.leaves(base())}
+    # Three matrices, 32 and 64 wide, of eight experts in two layers, rank 4.
     rank = sum(4 * (rows + columns) for rows, columns in ((32, 64), (32, 64), (64, 32)))
     of_experts = {k: v for k, v in state.weights.items() if ".experts." in k}
     assert sum(v.nbytes for v in of_experts.values()) == 2 * 8 * rank * 4
-    assert found["trained"] == sum(v.nbytes for v in weights.values())
-    assert found["optimizer"] == 2 * found["trained"] + 4
-    assert sum(found.values()) == sum(x.nbytes for x in jax.tree.leaves((frozen, state))) - 8
-    # Nothing is kept twice, and nothing of the base in a wider format.
-    arrays = {id(x) for x in jax.tree.leaves(frozen)}
-    assert arrays <= {id(x) for x in jax.tree.leaves(base())}
-    shapes = jax.eval_shape(lambda: split_trained(base(), config_of()))
-    abstract = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), *shapes[1:])
-    assert count_bytes(shapes[0], abstract) == found
+    trained = sum(v.nbytes for v in state.weights.values())
+    assert sum(v.nbytes for v in jax.tree.leaves(state.optimizer)) == 2 * trained + 4
 
 
 def mixed(model, rounded):
@@ -193,7 +191,7 @@ def mixed(model, rounded):
     model = write_weights(model, plain)
     adapters = [n for n, v in read_weights(model).items() if isinstance(v, LowRank)]
     frozen, weights, biases = split_model(model, [*adapters, *masters], masters)
-    assert all(isinstance(read_weights(frozen)[name], Master) for name in masters)
+    assert all(isinstance(read_weights(frozen.outline)[name], Master) for name in masters)
     return frozen, weights, biases
 
 
@@ -201,7 +199,7 @@ def test_a_step_moves_what_is_trained():
     """Gradients reach both factors and rounded weights; nothing else can change."""
     frozen, weights, biases = mixed(adapted(), "fp8")
     optimizer = optax.sgd(1.0)
-    state = init_state(weights, biases, optimizer)
+    state = init_state(frozen, weights, biases, optimizer)
     batch = Batch(jnp.asarray(tiny.IDS)[None], jnp.ones((1, *tiny.IDS.shape)), None)
     step = jax.jit(build_step(LossConfig(mtp_weight=0.0), optimizer, Mode(), clip_norm=1.0))
     after, metrics = step(frozen, state, batch)
@@ -244,8 +242,8 @@ def test_a_mesh_expands_and_differentiates_the_same():
             values = (v.get_value() for v in jax.tree.leaves(whole(experts), is_leaf=is_variable))
             return sum_over(sum((value**3).sum() for value in values), "experts")
 
-        def run(weights, frozen=frozen):
-            joined = write_weights(frozen, join_weights(frozen, weights))
+        def run(weights, frozen=frozen, biases=biases):
+            joined = join_model(frozen, TrainState(0, weights, biases, None, 0))
             sharded = on_shards(add_cubes, frozen.layout, "train", (WEIGHTS,), P())
             return sharded(joined.stack.period[0].moe.experts)
 

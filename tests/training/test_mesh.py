@@ -18,12 +18,11 @@ from parallel.models import CONFIG, model, on_mesh
 from v4jax.config.run import LossConfig, OptimizerConfig
 from v4jax.model.weights import read_weights
 from v4jax.parallel import make_mesh
-from v4jax.training.batch import Batch
+from v4jax.training.batch import Batch, put_batch
 from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer, orthogonalize
-from v4jax.training.placement import make_state, put_batches
+from v4jax.training.state import init_state, split_model
 from v4jax.training.step import build_step
-from v4jax.training.trainable import split_model
 
 # Sums of float32 in another order, through five blocks; relative to the norm of a gradient.
 GRADIENTS = 1e-4
@@ -56,10 +55,10 @@ def run(sizes):
     made = on_mesh(model(), "train", **dict(sizes)) if sizes else model()
     optimizer = build_optimizer(OPTIMIZER, CONFIG, 10)
     frozen, weights, biases = split_model(made, read_weights(made))
-    state = make_state(frozen, weights, biases, optimizer)
+    state = init_state(frozen, weights, biases, optimizer)
     step = jax.jit(build_step(LossConfig(), optimizer, Mode(remat="none", distill=True), 1.0))
-    compiled = step.lower(frozen, state, put_batches(batches(), made.layout)).compile()
-    after, metrics = compiled(frozen, state, put_batches(batches(), made.layout))
+    compiled = step.lower(frozen, state, put_batch(batches(), made.layout)).compile()
+    after, metrics = compiled(frozen, state, put_batch(batches(), made.layout))
     return state, after, jax.device_get(metrics), compiled.as_text()
 
 

@@ -12,9 +12,8 @@ from v4jax.model.weights import read_weights
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.training.batch import PADDING, Batch
 from v4jax.training.optimizer import build_optimizer
-from v4jax.training.placement import make_state
-from v4jax.training.samples import Place, build_writer, find_places, write_samples
-from v4jax.training.trainable import split_model
+from v4jax.training.samples import Span, find_spans, predict, write_samples
+from v4jax.training.state import compile_forward, init_state, split_model
 
 T = 512
 TOKENIZER = ByteTokenizer()
@@ -48,14 +47,14 @@ def pack(documents) -> Batch:
 @pytest.mark.parametrize("case", PLACES.values(), ids=PLACES.keys())
 def test_place(case):
     documents, expected = case
-    places = find_places(pack(documents), rows=4, tokens=8)
-    assert places == ([Place(0, 0, *expected)] if expected else [])
+    places = find_spans(pack(documents), rows=4, tokens=8)
+    assert places == ([Span(0, 0, *expected)] if expected else [])
 
 
 def test_at_most_a_row_each():
     tokens = np.zeros((3, 128), np.int32)
     batch = Batch(tokens, np.ones(tokens.shape, np.float32))
-    assert [place.row for place in find_places(batch, rows=2, tokens=8)] == [0, 1]
+    assert [place.row for place in find_spans(batch, rows=2, tokens=8)] == [0, 1]
 
 
 @functools.cache
@@ -73,9 +72,9 @@ def written(sizes):
     made = on_mesh(model(), "train", **dict(sizes)) if sizes else model()
     optimizer = build_optimizer(OptimizerConfig(kind="adamw", warmup_steps=1), CONFIG, 10)
     frozen, weights, biases = split_model(made, read_weights(made))
-    state = make_state(frozen, weights, biases, optimizer)
+    state = init_state(frozen, weights, biases, optimizer)
     options = {"samples": 2, "tokens": 6, "layout": made.layout}
-    return write_samples(build_writer(frozen), state, batch(), TOKENIZER, **options)
+    return write_samples(compile_forward(frozen, predict), state, batch(), TOKENIZER, **options)
 
 
 def test_samples_are_greedy_answers():

@@ -17,8 +17,8 @@ from v4jax.config.run import LossConfig
 from v4jax.model.weights import read_weights
 from v4jax.training.batch import PADDING, Batch
 from v4jax.training.forward import Mode
-from v4jax.training.step import build_step, init_state, move_biases
-from v4jax.training.trainable import split_model
+from v4jax.training.state import init_state, split_model
+from v4jax.training.step import build_step, move_biases
 
 from . import tiny
 
@@ -38,7 +38,7 @@ def begin_state():
     frozen, weights, biases = split_model(
         model := tiny.float_model(tiny.WINDOWS), read_weights(model)
     )
-    return frozen, init_state(weights, biases, KEEP_GRADIENTS)
+    return frozen, init_state(frozen, weights, biases, KEEP_GRADIENTS)
 
 
 @functools.cache

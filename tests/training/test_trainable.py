@@ -17,10 +17,10 @@ from v4jax.model.weights import read_weights, write_weights
 from v4jax.parallel import Layout, make_mesh, place
 from v4jax.parallel.weights import move
 from v4jax.quant import LowRank, Master, ScaledArray, quantize_weight
-from v4jax.training.export import export, finish
+from v4jax.training.export import export
 from v4jax.training.optimizer import build_optimizer
-from v4jax.training.step import init_state, join_model
-from v4jax.training.trainable import split_model, split_trained
+from v4jax.training.state import abstract_state, finish, init_state, join_model, split_model
+from v4jax.training.trainable import split_trained
 
 from . import tiny
 
@@ -65,16 +65,16 @@ def test_what_is_trained(case):
     model, config = abstract(model_config), config_of(**changes)
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, model_config, config.steps)
-    state = jax.eval_shape(lambda w, b: init_state(w, b, optimizer), weights, biases)
+    state = abstract_state(frozen, weights, biases, optimizer)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     left = {name for name in read_weights(model) if name not in weights}
     for prefix in untrained:
         assert not any(prefix in path for path in paths)
         assert any(name.startswith(prefix) for name in left)
     assert all(name.startswith(tuple(untrained)) for name in left)
-    held = read_weights(frozen)
+    kept = {id(leaf) for leaf in jax.tree.leaves(frozen)}
     for name, value in read_weights(model).items():
-        assert jax.tree.leaves(held[name]) == (jax.tree.leaves(value) if name in left else []), name
+        assert all((id(leaf) in kept) == (name in left) for leaf in jax.tree.leaves(value)), name
     # A router's bias moves where its router is trained.
     routers = {name for name in weights if name.endswith("router.weight")}
     assert biases.keys() == {name.removesuffix("weight") + "bias" for name in routers}
@@ -109,9 +109,9 @@ def test_lora_trains_adapters_only():
     names |= {f"mtp.0.block.{part}" for part in parts[1:]}
     assert weights.keys() == {f"{n}.{part}" for n in names for part in ("lora_down", "lora_up")}
     assert not biases
-    held = read_weights(frozen)
+    held = read_weights(frozen.outline)
     assert {name for name, value in held.items() if isinstance(value, LowRank)} == names
-    assert not any(value is None for value in held.values())
+    assert frozen.arrays.keys().isdisjoint(weights)
 
 
 def test_masters_of_stored_weights():
@@ -119,7 +119,7 @@ def test_masters_of_stored_weights():
     model = tiny.released_model(tiny.WINDOWS, "bfloat16")
     names = [name for name in read_weights(model) if "attention" in name]
     frozen, weights, biases = split_model(model, names)
-    state = init_state(weights, biases, optax.sgd(1.0))
+    state = init_state(frozen, weights, biases, optax.sgd(1.0))
     joined, finished = read_weights(join_model(frozen, state)), read_weights(finish(frozen, state))
     for name in names:
         value = read_weights(model)[name]
@@ -140,13 +140,13 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
     model = tiny.float_model(tiny.CSA, "released")
     config = config_of(quantization_aware=True, numerics="released")
     frozen, weights, biases = split_trained(model, config)
-    held = read_weights(frozen)
+    held = read_weights(frozen.outline)
     formats = {name: value.format for name, value in held.items() if isinstance(value, Master)}
     assert formats["stack.period.0.moe.experts.down"] == "fp4"
     assert formats["mtp.0.stream_projection"] == "fp8" and formats["embed"] == "bfloat16"
     indexer = held["stack.period.0.attention.indexer.query_up"]
-    assert isinstance(indexer, ScaledArray) and not indexer.is_fp4
-    state = init_state(weights, biases, optax.sgd(1.0))
+    assert isinstance(indexer, ScaledArray) and indexer.block == (128, 128)
+    state = init_state(frozen, weights, biases, optax.sgd(1.0))
     logits = join_model(frozen, state)(tiny.IDS)
     capsys.readouterr()
     export(finish(frozen, state), tmp_path / "out")
@@ -171,9 +171,10 @@ def test_frozen_weights_are_rounded_where_they_lie():
     model.layout = layout
     frozen, _, _ = split_trained(model, config_of(quantization_aware=True))
     name = "stack.period.0.attention.indexer.query_up"
-    value, plain = read_weights(frozen)[name], read_weights(tiny.float_model(tiny.CSA))[name]
+    value = ScaledArray(frozen.arrays[name], frozen.arrays[f"{name}.scales"], (128, 128))
+    plain = read_weights(tiny.float_model(tiny.CSA))[name]
     expected = quantize_weight(plain, "fp8")
-    assert value.values.sharding.is_fully_replicated and value.block == (128, 128)
+    assert value.values.sharding.is_fully_replicated
     np.testing.assert_array_equal(value.dequantize(), expected.dequantize())
 
 

@@ -1,27 +1,24 @@
-"""Held-out text: loss by position in the document, and how well the indexer finds what attention
-looks at.
+"""Held-out text: loss by position in the document, and the recall of the indexers.
 
-The recall compares with full attention: the layers attend to every visible entry here, and the
-indexer's `index_topk` best are weighed by the attention they would have got.
+The recall compares with full attention: layers attend to every visible entry, and it is the share
+of this attention that goes to the indexer's `index_topk` best entries.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from v4jax.model import Transformer
-from v4jax.training.batch import Batch
+from v4jax.parallel import Layout
+from v4jax.training.batch import Batch, put_batch
 from v4jax.training.forward import Mode, read_normed, run_rows
 from v4jax.training.losses import indexer_parts, score_targets, shift, target_weights
-from v4jax.training.placement import put_batches
-from v4jax.training.step import TrainState, join_model
+from v4jax.training.state import TrainState
 
-# Positions are counted in groups that begin at these.
+# First position of each group in which losses are counted.
 POSITION_GROUPS = (0, 256, 1024, 4096, 16_384, 65_536, 262_144)
 _FULL = Mode(remat="none", dense=True, distill=True)
 
@@ -51,36 +48,33 @@ class TextScore:
         return found
 
 
-def build_evaluation(frozen: Transformer):
-    """Returns the function from a state and a batch to sums of loss and weight, and to recall."""
-
-    def evaluate(frozen: Transformer, state: TrainState, batch: Batch):
-        model = join_model(frozen, state)
-        streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"), batch.skipped)
-        nll, _ = score_targets(model, read_normed(model, streams), shift(batch.tokens, 1))
-        weights = target_weights(batch, 1)
-        _, reports = run_rows(model, batch.tokens, batch.begin, _FULL, batch.skipped)
-        begin = 0 if batch.begin is None else jnp.maximum(batch.begin, 0)
-        positions = jnp.arange(batch.tokens.shape[1]) - begin + jnp.zeros_like(batch.tokens)
-        group = jnp.searchsorted(jnp.asarray(POSITION_GROUPS), positions, side="right") - 1
-        member = jax.nn.one_hot(group, len(POSITION_GROUPS))
-        sums = jnp.einsum("btg,nbt->ng", member, jnp.stack([nll * weights, weights]))
-        return sums, indexer_parts(reports)
-
-    layout = frozen.layout
-    everywhere = None if layout is None else NamedSharding(layout.mesh, P())
-    compiled = jax.jit(evaluate, out_shardings=everywhere)
-    return lambda state, batch: compiled(frozen, state, batch)
+def score_batch(model: Transformer, batch: Batch):
+    """Returns sums of loss and weight by position group [2, g], and the indexers' recall."""
+    streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"), batch.skipped)
+    nll, _ = score_targets(model, read_normed(model, streams), shift(batch.tokens, 1))
+    weights = target_weights(batch, 1)
+    _, reports = run_rows(model, batch.tokens, batch.begin, _FULL, batch.skipped)
+    begin = 0 if batch.begin is None else jnp.maximum(batch.begin, 0)
+    positions = jnp.arange(batch.tokens.shape[1]) - begin + jnp.zeros_like(batch.tokens)
+    group = jnp.searchsorted(jnp.asarray(POSITION_GROUPS), positions, side="right") - 1
+    member = jax.nn.one_hot(group, len(POSITION_GROUPS))
+    sums = jnp.einsum("btg,nbt->ng", member, jnp.stack([nll * weights, weights]))
+    return sums, indexer_parts(reports)
 
 
-def evaluate_text(evaluate, state: TrainState, batches: Iterable[Batch], layout=None) -> dict:
-    """Returns `TextScore.report` of host batches, given what `build_evaluation` returned."""
-    score = TextScore()
+def evaluate_text(
+    score: Callable, state: TrainState, batches: Iterable[Batch], layout: Layout | None = None
+) -> dict:
+    """Returns `TextScore.report` of host batches.
+
+    Args:
+      score: `score_batch`, compiled by `compile_forward`.
+    """
+    total = TextScore()
     for batch in batches:
-        stacked = put_batches(jax.tree.map(lambda x: np.asarray(x)[None], batch), layout)
-        sums, compared = evaluate(state, jax.tree.map(lambda x: x[0], stacked))
-        score.loss += np.asarray(sums[0], np.float64)
-        score.weight += np.asarray(sums[1], np.float64)
-        score.recall += float(compared.get("recall", 0.0))
-        score.batches += 1
-    return score.report()
+        sums, compared = score(state, put_batch(batch, layout))
+        total.loss += np.asarray(sums[0], np.float64)
+        total.weight += np.asarray(sums[1], np.float64)
+        total.recall += float(compared.get("recall", 0.0))
+        total.batches += 1
+    return total.report()

@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA): a model with adapters beside frozen weights, and what they merge to.
+"""Low-rank adapters (LoRA): adding them to frozen weights, and merging them again.
 
     model = add_adapters(load(folder, "bfloat16"), LoraConfig(rank=16))
-    ...                                  # trained: `step.split_model` takes the adapters out
+    ...                                  # trained: `state.split_model` separates the adapters
     merged = merge(model)                # plain weights, no adapters
 
-A weight with adapters is a `LowRank`: base + (alpha / rank) · up · down. The base stays as it is
-stored (FP4, FP8); every expert, and gate and up of each, have adapters of their own. So have the
-groups of the grouped output projection an `up`, while they share one `down`: it is one matrix
-[g·r, k], as in other LoRA code.
+A weight with adapters is a `LowRank`: base + (alpha / rank) · up · down. The base stays in its
+stored format (FP4, FP8). Every expert has its own adapters, and so have its gate and its up
+projection. The grouped output projection is one matrix [g·r, k], as in other LoRA code: its groups
+share one `down`, and each has its own `up`.
 """
 
 import math
@@ -31,10 +31,10 @@ from v4jax.quant import LowRank, ScaledArray, quantize_weight
 def add_adapters(
     model: Transformer, lora: LoraConfig, seed: int = 0, among: Iterable[str] | None = None
 ) -> Transformer:
-    """Returns the model with adapters, which change nothing yet: `down` is random, `up` is 0.
+    """Returns the model with adapters that change nothing yet: `down` is random, `up` is 0.
 
-    On a mesh each adapter lies like its weight, the rank whole. Shapes in place of arrays give
-    shapes.
+    On a mesh an adapter is split like its weight; the rank is not split. Shapes in place of arrays
+    give shapes.
 
     Args:
       among: names of the weights that may have adapters; None: all.
@@ -77,10 +77,10 @@ def add_adapters(
 
 
 def choose_targets(model: Transformer, lora: LoraConfig, among: Iterable[str]) -> list[str]:
-    """Returns the names of the matrices that have a target: its words in a row, as whole words.
+    """Returns the names of the matrices whose name contains a target as whole words in a row.
 
-    Matrices are what the release stores as FP4, FP8 or bfloat16 and multiplies with vectors, which
-    leaves out the embedding.
+    Matrices are the weights that the release stores as FP4, FP8 or bfloat16 and multiplies with
+    vectors; the embedding is none.
 
     Raises:
       ConfigError: a target names none of `among`.
@@ -115,11 +115,11 @@ def merge(model: Transformer, dtype: str | None = None, *, requantize: bool = Fa
     """Returns the model with plain weights in place of those with adapters; others stay as stored.
 
     Args:
-      dtype: of the merged weights; None: the activations' dtype, in which they give the logits of
-        the model with adapters. (Numerics that round what enters quantized weights round what
-        enters a weight with adapters, but not what enters a plain one.)
-      requantize: back to the format of the base. A change smaller than a step of the format is
-        lost; how much is logged.
+      dtype: of the merged weights; None: the dtype of the activations, which gives the logits of
+        the model with adapters. (Numerics that round the inputs of quantized weights round the
+        inputs of a weight with adapters, but not those of a plain one.)
+      requantize: whether merged weights get the format of their base again. Changes smaller than a
+        step of the format are lost; the log says how much.
     """
     changed, norms = {}, []
     for name, value in read_weights(model).items():
@@ -143,7 +143,7 @@ def merge(model: Transformer, dtype: str | None = None, *, requantize: bool = Fa
 
 @jax.jit
 def _requantize(value: LowRank) -> tuple[ScaledArray, tuple[jax.Array, jax.Array]]:
-    """Returns the weight in the base's format, and the squared norms of change and rounding."""
+    """Returns the weight in its base's format, and the squared norms of change and rounding."""
     weight = value.merge("float32")
     stored = quantize_weight(weight, "fp4" if value.base.is_fp4 else "fp8")
     change, loss = weight - value.base.dequantize(), stored.dequantize() - weight
@@ -151,34 +151,3 @@ def _requantize(value: LowRank) -> tuple[ScaledArray, tuple[jax.Array, jax.Array
 
 
 _merge = jax.jit(LowRank.merge, static_argnums=1)
-
-
-def count_bytes(frozen: Transformer, state) -> dict[str, int]:
-    """Returns the bytes that a run keeps, by kind; shapes are enough.
-
-    fp4, fp8: frozen weights and their scales. bfloat16, float32, int32: other frozen arrays.
-    trained: the weights of the optimizer, in float32. optimizer: its moments. On a mesh these are
-    bytes of all devices together.
-
-    From shapes, in GiB: Flash with rank 16 on attention and experts under AdamW keeps fp4 140.3,
-    fp8 5.6, bfloat16 2.6, float32 0.1, trained 12.6, optimizer 25.2; with attention alone trained
-    0.2 and optimizer 0.4.
-    """
-    kinds: dict[str, int] = {}
-
-    def add(kind: str, tree) -> None:
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        if size:
-            kinds[kind] = kinds.get(kind, 0) + size
-
-    for variable in variables(frozen).values():
-        value = variable.get_value()
-        base = value.base if isinstance(value, LowRank) else value
-        if isinstance(base, ScaledArray):
-            add("fp4" if base.is_fp4 else "fp8", base)
-        else:
-            for leaf in jax.tree.leaves(base):
-                add(str(leaf.dtype), leaf)
-    add("trained", (state.weights, state.biases))
-    add("optimizer", state.optimizer)
-    return kinds

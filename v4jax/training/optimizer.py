@@ -1,14 +1,14 @@
 """The optimizer: Muon for matrices, AdamW for the rest, as an optax transformation.
 
-Under AdamW: embedding, head, norms, sinks, the static parts of the hyper-connections (`base`,
-`scale`) and the compressor's `position_bias`, which is added and multiplies nothing. Every other
-weight is a stack of independent matrices [out, in] under Muon: each expert's three, and each group
-of the grouped output projection. One update of Muon has the root mean square `update_rms`, so both
-share a learning rate.
+AdamW trains embedding, head, norms, sinks, the static parts of the hyper-connections (`base`,
+`scale`) and the compressor's `position_bias`, which is added and multiplies nothing. Muon trains
+every other weight as a stack of independent matrices [out, in], such as the three of each expert
+and the groups of the grouped output projection. An update of Muon has the root mean square
+`update_rms`, and both can share a learning rate.
 
-Source: spec G.2. The report does not name sinks and `position_bias`; a vector cannot be
-orthogonalized, and a bias is none of the maps that Muon is for. optax has a Muon too; its momentum
-is a bias-corrected average, which in the first steps weighs the newest gradient more than G.2 does.
+Source: spec G.2. The report does not name sinks and `position_bias`. A vector cannot be
+orthogonalized, and a bias is not a linear map. optax has a Muon too, but its momentum is a
+bias-corrected average, which weighs the newest gradient more than G.2 does in the first steps.
 """
 
 import math
@@ -21,9 +21,9 @@ import optax
 from v4jax.config import ModelConfig
 from v4jax.config.run import OptimizerConfig
 
-# Two phases (report): eight steps that converge fast, two that polish.
+# Coefficients of the two phases (report): eight fast iterations, two that polish.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
-# Added to the norm of a gradient: keeps zeros at 0, and what float32 squares to 0 below 1.
+# Summand of a gradient's norm: zeros stay 0, and gradients whose square underflows stay below 1.
 SMALLEST_NORM = 1e-12
 _ADAMW = ("embed", "head", "position_bias", "base", "scale", "sink")
 
@@ -31,7 +31,7 @@ Weights = Mapping[str, jax.Array]
 
 
 def uses_muon(name: str) -> bool:
-    """Says whether the weight of this name is trained by Muon."""
+    """Returns whether Muon trains the weight of this name."""
     parts = name.split(".")
     return parts[-1] not in _ADAMW and not (len(parts) > 1 and parts[-2].endswith("norm"))
 
@@ -39,7 +39,7 @@ def uses_muon(name: str) -> bool:
 def build_optimizer(
     config: OptimizerConfig, model: ModelConfig, steps: int
 ) -> optax.GradientTransformation:
-    """Returns the transformation of gradients of weights by name into their updates."""
+    """Returns the transformation from gradients, by name of their weight, to updates."""
     rate = build_schedule(config, steps)
 
     def decays(weights: Weights) -> dict[str, bool]:
@@ -80,15 +80,15 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         fall = optax.cosine_decay_schedule(config.rate, config.decay_steps, last)
     plateau = optax.constant_schedule(config.rate)
     first_fall = steps - config.decay_steps
-    # Step 0 already moves, and the last step has the last rate: steps count from 1 here.
+    # Steps count from 1 here: step 0 already moves, and the last step has the last rate.
     schedule = optax.join_schedules([rise, plateau, fall], [config.warmup_steps, first_fall])
     return lambda step: schedule(step + 1)
 
 
 def orthogonalize(gradients: Weights, model: ModelConfig, update_rms: float) -> dict:
-    """Returns updates in the directions of the gradients' matrices, each of RMS `update_rms`.
+    """Returns the orthogonalized gradients, each matrix with root mean square `update_rms`.
 
-    An orthogonalized n × m matrix has root mean square 1/√max(n, m).
+    An orthogonal n × m matrix has root mean square 1/√max(n, m).
     """
 
     def change(path, x):
@@ -101,8 +101,10 @@ def orthogonalize(gradients: Weights, model: ModelConfig, update_rms: float) -> 
 
 
 def _orthogonalize(x_nm, update_rms):
-    """Takes a stack of matrices […, n, m]. The leading axes stay, so that experts stay where they
-    lie; products are of the platform's default precision, as bfloat16 is enough here (report).
+    """Orthogonalizes a stack of matrices […, n, m].
+
+    The leading axes stay as they are, and experts therefore stay on their devices. Products have
+    the platform's default precision, because bfloat16 is enough here (report).
     """
     tall = x_nm.shape[-2] > x_nm.shape[-1]
     x = jnp.swapaxes(x_nm, -1, -2) if tall else x_nm

@@ -17,7 +17,7 @@ from v4jax.training.metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One diagram over steps. read: a line of metrics → values by curve, none where it has none."""
+    """One diagram over steps. read: a line of metrics → values by curve, those that it has."""
 
     title: str
     read: Callable[[dict], dict[str, float]]
@@ -29,7 +29,7 @@ def _fields(*names: str) -> Callable[[dict], dict[str, float]]:
 
 
 def _fullest(line: dict) -> dict[str, float]:
-    """Returns the imbalance of every layer, scanned ones by their number."""
+    """Returns the imbalance of every layer; scanned layers are numbered."""
     found = {}
     for path, loads in line.get("imbalance", {}).items():
         for i, load in enumerate(loads):
@@ -50,7 +50,7 @@ PANELS = (
     Panel("tokens a second", _fields("tokens_per_second")),
     Panel("indexer: recall", _fields("recall", "eval_recall")),
 )
-_MOST_NAMES = 8  # of curves in a legend
+_MOST_NAMES = 8  # curves that a legend names
 MISSING = (
     'the picture of a run needs matplotlib: pip install "v4jax[plots]"; metrics.jsonl has the same '
     "numbers"
@@ -79,7 +79,7 @@ def plot_run(metrics: str | os.PathLike | RemotePath) -> pathlib.Path | RemotePa
       UnsupportedError: matplotlib is not installed.
       TrainingError: the file is missing or has no line yet, or the picture cannot be written.
     """
-    make_figure(MISSING)  # said before the file is looked at
+    make_figure(MISSING)  # reports a missing matplotlib before the file is read
     path = to_path(metrics)
     try:
         lines = read_metrics(path)

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig, TrainConfig, get_numerics
-from v4jax.model import Transformer, abstract_transformer
+from v4jax.model import abstract_transformer
 from v4jax.model.parameters import Storage
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.program import Program, with_shardings
-from v4jax.parallel.weights import place, weight_shardings
-from v4jax.training.batch import Batch
+from v4jax.parallel.weights import place
+from v4jax.training.batch import Batch, batch_sharding
 from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
-from v4jax.training.placement import abstract_state, batch_sharding
-from v4jax.training.step import TrainState, build_step
+from v4jax.training.state import Frozen, TrainState, abstract_state
+from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
 
 
@@ -28,11 +28,11 @@ from v4jax.training.trainable import split_trained
 class Arguments:
     """What a step is given, every array a `jax.ShapeDtypeStruct` with its sharding.
 
-    frozen: the model without what is trained. state: trained weights or adapters in float32,
+    frozen: arrays that are not trained. state: trained weights or adapters in float32,
     biases, and what the optimizer keeps, by the names of the weights. batches: those of one update.
     """
 
-    frozen: Transformer
+    frozen: Frozen
     state: TrainState
     batches: Batch
 
@@ -54,7 +54,8 @@ def abstract_arguments(
     abstract = place(abstract_transformer(model, numerics, storage=storage), layout)
     abstract.layout = layout
     frozen, weights, biases = split_trained(abstract, config)
-    frozen = with_shardings(frozen, weight_shardings(frozen, layout))
+    shardings = {k: v for k, v in frozen.shardings().items() if k in frozen.arrays}
+    frozen = dataclasses.replace(frozen, arrays=with_shardings(frozen.arrays, shardings))
     optimizer = build_optimizer(config.optimizer, model, config.steps)
     state = abstract_state(frozen, weights, biases, optimizer)
     return Arguments(frozen, state, abstract_batches(config, layout))
@@ -75,7 +76,7 @@ def abstract_program(
 def abstract_batches(config: TrainConfig, layout: Layout) -> Batch:
     """Returns the packed batches of one update."""
     shape = config.optimizer.accumulate, config.data.batch, config.data.length
-    sharding = batch_sharding(layout)
+    sharding = batch_sharding(layout, len(shape))
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -1,37 +1,36 @@
 """Samples: what the model writes where held-out documents have their answers.
 
-Every token is a forward pass over whole rows, as training makes them. That is slow, and needs no
-cache, no other placement of the weights, and no other program than the evaluation's: so it works on
-every mesh and for every way of training.
+Every token takes one forward pass over whole rows, the pass of training. This is slow, but it needs
+neither a cache nor another sharding of the weights. It works on every mesh and for every kind of
+training.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from v4jax.model import Transformer
 from v4jax.model.transformer import read_logits
 from v4jax.parallel import Layout
 from v4jax.tokenizer.vocabulary import Vocabulary
-from v4jax.training.batch import PADDING, Batch
+from v4jax.training.batch import PADDING, Batch, put_batch, row_shares
 from v4jax.training.forward import Mode, run_rows
-from v4jax.training.placement import put_batches, row_shares
-from v4jax.training.step import TrainState, join_model
+from v4jax.training.state import TrainState
 
-SHOWN = 80  # tokens of a prompt that a sample repeats
+SHOWN = 80  # tokens of the prompt that a sample shows
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a sample is written: tokens `start` up to `stop` of a row; its document ends at `end`.
+class Span:
+    """Where a sample is written: tokens `start` to `stop` of a row.
 
-    `stop` may lie behind `end`: the row's later documents make room.
+    Its document begins at `begin` and ends at `end`. `stop` may be after `end`: the sample then
+    overwrites later documents of the row.
     """
 
     row: int
@@ -41,11 +40,11 @@ class Place:
     end: int
 
 
-def find_places(batch: Batch, rows: int, tokens: int) -> list[Place]:
-    """Returns a place in the first document of each of the first rows of a host batch.
+def find_spans(batch: Batch, rows: int, tokens: int) -> list[Span]:
+    """Returns one span in the first document of each of the first rows of a host batch.
 
-    It is where the first answer begins, which is where targets first have the document's largest
-    weight; without a prompt, as in plain text, the document's middle. Rows of padding have none.
+    It begins at the first answer: where targets first have the document's largest weight. In a
+    document without a prompt, as in plain text, it begins in the middle. Rows of padding have none.
     """
     found = []
     for row in range(min(rows, batch.tokens.shape[0])):
@@ -61,29 +60,19 @@ def find_places(batch: Batch, rows: int, tokens: int) -> list[Place]:
         first = int(np.argmax(weights >= weights.max()))
         start = begin + (first if first > 1 else (end - begin) // 2)
         if start > begin:
-            found.append(Place(row, begin, start, min(start + tokens, count), end))
+            found.append(Span(row, begin, start, min(start + tokens, count), end))
     return found
 
 
-def build_writer(frozen: Transformer):
-    """Returns the function from a state, a batch and a row index for each of its rows to the most
-    probable next token there, int32 [b], equal on all devices.
-    """
-
-    def predict(frozen: Transformer, state: TrainState, batch: Batch, at_b):
-        model = join_model(frozen, state)
-        streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"), batch.skipped)
-        streams_b1nd = jnp.take_along_axis(streams, at_b[:, None, None, None], axis=1)
-        return jnp.argmax(read_logits(model, streams_b1nd)[:, 0], axis=-1).astype(jnp.int32)
-
-    layout = frozen.layout
-    everywhere = None if layout is None else NamedSharding(layout.mesh, P())
-    compiled = jax.jit(predict, out_shardings=everywhere)
-    return lambda state, batch, at: compiled(frozen, state, batch, at)
+def predict(model: Transformer, batch: Batch, at_b: Int[Array, "b"]) -> Int[Array, "b"]:
+    """Returns the most probable token after index `at_b` of each row."""
+    streams, _ = run_rows(model, batch.tokens, batch.begin, Mode(remat="none"), batch.skipped)
+    streams_b1nd = jnp.take_along_axis(streams, at_b[:, None, None, None], axis=1)
+    return jnp.argmax(read_logits(model, streams_b1nd)[:, 0], axis=-1).astype(jnp.int32)
 
 
 def write_samples(
-    writer,
+    predict: Callable,
     state: TrainState,
     batch: Batch,
     tokenizer: Vocabulary,
@@ -95,50 +84,49 @@ def write_samples(
     """Returns samples of this host's first rows: `prompt` (its end), `expected` and `written`.
 
     Args:
-      writer: of `build_writer`.
-      batch: of this host, as a loader gives it. All hosts call this, with batches of one shape.
-      samples, tokens: how many samples at most, and how long each is; an end token ends one.
+      predict: compiled by `compile_forward`.
+      batch: this host's rows, from a loader. All hosts call this with batches of one shape.
+      samples: at most that many. tokens: of each sample; an end token ends it.
     """
-    places = find_places(batch, samples, tokens)
+    spans = find_spans(batch, samples, tokens)
     first = row_shares(layout)[0] * batch.tokens.shape[0]
     written = jax.tree.map(np.array, batch)
-    for place in places:
-        # The document takes the rest of the row. What stands there is read only once written.
-        tail = place.row, slice(place.start, None)
+    for span in spans:
+        # The document takes the rest of the row. Tokens there are read only after they are written.
+        tail = span.row, slice(span.start, None)
         if written.begin is not None:
-            written.begin[tail] = place.begin
+            written.begin[tail] = span.begin
         if written.skipped is not None:
-            written.skipped[tail] = written.skipped[place.row, place.start - 1]
+            written.skipped[tail] = written.skipped[span.row, span.start - 1]
     for step in range(tokens):
-        stacked = put_batches(jax.tree.map(lambda x: x[None], written), layout)
-        whole = jax.tree.map(lambda x: x[0], stacked)
-        open_places = [place for place in places if place.start + step < place.stop]
+        whole = put_batch(written, layout)
+        unfinished = [span for span in spans if span.start + step < span.stop]
         at = np.zeros(whole.tokens.shape[0], np.int32)
-        for place in open_places:
-            at[first + place.row] = place.start + step - 1
-        predicted = np.asarray(writer(state, whole, at))
-        for place in open_places:
-            written.tokens[place.row, place.start + step] = predicted[first + place.row]
-    return [_describe(place, batch, written, tokenizer) for place in places]
+        for span in unfinished:
+            at[first + span.row] = span.start + step - 1
+        predicted = np.asarray(predict(state, whole, at))
+        for span in unfinished:
+            written.tokens[span.row, span.start + step] = predicted[first + span.row]
+    return [_describe(span, batch, written, tokenizer) for span in spans]
 
 
 def describe_sample(sample: Mapping[str, str]) -> str:
-    """Returns a sample as a line of the log: the end of its prompt, both continuations."""
+    """Returns a line of the log: the end of the prompt and both continuations."""
     return (
         f"evaluation: after {sample['prompt'][-40:]!r} stands {sample['expected']!r}, "
         f"the model writes {sample['written']!r}"
     )
 
 
-def _describe(place: Place, batch: Batch, written: Batch, tokenizer: Vocabulary) -> dict[str, str]:
+def _describe(span: Span, batch: Batch, written: Batch, tokenizer: Vocabulary) -> dict[str, str]:
     def read(tokens: np.ndarray) -> str:
         until_end = itertools.takewhile(lambda token: token != tokenizer.eos_id, tokens.tolist())
         return tokenizer.decode(until_end)
 
-    row, tokens = place.row, np.asarray(batch.tokens)
-    prompt = slice(max(place.begin, place.start - SHOWN), place.start)
+    row, tokens = span.row, np.asarray(batch.tokens)
+    prompt = slice(max(span.begin, span.start - SHOWN), span.start)
     return {
         "prompt": read(tokens[row, prompt]),
-        "expected": read(tokens[row, place.start : min(place.stop, place.end)]),
-        "written": read(written.tokens[row, place.start : place.stop]),
+        "expected": read(tokens[row, span.start : min(span.stop, span.end)]),
+        "written": read(written.tokens[row, span.start : span.stop]),
     }

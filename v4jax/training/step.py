@@ -1,12 +1,9 @@
 """One update of the weights: gradients of one or several batches, clipping, optimizer, biases.
 
-    frozen, weights, biases = split_model(model, trained_names)   # `trainable.py`
-    state = init_state(weights, biases, optimizer)
-    step = build_step(loss_config, optimizer, mode, clip_norm)
-    state, metrics = step(frozen, state, batches)
-
-The state holds what changes: the trained weights in float32, the routers' biases, the optimizer's
-moments. `frozen` is the model without them: weights that stay as they are stored.
+frozen, weights, biases = split_trained(model, config)         # `trainable.py`
+state = init_state(frozen, weights, biases, optimizer)         # `state.py`
+step = build_step(config.loss, optimizer, mode, clip_norm)
+state, metrics = step(frozen, state, batches)
 """
 
 import dataclasses
@@ -15,45 +12,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from v4jax.config.run import LossConfig
-from v4jax.model import Transformer
-from v4jax.model.weights import write_weights
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
-from v4jax.training.trainable import as_float32, join_weights
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step changes, and a checkpoint keeps.
-
-    step: updates done or skipped. weights: trained ones by name, float32. biases: of the routers
-    that choose by score. optimizer: optax's state. skipped: steps in a row that were skipped.
-    """
-
-    step: Int[Array, ""]
-    weights: dict[str, Array]
-    biases: dict[str, Array]
-    optimizer: optax.OptState
-    skipped: Int[Array, ""]
-
-
-def init_state(weights: dict, biases: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; works under `jax.eval_shape` too."""
-    # Copies, because a step may reuse the buffers of its state.
-    masters = {name: as_float32(value) for name, value in weights.items()}
-    biases = jax.tree.map(lambda x: jnp.array(x, copy=True), biases)
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, masters, biases, optimizer.init(masters), skipped)
-
-
-def join_model(frozen: Transformer, state: TrainState) -> Transformer:
-    """Returns the whole model, the trained weights as the computation uses them."""
-    return write_weights(frozen, join_weights(frozen, state.weights) | state.biases)
+from v4jax.training.state import Frozen, TrainState, join_model
 
 
 def build_step(
@@ -61,15 +25,15 @@ def build_step(
     optimizer: optax.GradientTransformation,
     mode: Mode,
     clip_norm: float,
-) -> Callable[[Transformer, TrainState, Batch], tuple[TrainState, dict]]:
-    """Returns the step, to be compiled by its caller (the state may be donated).
+) -> Callable[[Frozen, TrainState, Batch], tuple[TrainState, dict]]:
+    """Returns the step for its caller to compile; the state may be donated.
 
-    The step takes stacked batches, every array [n, b, t]: gradients are summed over the n, one
-    after the other, and equal those of one batch of n·b rows. If the loss or a gradient is not
-    finite, weights, biases and optimizer stay as they are and `skipped` counts.
+    The step takes stacked batches, arrays [n, b, t], one after the other. It sums their gradients,
+    which equal those of one batch of n·b rows. If the loss or a gradient is not finite, weights,
+    biases and optimizer stay as they are, and `skipped` counts the step.
 
-    Its metrics: the parts of `compute_losses`, `grad_norm` before clipping, `finite`, and `load`,
-    assignments per expert of every router.
+    Its metrics are the parts of `compute_losses`, `grad_norm` before clipping, `finite`, and
+    `load`: the assignments per expert of every router.
     """
 
     def step(frozen, state, batches):
@@ -100,8 +64,8 @@ def build_step(
 
         updates, _ = optimizer.update(gradients, state.optimizer, state.weights)
         weights = keep(optax.apply_updates(state.weights, updates), state.weights)
-        # The moments move when the weights have been written: XLA makes both of the old moments,
-        # and would copy those of the largest weights, to write either first.
+        # The moments are updated after the weights. XLA would otherwise copy the old moments of the
+        # largest weights, because both updates read them and either could be written first.
         weights, moments = jax.lax.optimization_barrier((weights, state.optimizer))
         _, moved = optimizer.update(gradients, moments, state.weights)
         kept = dataclasses.replace(
@@ -132,7 +96,7 @@ def _sum_over_batches(differentiate, batches):
 def move_biases(biases: dict, reports: dict, speed: float) -> dict:
     """Returns router biases moved by `speed` toward an even load (spec G.3).
 
-    An expert with less than the mean load becomes easier to choose, one with more harder. No
+    Experts with less than the mean load become easier to choose, those with more become harder. No
     gradient is involved.
     """
 

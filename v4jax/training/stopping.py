@@ -1,4 +1,4 @@
-"""How a run learns that it is to end: signals, of this process or of any of the job."""
+"""How a run learns that it has to end: from a signal to this process or to any other of the job."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ import jax
 
 
 class AskedToEnd:
-    """While it lasts, SIGTERM and ctrl-C set an event instead of ending the process.
+    """A context in which SIGTERM and ctrl-C set an event instead of ending the process.
 
     A second ctrl-C interrupts as usual.
     """
@@ -32,7 +32,7 @@ class AskedToEnd:
 
 
 def others_asked(step: int) -> bool:
-    """Says whether any process of the job was asked to end; all get the same answer."""
+    """Returns whether any process of the job was asked to end; the same on all of them."""
     if jax.process_count() == 1:
         return False
     from jax.experimental import multihost_utils

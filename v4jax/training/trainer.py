@@ -3,15 +3,16 @@
     trainer = Trainer(config)      # loads the model, opens data and checkpoints, resumes
     trainer.run()                  # until `config.steps`, a signal, or too many bad steps
 
-A run lives in its output folder, on a disk that all hosts share or in a bucket:
+A run's output folder is on a disk that all hosts share, or in a bucket:
 
-    checkpoints/      the state, the position in the data; the newest is where a run resumes
+    checkpoints/      state and position in the data; a run resumes from the newest
     metrics.jsonl     a line per logged step (`metrics.py`)
     model/            the finished model, in the released layout
-    adapters/         with LoRA, the adapters alone, in PEFT's layout
+    adapters/         with LoRA: the adapters alone, in PEFT's layout
 
-Killed at any moment and started again with the same configuration, a run continues from its newest
-checkpoint and computes what it would have computed: the same data, the same numbers.
+A run that was killed at any moment continues from its newest checkpoint when it is started again
+with the same configuration. It computes what it would have computed: the same data, the same
+numbers.
 """
 
 import contextlib
@@ -38,21 +39,22 @@ from v4jax.model import Transformer
 from v4jax.parallel import make_mesh
 from v4jax.parallel.agreement import gather_json
 from v4jax.tokenizer import load_tokenizer
-from v4jax.training.batch import Batch
+from v4jax.training.batch import Batch, put_batch, row_shares
 from v4jax.training.data import Loader, merge_states
-from v4jax.training.evaluate import build_evaluation, evaluate_text
-from v4jax.training.export import export, finish
+from v4jax.training.evaluate import evaluate_text, score_batch
+from v4jax.training.export import export
 from v4jax.training.forward import Mode
 from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import build_optimizer, build_schedule
-from v4jax.training.placement import (
+from v4jax.training.samples import describe_sample, predict, write_samples
+from v4jax.training.state import (
+    TrainState,
     abstract_state,
-    make_state,
-    put_batches,
-    row_shares,
+    compile_forward,
+    finish,
+    init_state,
 )
-from v4jax.training.samples import build_writer, describe_sample, write_samples
-from v4jax.training.step import TrainState, build_step
+from v4jax.training.step import build_step
 from v4jax.training.stopping import AskedToEnd, others_asked
 from v4jax.training.trainable import split_trained
 
@@ -61,7 +63,7 @@ class Trainer:
     """One run on all devices of the job; every process makes one with the same configuration."""
 
     def __init__(self, config: TrainConfig):
-        """Loads the model, opens data and checkpoints, and goes to where the run stood.
+        """Loads the model, opens data and checkpoints, and goes to the newest checkpoint.
 
         Raises:
           ConfigError, CheckpointError, DataError: something named in the configuration is missing
@@ -80,12 +82,13 @@ class Trainer:
         model = load_model(config)
         self.model_config = model.config
         self.frozen, weights, biases = split_trained(model, config)
+        self.layout = model.layout
         self.optimizer = build_optimizer(config.optimizer, model.config, config.steps)
         self.rate = build_schedule(config.optimizer, config.steps)
-        self.state = make_state(self.frozen, weights, biases, self.optimizer)
+        self.state = init_state(self.frozen, weights, biases, self.optimizer)
+        self.tokenizer = load_tokenizer(model.folder or self.model_config.tokenizer)
         del model, weights, biases
         _announce(self.state, config)
-        self.tokenizer = load_tokenizer(self.frozen.folder or self.model_config.tokenizer)
         self.loader = self._open_data(config.data)
         self._resume()
         self.metrics = Metrics(self.folder, config.report_to, first_step=self.step + 1)
@@ -102,19 +105,20 @@ class Trainer:
     def run(self) -> str:
         """Trains to the end, and returns how it ended: "finished" or "stopped".
 
-        A run stops in order, with a checkpoint, when the process is asked to end (SIGTERM, as spot
-        machines send, or ctrl-C); it then resumes with the same command.
+        SIGTERM, which spot machines send, and ctrl-C stop the run after it has written a
+        checkpoint. The same command then resumes it.
 
         Raises:
           TrainingError: `max_skipped` steps in a row had a loss or gradient that is not finite; the
-            data ended; metrics could not be written.
+            data ended; or metrics could not be written.
           CheckpointError: a checkpoint could not be written; the older ones are untouched.
-          DataError: a record is bad and bad records are fatal.
+          DataError: a record is bad where that is fatal.
         """
         config = self.config
         step = self.step
-        with AskedToEnd() as asked, log.Progress("train", config.steps, "steps") as progress:
-            computing = None  # the step that the device may still compute while the host goes on
+        total = config.steps * self._step_tokens
+        with AskedToEnd() as asked, log.Progress("train", total, "tokens") as progress:
+            computing = None  # the step that the device may still compute
             while step < config.steps:
                 try:
                     batches = self._next_batches()
@@ -151,17 +155,17 @@ class Trainer:
         with contextlib.closing(self._open_data(evaluation.data)) as held_out:
             batches = list(itertools.islice(held_out, evaluation.batches))
         with log.phase("evaluation") as phase:
-            found = evaluate_text(self._evaluation, self.state, batches, self.frozen.layout)
+            found = evaluate_text(self._score, self.state, batches, self.layout)
             phase.note(f"step {self.step}", f"loss {found['eval_loss']:.3f}")
         if evaluation.samples and batches:
             found["samples"] = write_samples(
-                self._writer,
+                self._predict,
                 self.state,
                 batches[0],
                 self.tokenizer,
                 samples=evaluation.samples,
                 tokens=evaluation.sample_tokens,
-                layout=self.frozen.layout,
+                layout=self.layout,
             )
             for sample in found["samples"]:
                 log.info(describe_sample(sample))
@@ -177,18 +181,18 @@ class Trainer:
             self.store.close()
 
     def finished_model(self) -> Transformer:
-        """Returns the trained model, with its adapters if it has some (`export.finish`)."""
+        """Returns the trained model, with its adapters if it has some (`state.finish`)."""
         return finish(self.frozen, self.state)
 
     def has_exported(self) -> bool:
-        """Says whether `output`/model is there; to every process what process 0 sees."""
+        """Returns whether `output`/model exists for process 0; the same on every process."""
         return gather_json((self.folder / "model").exists())[0]
 
     def export(self, format: str = "released") -> pathlib.Path | RemotePath:
         """Writes the finished model to `output`/model in a format of `v4jax.save`.
 
-        Adapters are merged there, and written by themselves to `output`/adapters. Every process
-        calls this.
+        Adapters are merged in it, and written separately to `output`/adapters. Every process calls
+        this.
         """
         model, folder = self.finished_model(), self.folder / "model"
         if self.config.lora:
@@ -197,7 +201,7 @@ class Trainer:
         return folder
 
     def _phase(self, step: int) -> tuple[Mode, LossConfig]:
-        """Returns how the step after `step` runs its layers, and its losses."""
+        """Returns the mode and the losses of the step after `step`."""
         config = self.config
         mode = Mode(
             config.remat,
@@ -213,23 +217,23 @@ class Trainer:
         return mode, loss
 
     @functools.cached_property
-    def _evaluation(self):
-        return build_evaluation(self.frozen)
+    def _score(self) -> Callable:
+        return compile_forward(self.frozen, score_batch)
 
     @functools.cached_property
-    def _writer(self):
-        return build_writer(self.frozen)
+    def _predict(self) -> Callable:
+        return compile_forward(self.frozen, predict)
 
     def _open_data(self, data: DataConfig) -> Loader:
-        index, count = row_shares(self.frozen.layout)
+        index, count = row_shares(self.layout)
         return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
     def _next_batches(self) -> Batch:
         batches = [next(self.loader) for _ in range(self.config.optimizer.accumulate)]
-        return put_batches(jax.tree.map(lambda *x: np.stack(x), *batches), self.frozen.layout)
+        return put_batch(jax.tree.map(lambda *x: np.stack(x), *batches), self.layout)
 
     def _data_ended(self, step: int) -> TrainingError:
-        """Keeps what was trained, and returns the error."""
+        """Writes a checkpoint, and returns the error."""
         if step:
             self._save(step, force=True)
         return TrainingError(
@@ -239,7 +243,7 @@ class Trainer:
         )
 
     def _make_step(self, step: int, batches: Batch) -> dict:
-        """Begins the step after `step`, and returns its metrics, which may not be there yet."""
+        """Starts the step after `step`; returns its metrics, which may not be computed yet."""
         phase = self._phase(step)
         if phase in self._steps:
             self.state, found = self._steps[phase](self.frozen, self.state, batches)
@@ -258,7 +262,7 @@ class Trainer:
         return jax.jit(step, donate_argnums=1)
 
     def _settle(self, computing: tuple[int, dict] | None, progress: log.Progress) -> None:
-        """Waits for a step and looks at it: is it finite, what is logged."""
+        """Waits for a step, checks that it is finite, and logs it."""
         if computing is None:
             return
         step, found = computing
@@ -291,8 +295,8 @@ class Trainer:
         speed = self._speed.read()
         values = flatten(found) | {"rate": float(self.rate(step - 1))} | speed
         self.metrics.write(step, values)
-        left = (self.config.steps - step) * self._step_tokens / speed["tokens_per_second"]
-        progress.update(step, seconds_left=left, note=_describe(step, values))
+        rate, done = speed["tokens_per_second"], step * self._step_tokens
+        progress.update(done, rate=rate, note=_describe(step, values))
 
     def _save(self, step: int, *, force: bool = False) -> None:
         if force or step % self.store.every == 0:
@@ -310,11 +314,7 @@ class Trainer:
 
 
 def load_model(config: TrainConfig) -> Transformer:
-    """Returns the model that a run starts from, on the run's mesh.
-
-    Raises:
-      ConfigError, CheckpointError: as `v4jax.load`.
-    """
+    """Returns the model that a run starts from, on the run's mesh."""
     sizes = {name: getattr(config.mesh, name) for name in ("data", "expert", "context", "tensor")}
     mesh = None
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
@@ -324,13 +324,13 @@ def load_model(config: TrainConfig) -> Transformer:
 
 
 def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
-    """Returns the model of a run's checkpoint (None: the newest), as `Trainer.finished_model`.
+    """Returns `Trainer.finished_model` of a run's checkpoint; None is the newest.
 
-    The run may go on meanwhile; its data is not opened. A run that started from weights needs no
-    mesh here; random weights depend on the run's.
+    The run may continue meanwhile; its data is not opened. A run that started from weights needs no
+    mesh here, but random weights depend on the run's mesh.
 
     Raises:
-      ConfigError, CheckpointError: as `Trainer`, or there is no such checkpoint.
+      CheckpointError: there is no such checkpoint.
     """
     read = _has_weights(config)
     model = api.load(config.model, config.numerics) if read else load_model(config)
@@ -343,7 +343,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
 
 
 def _has_weights(config: TrainConfig) -> bool:
-    """Returns whether the run starts from weights that were read, not made of its seed."""
+    """Returns whether the run starts from stored weights instead of random ones."""
     packaged = config.model in pretrained_names() and not config.from_scratch
     return packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
 
@@ -360,7 +360,6 @@ def _announce(state: TrainState, config: TrainConfig) -> None:
 
 def _describe(step: int, values: dict[str, Any]) -> str:
     parts = [f"step {step}", f"loss {values['loss']:.3f}"]
-    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     return ", ".join(parts)
