@@ -1,15 +1,15 @@
-"""Long documents in, answers out: what turns a model into a service for one request after another.
+"""Documents in, answers out: what makes a service of a model, for one request after another.
 
 Read `engine.py` first.
 
     request.py     Document, Question, SamplingOptions: what is asked, checked
     prompt.py      Frame: system message and mode; the prompt, split where a document ends
     engine.py      Engine: reads a document once, answers its questions from the state
-    steps.py       the loops around the model's call: prefill and decode
+    steps.py       the two loops around the model's call: prefill and decode
     sampling.py    the choice of the next token
-    answer.py      from ids to an answer, streaming
+    answer.py      from ids to an answer, piece by piece
     documents.py   the input of a job, line by line
-    answer_log.py  its output: appended safely, continued after a crash
+    answer_log.py  the output of a job: appended safely, continued after a crash
     shards.py      the part of the input that one of several processes answers
     meter.py       tokens and seconds: rates, forecast, summary
     batch.py       the job
@@ -38,7 +38,7 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on use: the command line explains itself without loading JAX.
+    # Imported when used: `--help` must not load JAX.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,15 +1,15 @@
-"""The input of a batch job: one JSON object per line, each a document and what is asked about it.
+"""The input of a batch job: each line is a JSON object with a document and its questions.
 
     {"text": "It was …", "question": "Who?"}
     {"id": "a7", "path": "reports/a7.txt", "questions": ["Who?", "When?"], "temperature": 0.7}
 
     id          string or integer, given back with the answers (optional)
     text, path  exactly one: the document, or a UTF-8 file, relative to the folder of the input file
-    question, questions   exactly one: a string, or a list of them
-    temperature, top_p, top_k, seed, max_new_tokens   instead of the job's (optional)
+    question, questions   exactly one: a string, or a list of strings
+    temperature, top_p, top_k, seed, max_new_tokens   in place of the job's (optional)
 
-Blank lines are skipped and counted. A line that breaks a rule raises RequestError and harms no
-other.
+Blank lines are skipped and counted. A line that breaks a rule raises RequestError; other lines are
+not affected.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ _FIELDS = ("id", "text", "path", "question", "questions", *_SAMPLING_FIELDS)
 
 @dataclass(frozen=True)
 class InputLine:
-    """A line of the input as it stands there.
+    """A line of the input, unread.
 
     Attributes:
       number: counted from 1.
-      data: its bytes, without the line's end.
+      data: its bytes, without the end of the line.
     """
 
     number: int
@@ -44,21 +44,21 @@ class InputLine:
 
     @property
     def digest(self) -> str:
-        """Identifies the content, to notice that the input changed under an interrupted job."""
+        """Identifies the content: shows whether the input changed while a job was interrupted."""
         return hashlib.sha256(self.data).hexdigest()[:16]
 
 
 def open_path(path: str) -> BinaryIO:
-    """Opens a file for reading bytes: the one place that knows where files can be.
+    """Opens a file for reading bytes.
 
     Raises:
       UnsupportedError: the path names a bucket, and the library for it is not installed.
-      RequestError: there is no such readable file.
+      RequestError: there is no such file, or it cannot be read.
     """
     try:
         if is_remote(path):
             return to_path(path).open()
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a pipe would wait for its other end
+        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a pipe would wait for a writer
         if regular:
             return open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
@@ -79,7 +79,7 @@ def read_lines(path: str) -> Iterator[InputLine]:
 
 
 def parse_line(line: InputLine) -> dict[str, Any]:
-    """Returns the JSON object of a line, its field names checked."""
+    """Returns the JSON object of a line, with field names checked."""
     text = decode_utf8(line.data, "the line")
     try:
         fields = parse_json(text)
@@ -108,12 +108,12 @@ def find_id(fields: dict[str, Any]) -> str | int | None:
 
 
 def build_document(fields: dict[str, Any], folder: str, defaults: SamplingOptions) -> Document:
-    """Returns the document that a line describes, its file read.
+    """Returns the document that a line describes; reads its file.
 
     Args:
-      fields: what `parse_line` returned.
-      folder: where relative paths start.
-      defaults: sampling options for what the line leaves open.
+      fields: the object that `parse_line` returned.
+      folder: folder at which relative paths start.
+      defaults: sampling options that the line does not state.
     """
     sampling = defaults.replace(**{n: fields[n] for n in _SAMPLING_FIELDS if n in fields})
     questions = read_questions(fields)
@@ -123,7 +123,7 @@ def build_document(fields: dict[str, Any], folder: str, defaults: SamplingOption
 
 
 def read_questions(fields: dict[str, Any]) -> list[Any]:
-    """Returns the questions of a line, whichever way they are given."""
+    """Returns the questions of a line, given as one or as a list."""
     if _only_one(fields, "question", "questions") == "question":
         return [fields["question"]]
     if not isinstance(fields["questions"], list):
@@ -134,7 +134,7 @@ def read_questions(fields: dict[str, Any]) -> list[Any]:
 
 
 def resolve_path(path: Any, folder: str) -> str:
-    """Returns where a document's file is."""
+    """Returns the path of a document's file."""
     if not isinstance(path, str) or not path:
         raise RequestError(f"path must be a string, got {describe(path)}")
     return path if is_remote(path) else os.path.join(folder, path)

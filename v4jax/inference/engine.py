@@ -6,8 +6,8 @@
     for group in encoded.groups(engine.options):        # questions answered side by side
         answers = engine.answer(encoded, state, group)  # each from its own copy of the state
 
-Shapes are few, because each compiles anew: chunks of one size for reading, one short size for
-questions, one token for writing, all at a cache capacity rounded up to a power of two.
+Each new shape is compiled. There are therefore few: one size of chunks for reading, one short size
+for questions, one token for writing, and cache capacities that are powers of two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +31,15 @@ from v4jax.tokenizer import Vocabulary, load_tokenizer
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the engine works; together with a request these determine its answer.
+    """How the engine works. Options and request together determine the answer.
 
     Attributes:
       frame: system message and thinking.
       chunk_tokens: tokens read at once.
-      short_tokens: the chunk of texts that are no longer than it, such as questions.
-      questions_at_once: questions of one document answered side by side, each with its own copy of
-        the document's cache.
-      max_tokens: capacity of every cache; by default that of each document rounded up.
+      short_tokens: size of the chunk for texts that fit into it, such as questions.
+      questions_at_once: questions of one document that are answered side by side, each with its own
+        copy of the document's cache.
+      max_tokens: capacity of every cache; None: what each document needs, rounded up.
     """
 
     frame: Frame = field(default_factory=Frame)
@@ -55,7 +55,7 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
 
     def check_data(self, parts: int) -> None:
-        """Raises unless the devices along the mesh axis `data` divide the questions.
+        """Raises unless the `parts` of the mesh along `data` divide the questions.
 
         Raises:
           ConfigError: they do not; the message says what would do.
@@ -71,13 +71,13 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as token ids, known to fit.
+    """A document as token ids, which fit into the context.
 
     Attributes:
       tokens: the prompt up to the end of the document.
-      question_tokens: per question, the rest of its prompt.
-      sampling: per question.
-      capacity: tokens of the cache that holds it with any of its answers.
+      question_tokens: for each question, the rest of its prompt.
+      sampling: for each question, how its answer is chosen.
+      capacity: tokens of a cache that holds the document with any one question and answer.
     """
 
     tokens: tuple[int, ...]
@@ -88,19 +88,19 @@ class EncodedDocument:
     def groups(self, options: EngineOptions) -> list[range]:
         """Returns the indices of the questions that are answered side by side.
 
-        They depend on the document alone: a job that was interrupted forms the same groups again.
+        They depend only on the number of questions: an interrupted job forms the same groups again.
         """
         count, size = len(self.question_tokens), options.questions_at_once
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class Engine:
-    """Serves documents and prompts with one model. One request at a time.
+    """Serves documents and prompts with one model, one request at a time.
 
     Args:
-      model: what `v4jax.load` gives.
-      options: how to work.
-      tokenizer: by default that of the model's folder or configuration.
+      model: a model that `v4jax.load` returned.
+      options: how the engine works.
+      tokenizer: None: that of the model's folder or configuration.
 
     Raises:
       ConfigError: model and tokenizer do not belong together, max_tokens exceeds the context, or
@@ -126,7 +126,7 @@ class Engine:
                 f"max_tokens must be at most the model's max_position_embeddings "
                 f"{config.max_position_embeddings:,}, got {options.max_tokens:,}"
             )
-        # Over `data` the questions of a document are divided, and each part has read it all.
+        # Along `data`, questions are split; every part has read the whole document.
         self._parts = batch_shares(model.layout)
         options.check_data(self._parts)
         self.model, self.options, self.tokenizer = model, options, tokenizer
@@ -154,12 +154,12 @@ class Engine:
     def read(
         self, encoded: EncodedDocument, on_chunk: Callable[[int], None] = lambda tokens: None
     ) -> Cache:
-        """Returns the state after the document, which `answer` only copies.
+        """Returns the state after the document. `answer` copies it and leaves it as it is.
 
-        It is a cache of one slot; on a mesh, of one for each of its parts along `data`.
+        The state is a cache with one slot; on a mesh, with one slot for each part along `data`.
 
         Args:
-          on_chunk: told after each chunk how many tokens it held.
+          on_chunk: is called after each chunk with its number of tokens.
         """
         self.prepare(encoded)
         return self._read(encoded.tokens, encoded.capacity, on_chunk)[1]
@@ -175,10 +175,10 @@ class Engine:
         """Answers the questions of one group side by side.
 
         Args:
-          state: what `read` returned; it can be used again.
+          state: the state that `read` returned; it can be used again.
           group: indices of the questions, one of `encoded.groups`.
-          on_piece: told each piece of text with the index of its question.
-          on_tokens: told after each step how many tokens it wrote.
+          on_piece: is called with the index of a question and each piece of its answer.
+          on_tokens: is called after each step with the number of tokens that it wrote.
         """
         rests = [encoded.question_tokens[i] for i in group]
         sampling = [encoded.sampling[i] for i in group]
@@ -217,7 +217,10 @@ class Engine:
                 yield answer
 
     def prepare(self, encoded: EncodedDocument) -> None:
-        """Compiles what the document needs and nothing needed before, so that times are of work."""
+        """Compiles the programs that the document needs and that are not compiled yet.
+
+        Reading and answering are then timed without compilation.
+        """
         capacity = encoded.capacity
         slots = self._slots(len(encoded.question_tokens))
         longest = max(map(len, encoded.question_tokens))
@@ -232,7 +235,7 @@ class Engine:
     def _read(
         self, tokens: Sequence[int], capacity: int, on_chunk: Callable[[int], None]
     ) -> tuple[Any, Cache]:
-        """Returns the last logits and the cache after tokens that every part of the mesh reads."""
+        """Returns the last logits and the cache after all parts of the mesh read the tokens."""
         return prefill(
             self.model,
             [tokens] * self._parts,
@@ -242,7 +245,7 @@ class Engine:
         )
 
     def _compile(self, shapes: set[tuple[int, int, int]]) -> None:
-        """Runs a step of each shape (slots, tokens, capacity) that has not run yet."""
+        """Runs one step of each shape (slots, tokens, capacity) that has not run yet."""
         shapes = shapes - self._compiled
         if not shapes:
             return
@@ -294,7 +297,7 @@ class Engine:
     def _capacity(self, needed: int) -> int:
         if self.options.max_tokens:
             return self._limit()
-        # Twice the memory at worst, for one compilation per doubling; never below one chunk.
+        # At most twice the memory, and one compilation for each doubling; never below one chunk.
         rounded = 1 << (max(needed, self.options.chunk_tokens) - 1).bit_length()
         return min(rounded, self._limit())
 
@@ -308,7 +311,7 @@ class Engine:
         rests: Sequence[Sequence[int]],
         sampling: Sequence[SamplingOptions],
     ) -> int:
-        """Returns the tokens needed by the longest prompt with its answer."""
+        """Returns the tokens that the longest prompt and its answer need."""
         needs = [len(r) + s.max_new_tokens for r, s in zip(rests, sampling, strict=True)]
         longest = max(range(len(needs)), key=needs.__getitem__)
         needed, limit = len(tokens) + needs[longest], self._limit()

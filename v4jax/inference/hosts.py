@@ -2,14 +2,14 @@
 
     status = run_together(load_engine, work)     # on every process
 
-All processes have to run the same programs in the same order. Process 0 alone runs `work`: it reads
-the input, knows which answers stand in the output, and writes. Before each call of its engine it
-says which call that is, with all tokens, and the others make the same call. So what only one host
-can see, such as a file that is missing there, never sets them apart.
+All processes must run the same programs in the same order. Only process 0 runs `work`: it reads the
+input, knows which answers the output has, and writes. Before each call of its engine it tells the
+others which call that is, with all tokens, and they make the same call. What only one host can see,
+such as a missing file, therefore never makes them differ.
 
-A call that fails on one process (memory) fails on all, and the work goes on. An error that ends the
-work ends all processes with its message. A process that is killed takes the others with it, through
-JAX; a batch job then continues from its output when it is started again.
+A call that fails on one process (for want of memory) fails on all, and the work goes on. An error
+that ends the work ends all processes with its message. A process that is killed takes the others
+with it, through JAX; a batch job continues from its output when it is started again.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ def run_together(load_engine: Loader, work: Callable[[Loader], Any]) -> Any:
     """Runs `work` on process 0 with an engine of all processes; returns its result on each.
 
     Args:
-      load_engine: loads this process' share of the model.
-      work: is given what loads the engine, to be called at most once. Its result is what JSON can
-        express.
+      load_engine: loads this process' part of the model.
+      work: is called with a function that loads the engine, which it may call once. Its result must
+        be expressible in JSON.
 
     Raises:
-      V4JaxError: what `work` raised on process 0, or loading on any process.
+      V4JaxError: `work` raised it on process 0, or loading failed on any process.
     """
     if jax.process_count() == 1:
         return work(load_engine)
@@ -58,7 +58,7 @@ def run_together(load_engine: Loader, work: Callable[[Loader], Any]) -> Any:
 
 
 class LeadingEngine:
-    """The engine of process 0 where others follow; used like an `Engine`."""
+    """The engine of process 0, which others follow; it is used like an `Engine`."""
 
     def __init__(self, engine: Engine):
         self._engine, self._told = engine, None
@@ -77,7 +77,7 @@ class LeadingEngine:
     def read(
         self, encoded: EncodedDocument, on_chunk: Callable[[int], None] = lambda tokens: None
     ) -> Cache:
-        """As `Engine.read`; the others keep the state of the last document only."""
+        """As `Engine.read`; the others keep only the state of the last document."""
         self._tell("read", encoded)
         return _call(lambda: self._engine.read(encoded, on_chunk))
 
@@ -95,12 +95,12 @@ class LeadingEngine:
         return _call(lambda: self._engine.answer(encoded, state, group, on_piece, on_tokens))
 
     def stream(self, prompt: Question) -> Iterator[Piece | Answer]:
-        """As `Engine.stream`; it has to be read to its end."""
+        """As `Engine.stream`; the caller must read it to its end."""
         share_json({"call": "stream", "prompt": dataclasses.asdict(prompt)})
         return self._engine.stream(prompt)
 
     def _tell(self, call: str, encoded: EncodedDocument) -> None:
-        """Names a call to the others, with the document if they do not have it yet."""
+        """Tells the others a call, with the document if they do not have it yet."""
         document = {}
         if encoded is not self._told:
             sampling = [vars(options) for options in encoded.sampling]
@@ -110,13 +110,13 @@ class LeadingEngine:
 
 
 def _follow(load_engine: Loader) -> Any:
-    """Does what process 0 says until it ends the work; returns the result."""
+    """Makes the calls of process 0 until it ends the work; returns the result."""
     follower = _Follower(load_engine)
     while (order := share_json(None))["call"] != "end":
         try:
             follower.do(order)
         except (V4JaxError, jax.errors.JaxRuntimeError) as error:
-            # Process 0 has the same error, decides what becomes of it, and says so.
+            # Process 0 has the same error and decides what follows from it.
             if not (isinstance(error, V4JaxError) or _fails_alone(error)):
                 raise
     if "error" in order:
@@ -125,7 +125,7 @@ def _follow(load_engine: Loader) -> Any:
 
 
 class _Follower:
-    """The engine of another process, with the document it was told and its state."""
+    """The engine of another process, with the last document and its state."""
 
     def __init__(self, load_engine: Loader):
         self.load_engine = load_engine
@@ -160,7 +160,7 @@ def _call(call: Callable[[], Any]) -> Any:
 
 
 def _fails_alone(error: Exception) -> bool:
-    """Whether an error is of one request or document, and leaves the engine as it was."""
+    """Whether an error concerns one request or document and leaves the engine as it was."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" in str(error)
     return isinstance(error, RequestError | CacheError)

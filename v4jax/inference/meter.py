@@ -1,4 +1,4 @@
-"""Tokens and seconds of a job: how fast it is, how much is left, and what it did in the end."""
+"""Tokens and seconds of a job: its speed, what is left, and a summary at the end."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from v4jax import log
 
 
 class Meter:
-    """Watches a job and forecasts its end.
+    """Counts the work of a job and estimates what is left.
 
-    A document's tokens are known only when it is encoded; until then its bytes stand for them, at
-    the ratio of the documents seen so far. Answers are taken to be as long as those seen so far.
+    A document's tokens are known once it is encoded. Until then they are estimated from its bytes,
+    at the ratio of the documents so far. Answers are estimated to be as long as those so far.
 
     Args:
-      document_bytes: of all documents to be read.
-      questions: to be answered.
-      max_new_tokens: the length of answers before one was seen.
+      document_bytes: bytes of all documents to be read.
+      questions: number of questions to be answered.
+      max_new_tokens: assumed length of an answer before the first one.
     """
 
     def __init__(self, document_bytes: int, questions: int, max_new_tokens: int):
@@ -28,14 +28,14 @@ class Meter:
         self._encoded_bytes = self._encoded_tokens = self._tokens_left = 0
 
     def begin_document(self, document_bytes: int, tokens: int) -> None:
-        """Notes a document that is about to be read."""
+        """Records that a document is about to be read."""
         self._bytes_left -= document_bytes
         self._encoded_bytes += document_bytes
         self._encoded_tokens += tokens
         self._tokens_left = tokens
 
     def skip_document(self, document_bytes: int, questions: int) -> None:
-        """Notes a document that failed before it was read."""
+        """Records that a document failed before it was read."""
         self._bytes_left -= document_bytes
         self._questions_left -= questions
 
@@ -46,7 +46,7 @@ class Meter:
 
     def answered(self, questions: int, tokens: int) -> None:
         """Counts answers that are complete."""
-        if self._answers == 1:  # the first real ones replace the assumption
+        if self._answers == 1:  # the first answers replace the assumption
             self._answer_tokens = self._answers = 0
         self._answers += questions
         self._answer_tokens += tokens
@@ -59,12 +59,12 @@ class Meter:
 
     @property
     def total(self) -> float:
-        """Estimate of the tokens to be read and written in all."""
+        """Estimated number of tokens to be read and written by the whole job."""
         return self.done + self._reading_left() + self._writing_left()
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate of the time left; None before there is anything to judge by."""
+        """Estimated time left; None before anything was read."""
         if self.reading.per_second is None:
             return None
         seconds = self._reading_left() / self.reading.per_second
@@ -84,14 +84,14 @@ class Meter:
 class Summary:
     """What a job did.
 
-    The counts describe the output file, whichever run wrote it; seconds, rates and cache are of
-    this run.
+    Counts describe the output file, whichever run wrote it. Seconds, rates and cache describe this
+    run.
 
     Attributes:
-      tokens_read: of documents, each once, and of questions.
-      read_seconds: spent on documents; `write_seconds` on questions and their answers. Compilation
-        counts in neither.
-      cache_bytes: of the largest document's cache.
+      tokens_read: tokens of documents, each counted once, and of questions.
+      read_seconds: time of reading documents; `write_seconds`: time of questions and answers.
+        Neither includes compilation.
+      cache_bytes: size of the largest document's cache.
     """
 
     documents: int
@@ -112,7 +112,7 @@ class Summary:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """Returns the summary as people read it."""
+        """Returns the summary as lines of text."""
         before = f" ({self.questions_before:,} before this run)" if self.questions_before else ""
         return [
             f"documents  {self.documents:,}, of them failed {self.failed:,}",

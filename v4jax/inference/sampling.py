@@ -1,7 +1,7 @@
-"""Chooses the next token of each sequence of a batch, and knows which sequences go on.
+"""Chooses the next token of each sequence of a batch, and says which sequences go on.
 
-Every sequence carries its own options and its own seed. The noise of its n-th token depends on the
-seed and on n alone, so an answer is the same in any batch, in any slot and after a restart.
+Every sequence has its own options and its own seed. The noise of its n-th token depends on the seed
+and on n only. An answer is therefore the same in any batch, in any slot and after a restart.
 """
 
 import functools
@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from v4jax.inference.request import SamplingOptions
 from v4jax.parallel import Layout, activate, shard
 
-_COLDEST = 1e-6  # below this a temperature is greedy in float32
+_COLDEST = 1e-6  # smallest temperature; below it sampling is greedy in float32
 
 
 class SamplerState(NamedTuple):
-    """The choice of tokens for a batch, on device: the options, and how far each sequence is."""
+    """Options and progress of each sequence of a batch, on the device."""
 
     temperature: Float[Array, "b"]
     top_p: Float[Array, "b"]
@@ -55,12 +55,12 @@ def sample(
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"], SamplerState]:
     """Chooses one token per sequence.
 
-    On a mesh every device has all logits and chooses for all sequences, as a single one would:
-    they are small, and so every host can read the tokens.
+    On a mesh every device has all logits and chooses for all sequences, as a single device would.
+    Logits are small, and every host can thereby read the tokens.
 
     Returns:
-      The tokens; which sequences go on after them (no EOS, and room for more); the new state. What
-      stands at a sequence that had ended before is to be ignored.
+      The tokens; which sequences go on after them (no EOS, and tokens remaining); the new state.
+      Ignore the values of sequences that had ended before.
     """
     with activate(layout):
         logits_bv = shard(logits_bv, None, None)
@@ -82,10 +82,10 @@ def _greedy(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "
 
 def _draw(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:
     def draw(logits_v, temperature, top_p, top_k, seed, step):
-        # Relative to the best: no temperature, however small, makes infinities meet.
+        # Relative to the best logit: no temperature, however small, subtracts infinities.
         scaled_v = (logits_v - jnp.max(logits_v)) / jnp.maximum(temperature, _COLDEST)
         kept_v = scaled_v >= _threshold(scaled_v, top_p, top_k)
-        # threefry by name: the default generator may be set to another by the environment.
+        # threefry by name, because the environment may set another default generator.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         noise_v = jax.random.gumbel(key, scaled_v.shape)
         return jnp.argmax(jnp.where(kept_v, scaled_v + noise_v, -jnp.inf))
@@ -99,16 +99,16 @@ def _draw(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"
 def _threshold(
     scaled_v: Float[Array, "v"], top_p: Float[Array, ""], top_k: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns the smallest logit that top-k and top-p keep: first k tokens, then p of their mass.
+    """Returns the smallest logit that is kept by top-k, and then by top-p of what top-k keeps.
 
-    Tokens that tie with the last one kept are kept as well: which of them came first is no property
+    Tokens with the same logit as the last one kept are kept as well: their order is not a property
     of the distribution.
     """
     sorted_v = -jnp.sort(-scaled_v)
     ranks_v = jnp.arange(sorted_v.shape[0])
     in_top_k_v = (top_k == 0) | (ranks_v < top_k)
     probabilities_v = jax.nn.softmax(jnp.where(in_top_k_v, sorted_v, -jnp.inf))
-    # A token is kept while those before it have not reached top_p, so the first one always is.
+    # A token is kept while those before it have not reached top_p: the first one always is.
     before_v = jnp.cumsum(probabilities_v) - probabilities_v
     kept_v = in_top_k_v & ((before_v < top_p) | (top_p >= 1.0) | (ranks_v == 0))
     return jnp.min(jnp.where(kept_v, sorted_v, jnp.inf))

@@ -1,11 +1,11 @@
-"""A job divided among processes that know nothing of each other: shard i of n takes lines i mod n.
+"""A job divided among independent processes: shard i of n answers the lines that are i modulo n.
 
-Each shard reads the whole input, answers its own lines, and writes a file of its own. The lines of
-all files together are the output of the undivided job, in another order, so
+Each shard reads the whole input, answers its own lines and writes its own file. The files together
+hold the lines of the undivided job, in another order:
 
     cat answers-*-of-00016.jsonl > answers.jsonl
 
-gives a file that the undivided job accepts as its own.
+makes a file that the undivided job accepts as its own.
 """
 
 import os
@@ -29,7 +29,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def read_lines(self, path: str) -> Iterator[InputLine]:
-        """Yields this shard's lines of the input; their numbers stay those of the file."""
+        """Yields this shard's lines of the input, numbered as in the file."""
         return (line for line in read_lines(path) if (line.number - 1) % self.count == self.index)
 
     def name_file(self, path: str) -> str:
@@ -41,14 +41,14 @@ class Shard:
 
 
 def parse_shard(text: str, variables: Mapping[str, str] | None = None) -> Shard:
-    """Returns the shard that `3/16` or `auto/16` names; auto: the index of the job's environment.
+    """Returns the shard that `3/16` or `auto/16` names; auto takes the index from the environment.
 
-    Auto has to be asked for. The same variables count the processes of one model on several
-    machines, which must not divide the input.
+    Auto must be asked for, because the same variables also count the processes of one model on
+    several machines, which must not divide the input.
 
     Raises:
       RequestError: the text is neither, or the index is not below the count.
-      ConfigError: auto, and the environment has no index.
+      ConfigError: the text says auto, and the environment has no index.
     """
     match = re.fullmatch(r"(auto|[0-9]+)/([0-9]+)", text)
     if not match:

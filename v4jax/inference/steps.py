@@ -1,8 +1,7 @@
-"""The two loops around the model's one call: reading tokens in chunks, and writing them one by one.
+"""The two loops around the model's call: reading tokens in chunks, and writing them one by one.
 
-The cache that enters a loop is consumed: each step reuses its buffers. While writing, the model's
-step is dispatched before the host looks at the token it reads, so that the device does not wait
-for the host.
+A loop consumes its cache: each step reuses the buffers. While writing, a step of the model is
+dispatched before the host looks at the token that it reads; the device need not wait for the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +29,13 @@ def prefill(
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Appends to every slot of `cache` its sequence of tokens, `chunk_tokens` at a time.
 
-    Every chunk has the same shape [slots, chunk_tokens], the last one padded, so one compilation
-    serves them all.
+    Every chunk has the shape [slots, chunk_tokens], the last one with padding. One compilation
+    therefore serves all of them.
 
     Args:
-      sequences: the tokens of the first slots; further slots stay as they are.
+      sequences: the tokens of the first slots; further slots are left as they are.
       cache: consumed.
-      on_chunk: told after each chunk how many tokens it held.
+      on_chunk: is called after each chunk with its number of tokens.
 
     Returns:
       The logits after the last token of each sequence, and the cache.
@@ -58,7 +57,7 @@ def prefill(
         last_bv = (
             logits_bv if last_bv is None else jnp.where(lengths[:, None] > 0, logits_bv, last_bv)
         )
-        logits_bv.block_until_ready()  # one chunk in flight bounds memory and makes the times true
+        logits_bv.block_until_ready()  # one chunk at a time bounds memory and makes the times true
         on_chunk(int(lengths.sum()))
     return last_bv, cache
 
@@ -71,18 +70,18 @@ def decode(
     *,
     eos_token: int,
 ) -> Iterator[list[int | None]]:
-    """Writes one token per sequence and step, until every sequence has ended.
+    """Writes one token of each sequence a step, until every sequence has ended.
 
     Args:
-      logits_bv: what the model said after the last token of each slot.
+      logits_bv: the model's logits after the last token of each slot.
       cache: consumed.
-      options: for the first slots; further slots stay silent.
+      options: for the first slots; further slots write nothing.
 
     Yields:
-      One token per sequence, EOS included; None for a sequence that has ended.
+      One token of each sequence, EOS included; None for a sequence that has ended.
 
     Raises:
-      CacheError: the cache has no room for an answer; the last token of one needs none.
+      CacheError: the cache has no room for an answer (whose last token needs no room).
     """
     state = init_sampler(options, slots=logits_bv.shape[0])
     left = [option.max_new_tokens for option in options]
@@ -95,7 +94,7 @@ def decode(
     layout, model = model.layout, model.held()
     while any(left):
         tokens, active, state = sample(logits_bv, state, eos_token=eos_token, layout=layout)
-        if max(left) > 1:  # the last token of an answer is never read by the model
+        if max(left) > 1:  # the model never reads the last token of an answer
             lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(
                 tokens[:, None], cache, lengths, logits="last", donate=True, trusted=True
