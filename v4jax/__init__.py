@@ -7,7 +7,7 @@
     logits, cache = model.extend(tokens, cache, logits="last")
     v4jax.save(model, "folder", format="released")
 
-Names are imported when first used, so that `import v4jax` costs nothing.
+A name is imported when it is first used: `import v4jax` alone loads nothing.
 """
 
 import importlib
