@@ -57,7 +57,9 @@ make_environment() {
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$key" ]]; then
     say "launch: installing v4jax${extras:+[$extras]} (some minutes the first time)"
     rm -f "$stamp"
-    "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    # Python compiles a module when it is first imported; of most packages few ever are.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
+      --editable ".${extras:+[$extras]}"
     echo "$key" >"$stamp"
   fi
   export PATH="$V4JAX_VENV/bin:$PATH"
