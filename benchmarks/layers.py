@@ -31,10 +31,10 @@ from v4jax.config.loading import load_model_config
 from v4jax.config.model import LayerKind, RouterKind
 from v4jax.config.numerics import BFLOAT16
 from v4jax.config.run import TrainConfig
-from v4jax.model import Transformer
+from v4jax.costs import flops
+from v4jax.costs.chips import CHIPS
+from v4jax.model import Transformer, take_inventory
 from v4jax.model.transformer import abstract_transformer
-from v4jax.planning import flops
-from v4jax.planning.hardware import CHIPS
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
@@ -66,7 +66,11 @@ def main() -> None:
         )
     for tokens in options.rows:
         seconds = take_gradient(config, tokens)
-        rate = flops.total(flops.count_training(config, tokens, remat=False)) / seconds / 1e12
+        rate = (
+            flops.total(flops.count_training(take_inventory(config), tokens, remat=False))
+            / seconds
+            / 1e12
+        )
         peak = peak_of(device.device_kind)
         share = f"{100 * rate / peak:.1f} %" if peak else "–"
         line = f"{seconds:.3f} s | {tokens / seconds:,.0f} | {rate:.1f} | {share} |"

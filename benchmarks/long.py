@@ -34,7 +34,8 @@ from v4jax.cache import init_cache
 from v4jax.config import LayerKind
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import FLOAT32
-from v4jax.planning import flops
+from v4jax.costs import flops
+from v4jax.model import take_inventory
 from v4jax.training.data.needles import read_text
 
 MODEL = "nano"
@@ -97,7 +98,7 @@ def show(config, tokens, capacity, summary, memory_bytes):
     """Prints a line of the table."""
     capacity = capacity or cache_capacity(config, summary["cache_bytes"])
     formula = formula_bytes(config, capacity)
-    work = flops.total(flops.count_tokens(config, 0, tokens))
+    work = flops.total(flops.count_tokens(take_inventory(config), 0, tokens))
     share = machine.share(work / summary["read_seconds"], machine.product_rate())
     print(
         f"{tokens:9,} {capacity:9,} {summary['read_seconds']:7.1f} s "

@@ -21,7 +21,8 @@ import v4jax
 from benchmarks import machine
 from v4jax.config.data import DataConfig, SourceConfig
 from v4jax.config.run import TrainConfig
-from v4jax.planning import flops
+from v4jax.costs import flops
+from v4jax.model import take_inventory
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
@@ -66,8 +67,9 @@ def measure(length: int, rows: int, steps: int) -> str:
         products.append(machine.product_rate(repeats=1))
     assert bool(found["finite"])
     rate = rows * length / median(seconds[2:])
+    inventory = take_inventory(model.config)
     work = {
-        again: flops.total(flops.count_training(model.config, length, remat=again)) / length
+        again: flops.total(flops.count_training(inventory, length, remat=again)) / length
         for again in (False, True)
     }
     return (

@@ -22,7 +22,8 @@ import numpy as np
 import v4jax
 from benchmarks import machine
 from tests.oracle import checkpoints
-from v4jax.planning import flops
+from v4jax.costs import flops
+from v4jax.model import take_inventory
 
 # A small model that both libraries run in minutes; proportions are the released ones.
 CONFIG = checkpoints.tiny_config(
@@ -68,7 +69,7 @@ def main():
     ours, our_logits, config = time_ours(tensors, ids, options)
     product = max(before, machine.product_rate())
     report("v4jax", ours, options.tokens)
-    work = flops.total(flops.count_tokens(config, 0, options.tokens))
+    work = flops.total(flops.count_tokens(take_inventory(config), 0, options.tokens))
     print(f"prefill: {machine.share(work / ours[0], product)}")
     if not options.skip_transformers:
         theirs, their_logits = time_transformers(tensors, ids)

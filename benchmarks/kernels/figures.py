@@ -10,8 +10,8 @@ import math
 
 from benchmarks.kernels import bundles
 from benchmarks.kernels.cases import Case, Kernel
+from v4jax.costs import chips
 from v4jax.errors import UnsupportedError
-from v4jax.planning import hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Core:
 
 
 def _core(name: str, device: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:
-    chip = hardware.CHIPS[name]
+    chip = chips.CHIPS[name]
     # Both rates are per chip: the clock that the peak implies and the number of cores cancel.
     bytes_per_flop = chip.hbm_bytes_per_second / chip.bf16_flops_per_second
     return Core(device, unit, flops_per_cycle, cores, bytes_per_flop * flops_per_cycle)

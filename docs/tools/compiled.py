@@ -24,9 +24,10 @@ from v4jax import log
 from v4jax.cli.plan import training_program
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.costs import chips
 from v4jax.errors import RequestError, V4JaxError
 from v4jax.parallel.mesh import parse_mesh
-from v4jax.planning import hardware, memory, workload
+from v4jax.planning import memory, workload
 from v4jax.planning.compile import compile_step, serving_program
 from v4jax.planning.workload import Workload
 
@@ -58,7 +59,7 @@ class Case:
         return workload.build_workload(
             load_model_config(self.model),
             get_numerics("bfloat16" if trains else "released"),
-            topology=hardware.parse_topology(self.topology),
+            topology=chips.parse_topology(self.topology),
             mesh=parse_mesh(self.mesh),
             regime=self.regime,
             context=self.context,

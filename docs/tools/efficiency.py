@@ -10,17 +10,22 @@ counts twice and FP4 × FP4 half (spec C.4: a reconstruction that gives the prin
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from v4jax.cache import init_cache
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.costs import flops
+from v4jax.costs.inventory import list_cache
 from v4jax.errors import V4JaxError
+from v4jax.model import take_inventory
 from v4jax.pictures import make_figure
-from v4jax.planning import flops
-from v4jax.planning.inventory import list_cache
 
 LENGTHS = (32_768, 131_072, 262_144, 524_288, 1_048_576)
 MODELS = ("v4_pro", "v4_flash")
@@ -129,11 +134,12 @@ def compare(lengths: tuple[int, ...] = LENGTHS, numerics: Numerics | None = None
     for tokens in lengths:
         for name in MODELS:
             config = load_model_config(name)
-            arrays = list_cache(config, numerics, 1, tokens)
+            make = functools.partial(init_cache, config, numerics, 1, tokens)
+            arrays = list_cache(jax.eval_shape(make))
             # The report's figure leaves out the raw rows of unfinished windows.
             state = sum(array.bytes for array in arrays if array.holds.startswith("unfinished"))
-            cache = sum(array.bytes for array in arrays if array.holds != "lengths") - state
-            work = flops.count_tokens(config, tokens - 1, tokens)
+            cache = sum(array.bytes for array in arrays) - state
+            work = flops.count_tokens(take_inventory(config), tokens - 1, tokens)
             weighted = weigh(work)
             rows.append(
                 Row(

@@ -8,7 +8,7 @@ import numpy as np
 from oracle import checkpoints
 
 from v4jax.checkpoint import names
-from v4jax.checkpoint.census import model_variables
+from v4jax.model.weights import variables
 from v4jax.quant import ScaledArray
 
 INDEX = "model.safetensors.index.json"
@@ -75,9 +75,9 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 def stored_tensors(model) -> dict[str, np.ndarray]:
     """Returns {released name: array} of what the model holds, by the name table alone."""
-    variables, found = model_variables(model), {}
+    held, found = variables(model), {}
     for place in names.places(model.config):
-        value = variables[place.parameter].get_value()
+        value = held[place.parameter].get_value()
         value = value[place.index] if place.index else value
         if isinstance(value, ScaledArray):
             found[place.tensor] = np.asarray(value.values)

@@ -8,7 +8,7 @@ import pytest
 from oracle import checkpoints
 
 from v4jax.checkpoint import names, read_abstract, read_model
-from v4jax.checkpoint.census import model_variables
+from v4jax.model.weights import variables
 from v4jax.quant import ScaledArray
 
 from . import folders
@@ -61,7 +61,7 @@ def test_formats_stay_packed_in_memory(tmp_path):
     query = model.stack.prefix[0].attention.query_up.get_value()
     assert query.values.dtype == jnp.float8_e4m3fn and query.block == (128, 128)
     assert model.stack.prefix[0].moe.router.table.get_value().dtype == jnp.int32
-    for variable in model_variables(model).values():
+    for variable in variables(model).values():
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variable.get_value()))
 
 
@@ -146,8 +146,8 @@ def test_transformers_layout(tmp_path, keep_mtp):
 def test_abstract_model_has_the_formats_of_the_files(tmp_path):
     folders.write(tmp_path, folders.tensors_of(kind="base"))
     abstract, real = read_abstract(tmp_path), read_model(tmp_path)
-    for path, variable in model_variables(real).items():
-        other = model_variables(abstract)[path].get_value()
+    for path, variable in variables(real).items():
+        other = variables(abstract)[path].get_value()
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variable.get_value())
         assert jax.tree.map(lambda x: (x.shape, x.dtype), other) == shapes, path
 
@@ -160,4 +160,4 @@ def test_put_places_every_array(tmp_path):
         return jax.device_put(array)
 
     model = read_model(folders.write(tmp_path), put=put)
-    assert set(seen) == set(model_variables(model))
+    assert set(seen) == set(variables(model))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import v4jax
-from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import open_folder
 from v4jax.checkpoint.safetensors_file import read_tensor
 from v4jax.errors import ConfigError
+from v4jax.model.weights import variables
 from v4jax.parallel import make_mesh
 from v4jax.quant import ScaledArray
 
@@ -21,7 +21,7 @@ def test_folder(tmp_path):
     made = v4jax.load(folder, mesh=make_mesh(expert=4, context=2))
     for name, array in folders.stored_tensors(made).items():
         assert folders.same_bytes(array, whole[name]), name
-    experts = model_variables(made)["stack.suffix.0.moe.experts.down"].get_value()
+    experts = variables(made)["stack.suffix.0.moe.experts.down"].get_value()
     assert isinstance(experts, ScaledArray) and experts.is_fp4
     for array in (experts.values, experts.scales):
         assert array.shape[0] == 4 and array.addressable_shards[0].data.shape[0] == 1
@@ -37,7 +37,7 @@ def test_random_weights():
     """Random weights are born in their shares, and the same for the same seed and mesh shape."""
     mesh = make_mesh(data=2, expert=2, context=2)
     made = v4jax.load("tiny", seed=4, mesh=mesh, regime="train")
-    down = model_variables(made)["stack.period.0.moe.experts.down"].get_value()
+    down = variables(made)["stack.period.0.moe.experts.down"].get_value()
     shape = down.addressable_shards[0].data.shape
     assert np.prod(shape) * 8 == down.size
     assert np.std(np.asarray(down)) == pytest.approx(made.config.initializer_range, rel=0.02)

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 
 import v4jax
 from v4jax.checkpoint import hf_reader, read_abstract, read_model, safetensors_file
-from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import open_folder
 from v4jax.checkpoint.hf_sources import plan_sources
+from v4jax.model.weights import variables
 from v4jax.parallel import Layout, make_mesh, place
 from v4jax.parallel.weights import plan_boxes, spec_of
 
@@ -77,8 +77,8 @@ def whole(folder):
 
 def host_arrays(model) -> dict[str, list[np.ndarray]]:
     """Returns {path: the arrays of the parameter}."""
-    variables = model_variables(model).items()
-    return {path: [np.asarray(x) for x in jax.tree.leaves(v.get_value())] for path, v in variables}
+    held = variables(model).items()
+    return {path: [np.asarray(x) for x in jax.tree.leaves(v.get_value())] for path, v in held}
 
 
 @pytest.mark.parametrize("mesh, regime", MESHES.values(), ids=MESHES.keys())
@@ -96,7 +96,7 @@ def test_two_hosts(folder, whole, monkeypatch, mesh, regime):
     """Of two hosts with four devices each reads the elements of its shares, half of the experts."""
     monkeypatch.setattr(safetensors_file, "PAGE_BYTES", 1)  # columns exactly, however few
     layout = Layout(make_mesh(**mesh), regime)
-    placed = model_variables(place(read_abstract(folder), layout))
+    placed = variables(place(read_abstract(folder), layout))
     shapes = {path: variable.get_value().shape for path, variable in placed.items()}
     sources = plan_sources(open_folder(folder), shapes)
     largest = max(array.nbytes for arrays in whole.values() for array in arrays)

@@ -15,8 +15,8 @@ import pytest
 from oracle import checkpoints, quantizers
 from oracle import released_numpy as transcription
 
-from v4jax.checkpoint.census import model_variables
 from v4jax.model.transformer import read_drafts, read_logits
+from v4jax.model.weights import variables
 from v4jax.quant import ScaledArray
 
 from . import loaded
@@ -260,7 +260,7 @@ def test_weights_stay_as_stored(both):
         "embed_projection": ("float8_e4m3fn", (128, 128)),
     }
     found = dict.fromkeys(formats, 0)
-    for path, variable in model_variables(both[0]).items():
+    for path, variable in variables(both[0]).items():
         value = variable.get_value()
         for part, (dtype, tile) in formats.items():
             if part in path:

@@ -2,8 +2,9 @@
 
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.costs import chips
 from v4jax.parallel.mesh import parse_mesh
-from v4jax.planning import hardware, workload
+from v4jax.planning import workload
 
 
 def work(
@@ -22,7 +23,7 @@ def work(
     return workload.build_workload(
         load_model_config(model),
         get_numerics("bfloat16" if trains else "released"),
-        topology=hardware.parse_topology(topology, slices),
+        topology=chips.parse_topology(topology, slices),
         mesh=parse_mesh(mesh),
         regime=regime,
         context=context,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from v4jax.costs.chips import parse_topology
 from v4jax.planning import communication
-from v4jax.planning.hardware import parse_topology
 from v4jax.planning.layer_trace import Message, trace_layers
 
 from .plans import work

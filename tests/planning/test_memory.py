@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from v4jax.planning import inventory, memory
+from v4jax.model import take_inventory
+from v4jax.planning import memory
 
 from .plans import work
 
@@ -48,7 +49,7 @@ def test_tensor_splits_heads_widths_and_vocabulary():
     config = work("v6e-1", "data=1").config
     half = work("v6e-4", "tensor=2,context=2")
     share = {}
-    for weight in inventory.list_weights(config):
+    for weight in take_inventory(config).weights:
         mine = sum(x.size * x.dtype.itemsize for x in memory.local_arrays(weight, half))
         share.setdefault(weight.path.rpartition(".")[2], set()).add(mine / weight.bytes)
     assert share["query_up"] == {0.5, 1.0}  # the indexer's own is whole
@@ -59,7 +60,7 @@ def test_tensor_splits_heads_widths_and_vocabulary():
 def test_training_keeps_sixteen_bytes_a_parameter():
     """bfloat16 weights and gradients, a float32 copy, two float32 moments: 2 + 2 + 4 + 8."""
     one = work("v5p:1x1x1", "data=1", "train", context=4096, batch=1)
-    weights = inventory.list_weights(one.config)
+    weights = take_inventory(one.config).weights
     parameters = sum(w.parameters for w in weights if w.trained and ".indexer." not in w.path)
     held = sum(memory.weight_bytes(one).values()) + sum(memory.optimizer_bytes(one).values())
     assert held / parameters == pytest.approx(16, rel=2e-3)  # mHC is float32 throughout

@@ -7,9 +7,11 @@ from jax.sharding import NamedSharding
 
 from v4jax.cli.plan import training_program
 from v4jax.config import ModelConfig, get_numerics
+from v4jax.costs import chips
+from v4jax.model import take_inventory
 from v4jax.parallel import Layout
 from v4jax.parallel.mesh import parse_mesh
-from v4jax.planning import compile, hardware, inventory, memory, workload
+from v4jax.planning import compile, memory, workload
 
 from .tiny import CSA, WINDOWS
 
@@ -19,7 +21,7 @@ def plan(config: ModelConfig, topology: str, mesh: str, training: str):
     return workload.build_workload(
         config,
         get_numerics("bfloat16"),
-        topology=hardware.parse_topology(topology),
+        topology=chips.parse_topology(topology),
         mesh=parse_mesh(mesh),
         regime="train",
         context=512,
@@ -54,7 +56,7 @@ def test_arguments_of_all_weights():
     planned = memory.optimizer_bytes(work)
     planned = planned["float32 weights"] + planned["adamw state"]
     assert state_bytes == pytest.approx(planned, rel=0.02)
-    indexers = [w for w in inventory.list_weights(CSA, "bfloat16") if ".indexer." in w.path]
+    indexers = [w for w in take_inventory(CSA, "bfloat16").weights if ".indexer." in w.path]
     assert frozen_bytes == sum(
         array.size * array.dtype.itemsize
         for weight in indexers

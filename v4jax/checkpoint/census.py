@@ -1,20 +1,20 @@
-"""Counts a model's parameters: path, shape, format, bytes, logical axes, from shapes alone.
+"""A model's parameters as a checkpoint stores them: the inventory's weights, and their tensors.
 
-`census(abstract_transformer(config, numerics))` allocates nothing, so it works for Flash and Pro on
-any machine. Totals are those of spec A.4: weights only, neither scales nor routing tables.
+`census(abstract_transformer(config, numerics))` allocates nothing: it works for Flash and Pro on
+any machine. Totals are those that the release publishes: weights, without scales and routing
+tables.
 """
 
 import collections
 import dataclasses
 import math
 
-import numpy as np
-from flax import nnx
+import jax
 
 from v4jax.checkpoint import names
-from v4jax.checkpoint.names import Stored
+from v4jax.costs.inventory import Weight, list_weights
 from v4jax.model import Transformer
-from v4jax.quant import ScaledArray
+from v4jax.model.weights import variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,44 +42,26 @@ class Entry:
         return self.path.startswith("mtp.")
 
 
-def model_variables(model: Transformer) -> dict[str, nnx.Variable]:
-    """Returns every stored variable of the model by its path: `stack.prefix.0.moe_norm.weight`."""
-    return {
-        ".".join(map(str, path)): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Variable)
-    }
-
-
 def census(model: Transformer) -> list[Entry]:
     """Returns one entry per parameter, in the order of the checkpoint."""
-    variables = model_variables(model)
+    weights = {weight.path: weight for weight in list_weights(variables(model))}
     groups = names.by_parameter(names.places(model.config))
-    assert groups.keys() == variables.keys(), sorted(groups.keys() ^ variables.keys())[:10]
-    return [_entry(path, variables[path], found) for path, found in groups.items()]
+    assert groups.keys() == weights.keys(), sorted(groups.keys() ^ weights.keys())[:10]
+    return [_entry(weights[path], len(found)) for path, found in groups.items()]
 
 
-def _entry(path: str, variable: nnx.Variable, found: list[names.Place]) -> Entry:
-    value = variable.get_value()
-    arrays = (value.values, value.scales) if isinstance(value, ScaledArray) else (value,)
-    is_table = found[0].stored is Stored.TABLE
+def _entry(weight: Weight, places: int) -> Entry:
+    arrays = jax.tree.leaves(weight.value)
     return Entry(
-        path=path,
-        shape=tuple(value.shape),
-        fmt=format_of(value),
-        axes=tuple(variable.get_metadata().get("axes") or ()),
-        parameters=0 if is_table else math.prod(value.shape),
+        path=weight.path,
+        shape=weight.shape,
+        fmt=weight.fmt,
+        axes=weight.axes,
+        parameters=weight.parameters,
         stored_elements=sum(math.prod(array.shape) for array in arrays),
-        memory_bytes=sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays),
-        tensors=len(found) * len(arrays),
+        memory_bytes=weight.bytes,
+        tensors=places * len(arrays),
     )
-
-
-def format_of(value) -> str:
-    """Returns "fp4", "fp8" or the dtype of a parameter's value."""
-    if isinstance(value, ScaledArray):
-        return "fp4" if value.is_fp4 else "fp8"
-    return str(np.dtype(value.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from v4jax import log
-from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
 from v4jax.checkpoint.hf_sources import Source, Stacked, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
 from v4jax.config import Numerics, get_numerics
 from v4jax.errors import CheckpointError
 from v4jax.model import Transformer, abstract_transformer
+from v4jax.model.weights import variables
 from v4jax.parallel import Layout, check_mesh, place
 from v4jax.parallel.weights import Box, host_boxes, put_shares
 
@@ -59,17 +59,17 @@ def read_model(
     model, sources = _plan_model(opened, numerics)
     if layout is not None:
         check_mesh(layout.mesh, model.config, layout.regime)
-        for path, variable in model_variables(model).items():
+        for path, variable in variables(model).items():
             variable.set_value(sources[path].abstract)
         model = place(model, layout)
         model.layout = layout
-    variables = model_variables(model)
-    reader = _Reader(sources, variables, put or _put_here, layout)
+    held = variables(model)
+    reader = _Reader(sources, held, put or _put_here, layout)
     shards = count_shards(len(opened.files))
     announcement = f"reading {shards}, {log.format_bytes(reader.total)}"
     with log.phase("weights", announcement) as phase, reader:
         for path, source in sources.items():
-            variables[path].set_value(source.join([reader.place(path, x) for x in source.arrays]))
+            held[path].set_value(source.join([reader.place(path, x) for x in source.arrays]))
         phase.note(f"read {shards}", log.format_bytes(reader.total))
     model.folder = opened.path
     return model
@@ -82,15 +82,15 @@ def read_abstract(folder: str | pathlib.Path, numerics: str | Numerics = "releas
       CheckpointError, ConfigError: as `read_model`, for all that headers can tell.
     """
     model, sources = _plan_model(open_folder(folder), numerics)
-    for path, variable in model_variables(model).items():
+    for path, variable in variables(model).items():
         variable.set_value(sources[path].abstract)
     return model
 
 
 def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source]]:
     model = abstract_transformer(folder.config, get_numerics(numerics), storage="released")
-    variables = model_variables(model).items()
-    return model, plan_sources(folder, {path: v.get_value().shape for path, v in variables})
+    held = variables(model).items()
+    return model, plan_sources(folder, {path: v.get_value().shape for path, v in held})
 
 
 def _put_here(path: str, array: np.ndarray) -> jax.Array:

@@ -22,7 +22,6 @@ import numpy as np
 
 from v4jax import log
 from v4jax.checkpoint import names
-from v4jax.checkpoint.census import model_variables
 from v4jax.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, count_shards
 from v4jax.checkpoint.names import Place, Stored
 from v4jax.checkpoint.new_folder import check_new, new_folder
@@ -32,6 +31,7 @@ from v4jax.config.to_hf import model_config_to_hf
 from v4jax.errors import CheckpointError
 from v4jax.files import RemotePath, to_path
 from v4jax.model import Transformer
+from v4jax.model.weights import variables
 from v4jax.parallel.global_arrays import take
 from v4jax.quant import Recipe, ScaledArray, quantize_weight
 
@@ -85,7 +85,7 @@ def write_model(
     """
     if format not in FORMATS:
         raise CheckpointError(f"format must be one of {list(FORMATS)}, got {format!r}")
-    if any(isinstance(v.get_value(), Recipe) for v in model_variables(model).values()):
+    if any(isinstance(v.get_value(), Recipe) for v in variables(model).values()):
         raise CheckpointError(
             "the model is in training: its weights have adapters or are rounded on the way; "
             "merge adapters (training.lora.merge), or write them alone (write_adapters)"
@@ -109,10 +109,10 @@ def write_model(
 
 def _warn_of_rounding(model: Transformer, pieces: dict[Place, list[Piece]]) -> None:
     """Says that plain weights are about to be quantized: the file will not hold the same model."""
-    variables = model_variables(model)
+    held = variables(model)
     quantized = (place for place, group in pieces.items() if len(group) > 1)
     rounded = sum(
-        not isinstance(variables[place.parameter].get_value(), ScaledArray) for place in quantized
+        not isinstance(held[place.parameter].get_value(), ScaledArray) for place in quantized
     )
     if rounded:
         log.warning(
@@ -123,8 +123,8 @@ def _warn_of_rounding(model: Transformer, pieces: dict[Place, list[Piece]]) -> N
 
 def plan_pieces(model: Transformer, format: Format) -> dict[Place, list[Piece]]:
     """Returns the tensors that every place becomes: one, or weight and scales."""
-    variables = model_variables(model)
-    values = {path: variable.get_value() for path, variable in variables.items()}
+    held = variables(model)
+    values = {path: variable.get_value() for path, variable in held.items()}
     return {
         place: _describe(place, values[place.parameter], format, model.config)
         for place in names.places(model.config)
@@ -191,7 +191,7 @@ class _Reader:
 
     def __init__(self, model: Transformer, format: Format, pieces: dict[Place, list[Piece]]):
         self._model, self._format = model, format
-        self._variables = model_variables(model)
+        self._variables = variables(model)
         self._places = {
             piece.name: (place, number)
             for place, group in pieces.items()

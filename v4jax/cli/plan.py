@@ -105,11 +105,12 @@ def _print_plan(values: Any) -> int:
     from v4jax.cli import model_flags
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
+    from v4jax.costs import chips
     from v4jax.parallel.mesh import parse_mesh
-    from v4jax.planning import hardware, report, workload
+    from v4jax.planning import report, workload
 
     model_flags.require(values, "model", "topology")
-    topology = hardware.parse_topology(values.topology, values.slices)
+    topology = chips.parse_topology(values.topology, values.slices)
     mesh = parse_mesh(values.mesh or f"expert={topology.devices}")
     trains = values.regime == "train"
     work = workload.build_workload(
@@ -164,16 +165,16 @@ def training_program(work: Any, layout: Any) -> Any:
 
 
 def _print_chips(values: Any) -> int:
-    from v4jax.planning import hardware
+    from v4jax.costs import chips
 
     if values.json:
-        rows = {name: dataclasses.asdict(chip) for name, chip in hardware.CHIPS.items()}
+        rows = {name: dataclasses.asdict(chip) for name, chip in chips.CHIPS.items()}
         print(json.dumps(rows, indent=2))
         return 0
-    gib, giga, tera = hardware.GIB, hardware.GB, hardware.TERA
+    gib, giga, tera = chips.GIB, chips.GB, chips.TERA
     print("per chip    devices  usable GiB    bf16    fp8     HBM  links  network  source")
     print("                     a device      TFLOP/s          GB/s one way, both GB/s")
-    for chip in hardware.CHIPS.values():
+    for chip in chips.CHIPS.values():
         print(
             f"{chip.name:<12}{chip.devices:>7}{chip.device_limit_bytes / gib:>12.2f}"
             f"{chip.bf16_flops_per_second / tera:>8.0f}{chip.fp8_flops_per_second / tera:>7.0f}"

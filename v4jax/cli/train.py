@@ -161,11 +161,12 @@ def _show(config: Any, indent: str = "") -> None:
 def _show_size(config: Any) -> None:
     """Prints what the run amounts to, without reading weights or data."""
     from v4jax.config.loading import load_model_config
-    from v4jax.planning import flops
+    from v4jax.costs import flops
+    from v4jax.model import take_inventory
 
     model, data = load_model_config(config.model), config.data
     tokens = data.batch * data.length * config.optimizer.accumulate
-    row = flops.total(flops.count_training(model, data.length, remat=False))
+    row = flops.total(flops.count_training(take_inventory(model), data.length, remat=False))
     work = row / data.length * tokens * config.steps
     print(
         f"\n{config.steps:,} steps of {tokens:,} tokens: {config.steps * tokens:,} tokens, "

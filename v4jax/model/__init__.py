@@ -4,6 +4,7 @@ Read `block.py` first, then `attention.py` and `moe.py`; `transformer.py` has th
 makes.
 """
 
+from v4jax.model.inventory import take_inventory
 from v4jax.model.transformer import Transformer, abstract_transformer
 
-__all__ = ["Transformer", "abstract_transformer"]
+__all__ = ["Transformer", "abstract_transformer", "take_inventory"]

@@ -5,7 +5,7 @@ Times are at best: every link of a chip is busy, nothing is overlapped, latency 
 
 import dataclasses
 
-from v4jax.planning.hardware import Topology
+from v4jax.costs.chips import Topology
 from v4jax.planning.layer_trace import Message, trace_layers
 from v4jax.planning.workload import Workload
 

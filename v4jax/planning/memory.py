@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from v4jax.cache import init_cache
 from v4jax.config.run import LoraConfig
+from v4jax.costs.inventory import CacheArray, Weight, list_cache
+from v4jax.model import take_inventory
 from v4jax.parallel.weights import weight_spec
-from v4jax.planning.inventory import Weight, list_cache, list_weights
 from v4jax.planning.layer_trace import trace_layers
 from v4jax.planning.workload import Workload
 from v4jax.quant import ScaledArray
@@ -64,7 +66,7 @@ def count_bytes(work: Workload, traced: bool = True) -> DeviceBytes:
 def weight_bytes(work: Workload) -> dict[str, int]:
     """Returns format → bytes of the weights on one device, scales included."""
     sums: dict[str, int] = {}
-    for weight in list_weights(work.config, work.storage):
+    for weight in take_inventory(work.config, work.storage).weights:
         size = sum(_bytes(array) for array in local_arrays(weight, work))
         sums[weight.fmt] = sums.get(weight.fmt, 0) + size
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
@@ -97,14 +99,17 @@ def cache_bytes(work: Workload) -> dict[str, int]:
     Entries are split over the devices of a sequence; windows and unfinished windows are on each.
     """
     sums: dict[str, int] = {}
-    shares = work.parts("entries")
-    for array in list_cache(work.config, work.numerics, work.local_batch, work.context, shares):
-        parts = [work.parts(name) if name == "entries" else 1 for name in array.axes]
-        shape = (ceil_div(size, part) for size, part in zip(array.shape, parts, strict=True))
+    for array in list_local_cache(work):
         name = "unfinished windows" if array.holds.startswith("unfinished") else array.holds
-        sums[name] = sums.get(name, 0) + math.prod(shape) * array.itemsize
-    sums.pop("lengths")
+        size = array.bytes // (work.parts("entries") if array.entries else 1)
+        sums[name] = sums.get(name, 0) + size
     return sums
+
+
+def list_local_cache(work: Workload) -> tuple[CacheArray, ...]:
+    """Returns the cache of the sequences that one device has, their entries whole."""
+    sizes = work.local_batch, work.context, work.parts("entries")
+    return list_cache(jax.eval_shape(lambda: init_cache(work.config, work.numerics, *sizes)))
 
 
 def optimizer_bytes(work: Workload) -> dict[str, int]:
@@ -158,7 +163,7 @@ def trained_arrays(work: Workload) -> list[jax.ShapeDtypeStruct]:
 
     Indexers are frozen then; adapters stand where `LoraConfig` says.
     """
-    weights = list_weights(work.config, work.storage)
+    weights = take_inventory(work.config, work.storage).weights
     if work.training != "lora":
         trained = [w for w in weights if w.trained and ".indexer." not in w.path]
         return [x for weight in trained for x in local_arrays(weight, work)]

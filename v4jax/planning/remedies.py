@@ -8,10 +8,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from v4jax.costs import chips
 from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES
 from v4jax.parallel.mesh import divisors
-from v4jax.planning import hardware, memory
+from v4jax.planning import memory
 from v4jax.planning.memory import DeviceBytes
 from v4jax.planning.workload import Workload
 
@@ -153,7 +154,7 @@ def _shorter_contexts(work: Workload) -> Iterator[Workload]:
 
 
 def _more_chips(work: Workload) -> Iterator[Workload]:
-    for topology in hardware.larger(work.topology):
+    for topology in chips.larger(work.topology):
         factor, rest = divmod(topology.devices, work.topology.devices)
         if rest:
             continue

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 from v4jax import log
-from v4jax.planning import flops, memory, remedies, roofline
-from v4jax.planning.inventory import list_weights
+from v4jax.costs import flops
+from v4jax.model import take_inventory
+from v4jax.planning import memory, remedies, roofline
 from v4jax.planning.memory import DeviceBytes
 from v4jax.planning.remedies import Remedy
 from v4jax.planning.roofline import Times
@@ -50,7 +51,7 @@ def make_plan(name: str, work: Workload) -> Plan:
     """Returns the plan of a workload; traces its layers, which takes some seconds."""
     held = memory.count_bytes(work)
     fits = held.total <= work.topology.chip.device_limit_bytes
-    weights = list_weights(work.config, work.storage)
+    weights = take_inventory(work.config, work.storage).weights
     chosen = work.config.num_experts_per_tok / work.config.n_routed_experts
     active = sum(
         weight.parameters * (chosen if weight.is_routed else 1.0)
@@ -60,7 +61,7 @@ def make_plan(name: str, work: Workload) -> Plan:
     return Plan(
         name=name,
         work=work,
-        parameters=sum(w.parameters for w in weights if not w.path.endswith(".table")),
+        parameters=sum(weight.parameters for weight in weights),
         active_parameters=round(active),
         held=held,
         times=roofline.estimate(work),

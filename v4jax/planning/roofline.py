@@ -8,8 +8,10 @@ import dataclasses
 
 from v4jax.cache.formats import entry_format
 from v4jax.config import LayerKind
-from v4jax.planning import communication, flops, memory
-from v4jax.planning.inventory import count_layers, list_cache, list_weights
+from v4jax.costs import flops
+from v4jax.costs.inventory import count_layers
+from v4jax.model import take_inventory
+from v4jax.planning import communication, memory
 from v4jax.planning.workload import Workload
 
 # Rules (of weights) over which a component's products are split; others repeat along them.
@@ -74,12 +76,12 @@ def estimate(work: Workload) -> Times:
 
 def count_sequence(work: Workload) -> list[flops.Work]:
     """Returns the operations of one sequence in one step."""
-    config, context = work.config, work.context
+    inventory, context = take_inventory(work.config, work.storage), work.context
     if work.regime == "decode":
-        return flops.count_tokens(config, context - 1, context)
+        return flops.count_tokens(inventory, context - 1, context)
     if work.regime == "train":
-        return flops.count_training(config, context, remat=True, storage=work.storage)
-    whole = flops.count_tokens(config, 0, context)
+        return flops.count_training(inventory, context, remat=True)
+    whole = flops.count_tokens(inventory, 0, context)
     return [item.times(min(work.chunk / context, 1.0)) for item in whole]
 
 
@@ -137,7 +139,7 @@ def _weights_read(work: Workload) -> float:
     config = work.config
     miss = (1 - config.num_experts_per_tok / config.n_routed_experts) ** work.step_tokens
     read = 0.0
-    for weight in list_weights(config, work.storage):
+    for weight in take_inventory(config, work.storage).weights:
         if weight.component == "embedding" or (
             weight.component == "MTP" and work.regime != "train"
         ):
@@ -156,10 +158,9 @@ def _selected_bytes(work: Workload, tokens: int) -> float:
 def _cache_read(work: Workload) -> float:
     """Returns the cache bytes that a step reads on one device, at the full context."""
     read = 0.0
-    shares = work.parts("entries")
-    for array in list_cache(work.config, work.numerics, work.local_batch, work.context, shares):
-        size = array.bytes / (work.parts("read_entries") if "entries" in array.axes else 1)
+    for array in memory.list_local_cache(work):
+        size = array.bytes / (work.parts("read_entries") if array.entries else 1)
         if array.holds == "csa":
-            size *= min(1.0, work.config.index_topk / array.shape[2])
+            size *= min(1.0, work.config.index_topk / array.entries)
         read += size
     return read

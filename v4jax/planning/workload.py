@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from jax.sharding import AbstractMesh, AxisType
 
 from v4jax.config import ModelConfig, Numerics
+from v4jax.costs.chips import Topology
 from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES, Regime
 from v4jax.parallel.context_parallel import token_unit
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.mesh import check_mesh, divisors
-from v4jax.planning.hardware import Topology
 
 TRAININGS = ("adamw", "muon", "lora")
 _CHUNK = 1024  # tokens of a prefill chunk per device, unless asked otherwise

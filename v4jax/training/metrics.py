@@ -28,10 +28,10 @@ import numpy as np
 
 from v4jax import log
 from v4jax.config import ModelConfig
+from v4jax.costs import flops
+from v4jax.costs.chips import peak_flops
 from v4jax.errors import ConfigError, TrainingError
 from v4jax.files import RemotePath, to_path
-from v4jax.planning import flops
-from v4jax.planning.hardware import peak_flops
 
 SECONDS_BETWEEN_OBJECTS = 60.0  # between two writes to a bucket; each writes all lines
 
@@ -197,8 +197,11 @@ class Speed:
     def __init__(self, config: ModelConfig, row_tokens: int, remat: bool):
         """Counts the work of one row as one document, which is an upper bound for packed rows."""
 
+        inventory = take_inventory(config)
+
         def per_token(again: bool) -> float:
-            return flops.total(flops.count_training(config, row_tokens, remat=again)) / row_tokens
+            work = flops.count_training(inventory, row_tokens, remat=again)
+            return flops.total(work) / row_tokens
 
         self._model, self._executed = per_token(False), per_token(remat)
         self._peak = peak_flops(jax.devices()[0].device_kind)

@@ -6,15 +6,19 @@ import jax.numpy as jnp
 import pytest
 
 from v4jax.config.loading import load_model_config
+from v4jax.costs import flops
 from v4jax.kernels.table import visible_entries
-from v4jax.planning import flops
-from v4jax.planning.inventory import list_weights
+from v4jax.model import take_inventory
 
 MILLION = 1 << 20
 
 
 def at_a_million(name):
-    return flops.count_tokens(load_model_config(name), MILLION - 1, MILLION)
+    return flops.count_tokens(inventory_of(name), MILLION - 1, MILLION)
+
+
+def inventory_of(name):
+    return take_inventory(load_model_config(name))
 
 
 def test_decode_of_flash_by_hand():
@@ -33,7 +37,7 @@ def test_decode_of_flash_by_hand():
 
 def test_prefill_of_a_million_tokens_by_hand():
     """87 PFLOP for Flash, 47 of them index scores."""
-    work = flops.count_tokens(load_model_config("v4_flash"), 0, MILLION)
+    work = flops.count_tokens(inventory_of("v4_flash"), 0, MILLION)
     # Σ (p + 1) // 4 over a million positions is 4·Σ q over q < 2¹⁸, plus 2¹⁸ at the last.
     entries = 4 * (2**18) * (2**18 - 1) // 2 + 2**18
     assert flops.total(work, "index scores") == 21 * entries * 64 * 128 * 2
@@ -50,7 +54,7 @@ def test_active_parameters(name):
     config = load_model_config(name)
     active = {"fp8": 0.0, "fp4": 0.0, "plain": 0.0}
     share = config.num_experts_per_tok / config.n_routed_experts
-    for weight in list_weights(config):
+    for weight in inventory_of(name).weights:
         if weight.is_matrix and weight.component != "MTP":
             fmt = weight.fmt if weight.fmt in active else "plain"
             active[fmt] += weight.parameters * (share if weight.is_routed else 1) / 1e9
@@ -59,9 +63,9 @@ def test_active_parameters(name):
 
 @pytest.mark.parametrize("name", ["v4_flash", "tiny"])
 def test_a_prefill_is_the_sum_of_its_tokens(name):
-    config = load_model_config(name)
-    whole = flops.by_component(flops.count_tokens(config, 0, 300, logits=300))
-    parts = [flops.by_component(flops.count_tokens(config, p, p + 1)) for p in range(300)]
+    inventory = inventory_of(name)
+    whole = flops.by_component(flops.count_tokens(inventory, 0, 300, logits=300))
+    parts = [flops.by_component(flops.count_tokens(inventory, p, p + 1)) for p in range(300)]
     for component, expected in whole.items():
         assert expected == pytest.approx(sum(part[component] for part in parts)), component
 
@@ -81,10 +85,10 @@ def test_sums_over_positions():
 
 
 def test_training_is_three_forwards_and_one_more_with_remat():
-    config = load_model_config("v4_flash")
-    forward = flops.by_component(flops.count_tokens(config, 0, 4096, logits=4096, mtp=True))
-    plain = flops.by_component(flops.count_training(config, 4096, remat=False))
-    again = flops.by_component(flops.count_training(config, 4096, remat=True))
+    inventory = inventory_of("v4_flash")
+    forward = flops.by_component(flops.count_tokens(inventory, 0, 4096, logits=4096, mtp=True))
+    plain = flops.by_component(flops.count_training(inventory, 4096, remat=False))
+    again = flops.by_component(flops.count_training(inventory, 4096, remat=True))
     assert plain["routed experts"] == 3 * forward["routed experts"]
     assert again["dense attention"] == 4 * forward["dense attention"]
     assert plain["index scores"] == forward["index scores"]  # ids carry no gradient

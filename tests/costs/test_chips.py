@@ -2,8 +2,8 @@
 
 import pytest
 
+from v4jax.costs import chips
 from v4jax.errors import ConfigError
-from v4jax.planning import hardware
 
 # name → shape, chips, devices (a tpu7x chip is two)
 SLICES = {
@@ -20,12 +20,12 @@ SLICES = {
 
 @pytest.mark.parametrize("name", SLICES)
 def test_names(name):
-    topology = hardware.parse_topology(name)
+    topology = chips.parse_topology(name)
     assert SLICES[name] == (topology.shape, topology.chips, topology.devices)
 
 
 def test_several_slices():
-    topology = hardware.parse_topology("v6e-256", slices=2)
+    topology = chips.parse_topology("v6e-256", slices=2)
     assert (topology.chips, topology.name) == (512, "2 slices of v6e:16x16")
 
 
@@ -41,7 +41,7 @@ BROKEN = {
 @pytest.mark.parametrize("name, message", BROKEN.values(), ids=BROKEN.keys())
 def test_errors(name, message):
     with pytest.raises(ConfigError, match=message):
-        hardware.parse_topology(name)
+        chips.parse_topology(name)
 
 
 # Peak bf16 FLOPs per cycle and device × the clock consistent with it (GHz).
@@ -56,12 +56,12 @@ CLOCKS = {
 @pytest.mark.parametrize("name", CLOCKS)
 def test_peaks_agree_with_units_times_clock(name):
     flops_per_cycle, gigahertz = CLOCKS[name]
-    chip = hardware.CHIPS[name]
+    chip = chips.CHIPS[name]
     expected = flops_per_cycle * gigahertz * 1e9 * chip.devices
     assert chip.bf16_flops_per_second == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("chip", hardware.CHIPS.values(), ids=hardware.CHIPS.keys())
+@pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=chips.CHIPS.keys())
 def test_figures(chip):
     assert chip.source
     assert chip.device_limit_bytes <= chip.hbm_bytes / chip.devices
@@ -69,11 +69,11 @@ def test_figures(chip):
 
 
 def test_slices_grow():
-    sizes = [topology.chips for topology in hardware.larger(hardware.parse_topology("v6e-16"))]
+    sizes = [topology.chips for topology in chips.larger(chips.parse_topology("v6e-16"))]
     assert sizes == [32, 64, 128, 256]
 
 
 def test_hops():
-    assert hardware.parse_topology("v5p:4x4x4").mean_hops == 3.0  # three rings of four
-    assert hardware.parse_topology("v6e:4x4").mean_hops == 2.5  # two open lines of four
-    assert hardware.parse_topology("h100-8").mean_hops == 1.0
+    assert chips.parse_topology("v5p:4x4x4").mean_hops == 3.0  # three rings of four
+    assert chips.parse_topology("v6e:4x4").mean_hops == 2.5  # two open lines of four
+    assert chips.parse_topology("h100-8").mean_hops == 1.0

@@ -1,16 +1,15 @@
 """Floating-point operations of tokens, by component.
 
-Products with weights are counted from the arrays of the abstract model; attention and index scores
-from what a query sees. A multiplication and its addition are two operations.
+Products with weights are counted from the model's inventory, attention and index scores from what a
+query sees. A multiplication and its addition are two operations.
 """
 
 import dataclasses
 
 from v4jax.config import LayerKind, ModelConfig
-from v4jax.planning.inventory import count_layers, list_weights
+from v4jax.costs.inventory import Inventory, count_layers
 
-# Gradients with respect to input and weight double the forward work; these have none: ids of
-# selected entries carry no gradient, and with them neither do scores.
+# Components without gradients: the ids of selected entries carry none, and scores only choose ids.
 _FORWARD_ONLY = ("index scores", "selection")
 
 
@@ -33,19 +32,12 @@ class Work:
 
 
 def count_tokens(
-    config: ModelConfig,
-    first: int,
-    end: int,
-    *,
-    logits: int = 1,
-    mtp: bool = False,
-    storage: str = "released",
+    inventory: Inventory, first: int, end: int, *, logits: int = 1, mtp: bool = False
 ) -> list[Work]:
     """Returns the forward work of the tokens at positions first … end−1 of one sequence.
 
-    One token (`end = first + 1`) is a decode step, all from 0 a prefill. Entries that every query
-    may see are scored here even where there are so few that all are selected (the program skips the
-    scores then).
+    One token (`end = first + 1`) is a decode step, all from 0 a prefill. Where a query sees so few
+    entries that all are selected, the program skips their scores; they are counted here.
 
     Args:
       logits: tokens whose logits are computed.
@@ -54,22 +46,21 @@ def count_tokens(
     tokens = end - first
     assert tokens >= 1 and 0 <= logits <= tokens, (first, end, logits)
     return [
-        *_weight_products(config, tokens, logits, mtp, storage),
-        *_attention(config, first, end),
-        *_stream_mixing(config, tokens),
+        *_weight_products(inventory, tokens, logits, mtp),
+        *_attention(inventory.config, first, end),
+        *_stream_mixing(inventory.config, tokens),
     ]
 
 
-def count_training(
-    config: ModelConfig, tokens: int, *, remat: bool, storage: str = "released"
-) -> list[Work]:
+def count_training(inventory: Inventory, tokens: int, *, remat: bool) -> list[Work]:
     """Returns the work of one training sequence: forward, both gradients, and forward again.
 
     Args:
       remat: whether the forward pass is recomputed in the backward pass.
     """
-    forward = count_tokens(config, 0, tokens, logits=tokens, mtp=True, storage=storage)
+    forward = count_tokens(inventory, 0, tokens, logits=tokens, mtp=True)
     again = 1 if remat else 0
+    # Gradients with respect to input and weight double the forward work.
     return [work.times((1 if work.component in _FORWARD_ONLY else 3) + again) for work in forward]
 
 
@@ -86,10 +77,10 @@ def by_component(work: list[Work]) -> dict[str, float]:
     return sums
 
 
-def _weight_products(config, tokens, logits, mtp, storage) -> list[Work]:
+def _weight_products(inventory: Inventory, tokens: int, logits: int, mtp: bool) -> list[Work]:
+    config, work = inventory.config, []
     chosen = config.num_experts_per_tok / config.n_routed_experts
-    work = []
-    for weight in list_weights(config, storage):
+    for weight in inventory.weights:
         if not weight.is_matrix or (weight.component == "MTP" and not mtp):
             continue
         share = chosen if weight.is_routed else 1.0
