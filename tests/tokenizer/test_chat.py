@@ -311,6 +311,11 @@ WRITTEN = {
         {},
         ["d<｜end▁of▁sentence｜>"],
     ),
+    "not a turn that weighs nothing": (
+        [user("a"), assistant("b", weight=0), user("c", weight=0), assistant("d", weight=1)],
+        {},
+        ["d<｜end▁of▁sentence｜>"],
+    ),
     "not the task's token": (
         [user("a", task="title"), assistant("T")],
         {},
@@ -323,9 +328,30 @@ WRITTEN = {
 @pytest.mark.parametrize(("messages", "options", "written"), WRITTEN.values(), ids=WRITTEN.keys())
 def test_what_the_assistant_wrote(messages, options, written):
     pieces = render_messages(messages, **options)
-    stretches = groupby(pieces, key=lambda piece: piece.written)
-    assert [join_pieces(stretch) for by_assistant, stretch in stretches if by_assistant] == written
+    stretches = groupby(pieces, key=lambda piece: piece.weight)
+    assert [join_pieces(stretch) for weight, stretch in stretches if weight] == written
     assert "".join(piece.text for piece in pieces) == encode_messages(messages, **options)
+
+
+# {how a data set says it: (fields, weight)}
+WEIGHTS = {
+    "nothing": ({}, 1.0),
+    "null": ({"weight": None, "mask": None}, 1.0),
+    "weight": ({"weight": 0.25}, 0.25),
+    "no weight": ({"weight": 0}, 0.0),
+    "no loss": ({"loss": False}, 0.0),
+    "masked from the loss": ({"loss_mask": 0}, 0.0),
+    "not trained": ({"train": False}, 0.0),
+    "not trainable": ({"trainable": False, "training": 0}, 0.0),
+    "trained": ({"train": True, "loss_mask": 1, "mask": False}, 1.0),
+    "masked": ({"mask": 1}, 0.0),
+}
+
+
+@pytest.mark.parametrize(("fields", "weight"), WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_weight_of_a_turn(fields, weight):
+    *_, last = render_messages([user("a"), assistant("b", **fields)])
+    assert last.weight == weight
 
 
 @pytest.mark.parametrize("cut", range(2, 6))

@@ -124,6 +124,41 @@ BAD_MESSAGES = {
         "messages[1].reasoning is no field of role assistant (it has content, "
         "reasoning_content, tool_calls, task, wo_eos), got 'r'; remove it",
     ),
+    "unknown field that is 0": (
+        assistant(content="a", los=0),
+        "messages[1].los is no field of role assistant (it has content, reasoning_content, "
+        "tool_calls, task, wo_eos), got 0; remove it",
+    ),
+    "flag that is text": (
+        assistant(content="a", mask="false"),
+        "messages[1].mask must be true or false, got 'false'; "
+        "leave it out to learn what the assistant wrote",
+    ),
+    "flag that is a number": (
+        assistant(content="a", train=0.5),
+        "messages[1].train must be true or false, got 0.5; "
+        "leave it out to learn what the assistant wrote",
+    ),
+    "weight beyond 1": (
+        assistant(content="a", weight=2),
+        "messages[1].weight must be a number from 0 to 1, got 2; "
+        "leave it out to learn what the assistant wrote",
+    ),
+    "weight NaN": (
+        assistant(content="a", weight=float("nan")),
+        "messages[1].weight must be a number from 0 to 1, got nan; "
+        "leave it out to learn what the assistant wrote",
+    ),
+    "learning what the user wrote": (
+        [{**USER, "train": True}],
+        "messages[0].train cannot make training learn a message of role user, got True; "
+        "remove it: only the assistant's are learned",
+    ),
+    "flags that differ": (
+        [USER, {"role": "assistant", "weight": 1, "loss": False}],
+        "messages[1] says different things by weight and loss, "
+        "got {'role': 'assistant', 'weight': 1, 'loss': False}; keep one of them",
+    ),
     "wo_eos no flag": (
         assistant(content="a", wo_eos="yes"),
         "messages[1].wo_eos must be true or false, got 'yes'; "
@@ -171,6 +206,7 @@ def test_empty_fields_of_other_libraries_are_absent():
         "refusal": None,
         "audio": None,
         "annotations": [],
+        "weight": None,
     }
     plain = {"role": "assistant", "content": "a"}
     assert encode_messages([USER, dumped]) == encode_messages([USER, plain])

@@ -105,8 +105,8 @@ def render_messages(
 ) -> list[Piece]:
     """Returns the prompt for `messages` in pieces.
 
-    The texts of all system messages come first, joined by blank lines. A turn whose message has a
-    true `mask` counts as not written.
+    The texts of all system messages come first, joined by blank lines. A message may say how much
+    training learns it (`conversation.LEARNED`).
 
     Args:
       messages: dicts with `role` and the fields that `conversation.FIELDS` lists for it.
@@ -158,7 +158,7 @@ def render_messages(
         asked = False
         # The answer to a task has no reasoning: no <think> opened it.
         answer = _render_answer(turn, reasons=opened and task is None)
-        pieces += [replace(piece, written=not turn.masked) for piece in answer]
+        pieces += [replace(piece, weight=turn.weight) for piece in answer]
     if asks:
         pieces += _render_opening(thinking, opened=thinking, task=find_task(turns))
     return [piece for piece in pieces if piece.text]

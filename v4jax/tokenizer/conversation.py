@@ -15,7 +15,8 @@ from v4jax.errors import ConversationError
 from v4jax.tokenizer.tools import ToolCall, to_json
 from v4jax.tokenizer.vocabulary import TASKS
 
-# What each role may carry. A field that is empty counts as absent, whatever its name.
+# What each role may carry. A field that is null, or an empty text, list or object, counts as
+# absent, whatever its name; 0 and false are values.
 FIELDS = {
     "system": ("content", "tools", "response_format"),
     "developer": ("content", "tools", "response_format"),
@@ -24,7 +25,10 @@ FIELDS = {
     "tool": ("content", "tool_call_id"),
     "latest_reminder": ("content",),
 }
-_NOT_RENDERED = ("role", "name", "mask")  # `mask` keeps an assistant's turn out of training's loss
+_NOT_RENDERED = ("role", "name")
+# Fields that say how much training learns an assistant's turn: `weight` from 0 to 1; the others by
+# 1 or true, and 0 or false. A true `mask` keeps the turn out.
+LEARNED = ("weight", "loss", "loss_mask", "train", "trainable", "training", "mask")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Turn:
       place: where it came from, for error messages.
       encoded: the prompt holds it already.
       blocks: what a user turn holds instead of content.
-      masked: training does not learn to write this turn.
+      weight: how much training learns to write this turn.
     """
 
     place: str
@@ -58,7 +62,7 @@ class Turn:
     tool_calls: tuple[ToolCall, ...] = ()
     task: str | None = None
     wo_eos: bool = False
-    masked: bool = False
+    weight: float = 1.0
 
 
 def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list[Turn]:
@@ -217,15 +221,15 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
             "rename or drop the message",
         )
     for field, value in message.items():
-        if value and field not in (*FIELDS[role], *_NOT_RENDERED):
+        if not _is_absent(value) and field not in (*FIELDS[role], *_NOT_RENDERED, *LEARNED):
             rule = f"is no field of role {role} (it has {', '.join(FIELDS[role])})"
             _fail(f"{place}.{field}", rule, value, "remove it")
     read = {
         field: reader(message[field], f"{place}.{field}")
         for field, reader in _READERS.items()
-        if message.get(field) and field in FIELDS[role]
+        if field in FIELDS[role] and not _is_absent(message.get(field))
     }
-    turn = Turn(place, encoded, role, masked=bool(message.get("mask")), **read)
+    turn = Turn(place, encoded, role, weight=_read_weight(message, role, place), **read)
     if role in ("user", "tool"):
         return dataclasses.replace(turn, blocks=_read_blocks(message, role, place))
     content = _read_text(message.get("content"), f"{place}.content")
@@ -236,6 +240,31 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
             f"{place}.content", "of a developer must not be empty", content, "give the instruction"
         )
     return dataclasses.replace(turn, content=content or "")
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _read_weight(message: Mapping, role: str, place: str) -> float:
+    """Returns how much training learns a turn."""
+    weights = {}
+    for field in LEARNED:
+        value = message.get(field)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not (field != "weight" and value not in (0, 1))
+        if not number or not 0 <= value <= 1:
+            rule = "must be a number from 0 to 1" if field == "weight" else "must be true or false"
+            _fail(f"{place}.{field}", rule, value, "leave it out to learn what the assistant wrote")
+        weights[field] = 1.0 - value if field == "mask" else float(value)
+        if role != "assistant" and weights[field]:
+            rule = f"cannot make training learn a message of role {role}"
+            _fail(f"{place}.{field}", rule, value, "remove it: only the assistant's are learned")
+    if len(set(weights.values())) > 1:
+        fields = " and ".join(weights)
+        _fail(place, f"says different things by {fields}", dict(message), "keep one of them")
+    return next(iter(weights.values()), 1.0)
 
 
 def _read_blocks(message: Mapping, role: str, where: str) -> tuple[Block, ...]:

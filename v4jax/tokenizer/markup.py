@@ -21,12 +21,13 @@ class Piece:
     Attributes:
       text: the stretch.
       control: it consists of control tokens; otherwise it is plain text.
-      written: the assistant wrote it (reasoning, content, calls, EOS): what training teaches.
+      weight: how much training learns it; 0 for all that the assistant did not write. It writes
+        reasoning, content, calls and EOS.
     """
 
     text: str
     control: bool = False
-    written: bool = False
+    weight: float = 0.0
 
 
 def markup(template: str, *texts: str) -> list[Piece]:
