@@ -99,6 +99,14 @@ def test_the_same_ids_as_the_prompt_of_a_published_tokenizer():
     assert not document.weights[: len(prompt)].any() and document.weights[len(prompt)] == 1
 
 
+def test_a_turn_that_counts_in_part():
+    talk = [user("a"), assistant("b", weight=0.25), user("c"), assistant("d", train=False)]
+    document = encode_conversation(talk, BYTE)
+    counted = document.tokens[document.weights > 0]
+    assert BYTE.decode(counted) == "b" + EOS
+    assert set(document.weights.tolist()) == {0.0, 0.25}
+
+
 def write(folder, *records):
     file = folder / "chat.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
@@ -112,13 +120,14 @@ def test_records_of_a_file(tmp_path):
         {"messages": talk, "id": 7},
         {"messages": talk, "mode": "thinking", "effort": "max"},
         {"messages": talk, "tools": TOOLS},
+        {"messages": talk, "tools": json.dumps(TOOLS)},
     )
     records = ChatRecords(files, SourceConfig("chat", ("x",)), BYTE)
     texts = [BYTE.decode(records.read(i).tokens) for i in range(len(records))]
     assert texts == [
         encode_messages(talk),
         encode_messages(talk, mode="thinking", effort="max"),
-        encode_messages([{"role": "system", "content": "", "tools": TOOLS}, *talk]),
+        *[encode_messages([{"role": "system", "content": "", "tools": TOOLS}, *talk])] * 2,
     ]
     assert records.place(1) == f"{files[0]}, line 2"
 
@@ -144,6 +153,31 @@ BROKEN = {
         {"messages": [user("a"), assistant("b")], "mode": "think"},
         ConversationError,
         "mode must be one of chat, thinking, got 'think'",
+    ),
+    "an empty answer": (
+        {"messages": [user("a"), assistant("b"), user("c"), assistant("")]},
+        DataError,
+        "messages[3] is empty, and would teach the model to answer nothing",
+    ),
+    "arguments that are no JSON": (
+        {
+            "messages": [
+                user("a"),
+                assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{x: 1}"}}]),
+            ]
+        },
+        DataError,
+        "messages[1].tool_calls[0].function.arguments must be a JSON object, got '{x: 1}'",
+    ),
+    "a flag that is text": (
+        {"messages": [user("a"), assistant("b", mask="false")]},
+        ConversationError,
+        "messages[1].mask must be true or false, got 'false'",
+    ),
+    "tools that are no JSON": (
+        {"messages": [user("a"), assistant("b")], "tools": "f"},
+        DataError,
+        "tools is text, and no JSON",
     ),
     "a control token": (
         {"messages": [user("a"), assistant("<think>b</think>c")]},

@@ -2,14 +2,16 @@
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-    messages      with the fields of `tokenizer.conversation.FIELDS`; a true `mask` on a message of
-                  the assistant leaves that turn out of the loss
-    tools         of the whole conversation (optional; or `tools` on the system message)
+    messages      with the fields of `tokenizer.conversation.FIELDS`; on a message of the assistant,
+                  `weight` (or a flag of `LEARNED`) says how much its turn counts, 0 to 1
+    tools         of the whole conversation, a list or its JSON (optional; or `tools` on the system
+                  message)
     mode, effort  override those of the source (optional)
 
 Other fields of a record are ignored; the log names them once.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +23,8 @@ from v4jax import log
 from v4jax.config.data import SourceConfig
 from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Piece, Vocabulary, encode_pieces, render_messages
+from v4jax.tokenizer.conversation import Turn, read_turns
+from v4jax.tokenizer.tools import read_arguments
 from v4jax.training.data.example import Example
 from v4jax.training.data.files import Lines, parse_object
 
@@ -56,6 +60,8 @@ class ChatRecords:
         unused = sorted(set(fields) - {*_FIELDS})
         if unused:
             log.once(f"data: chat records have fields that are not used: {', '.join(unused)}")
+        if isinstance(fields.get("tools"), str):
+            fields["tools"] = parse_list(fields["tools"], "tools")
         if "messages" not in fields:
             raise DataError(f"needs the field messages, got {', '.join(fields) or 'no field'}")
         return encode_conversation(
@@ -80,7 +86,8 @@ def encode_conversation(
       options: of `tokenizer.render_messages`.
 
     Raises:
-      DataError: the assistant wrote nothing, or a message holds a control token's literal.
+      DataError: the assistant wrote nothing, an empty answer or arguments that are no JSON object,
+        or a message holds a control token's literal.
       ConversationError: a message breaks a rule.
     """
     if mode == "auto":
@@ -88,16 +95,50 @@ def encode_conversation(
         mode = "thinking" if any(m.get("reasoning_content") for m in dicts) else "chat"
     pieces = render_messages(messages, mode=mode, **options)
     _check_literals(pieces, tokenizer)
+    _check_targets(read_turns(messages, "messages"))
     tokens, weights = [], []
-    for written, group in groupby(pieces, key=lambda piece: piece.written):
+    for weight, group in groupby(pieces, key=lambda piece: piece.weight):
         ids = encode_pieces(group, tokenizer)
         tokens += ids
-        weights += [float(written)] * len(ids)
+        weights += [weight] * len(ids)
     if not any(weights):
         raise DataError(
             "has no assistant turn that counts; add the answer, or remove the conversation"
         )
     return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def parse_list(text: str, name: str) -> list:
+    """Returns the list that a text of JSON holds.
+
+    Raises:
+      DataError: it holds none.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is text, and no JSON: {error}") from error
+    if not isinstance(values, list):
+        raise DataError(f"{name} must be a list, got {text[:60]!r}")
+    return values
+
+
+def _check_targets(turns: Sequence[Turn]) -> None:
+    """Raises if a turn that is learned is nothing to learn; a prompt may hold it."""
+    for turn in turns:
+        if turn.role != "assistant" or not turn.weight:
+            continue
+        if not (turn.content or turn.tool_calls):
+            raise DataError(
+                f"{turn.place} is empty, and would teach the model to answer nothing; write the "
+                'answer, or set "weight": 0'
+            )
+        for i, call in enumerate(turn.tool_calls):
+            if read_arguments(call.arguments) is None:
+                raise DataError(
+                    f"{turn.place}.tool_calls[{i}].function.arguments must be a JSON object, got "
+                    f'{call.arguments[:60]!r}; mend it, or set "weight": 0'
+                )
 
 
 def add_tools(messages: Any, tools: Any) -> Any:
