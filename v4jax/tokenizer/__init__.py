@@ -2,13 +2,13 @@
 
 Read `chat.py` first; it shows what a prompt is.
 
-    chat.py            messages → prompt; effort prefixes per checkpoint generation
+    chat.py            messages → prompt; effort prefixes of each generation of checkpoints
     markup.py          the pieces of a prompt: control tokens, and text that only spells them
     conversation.py    messages checked, merged and sorted into turns
     tools.py           the tools block; tool calls written and read
     stream.py          completion → message, whole (parse_completion) or streaming (StreamSplitter)
-    events.py          the pieces of a completion, and the message they make
-    scanner.py         reading text that arrives cut anywhere
+    events.py          the parts of a completion, and the message that they make up
+    scanner.py         reads text that arrives in pieces
     tokenizer.py       the V4 tokenizer, load_tokenizer, StreamDecoder
     byte_tokenizer.py  the 320 ids of the small packaged configurations
     vocabulary.py      the control tokens, and what all vocabularies share

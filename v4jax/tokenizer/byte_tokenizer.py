@@ -26,12 +26,12 @@ _NAMED = (
     *(v.LATEST_REMINDER, *v.TASKS.values(), v.EXTRACTED_URL),
     *(v.FIM_HOLE, v.FIM_BEGIN, v.FIM_END),
 )
-# A reserved row has a literal as well, because a model with random weights emits it.
+# Reserved rows have literals too, because a model with random weights emits them.
 _RESERVED = tuple(f"<｜reserved▁{i}｜>" for i in range(256 + len(_NAMED), BYTE_VOCAB_SIZE))
 
 
 class ByteTokenizer(Vocabulary):
-    """Encodes UTF-8 byte by byte; any text and any bytes come back exactly."""
+    """Encodes UTF-8 byte by byte. Decoding gives back any text and any bytes exactly."""
 
     def __init__(self):
         literals = (*_NAMED, *_RESERVED)
@@ -39,14 +39,14 @@ class ByteTokenizer(Vocabulary):
             dict(zip(literals, range(256, BYTE_VOCAB_SIZE), strict=True)), BYTE_VOCAB_SIZE
         )
         self._bytes = (*(bytes([b]) for b in range(256)), *(text.encode() for text in literals))
-        # Reserved rows are printed, never read: they stand for nothing in a prompt.
+        # Reserved rows are decoded and never encoded: they mean nothing in a prompt.
         self._named = re.compile(f"({'|'.join(map(re.escape, _NAMED))})")
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
         """Returns the ids of `text`.
 
         Args:
-          specials: match control tokens; `False`, for untrusted text, gives byte ids only.
+          specials: matches control tokens; `False`, for untrusted text, yields byte ids only.
 
         Raises:
           RequestError: `text` holds a lone surrogate.

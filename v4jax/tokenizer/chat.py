@@ -1,10 +1,10 @@
-"""Conversations as prompts: the text the V4 models were trained to continue.
+"""Conversations as prompts: the text that the V4 models were trained to continue.
 
     BOS [effort prefix] [system text] <｜User｜>question<｜Assistant｜><think>
 
-Everything the assistant wrote follows its token and a tag, or the token of a task; a conversation
-whose last message is not the assistant's ends with them and thereby asks for an answer. Thinking
-mode opens the answer with `<think>`; chat mode, and a turn without its reasoning, with `</think>`.
+Every answer of the assistant follows the assistant's token and a tag, or the token of a task. If
+the last message is not the assistant's, the prompt ends with these and thereby asks for an answer.
+The tag is `<think>` in thinking mode, `</think>` in chat mode and before a turn without reasoning.
 `drop_thinking` and the tools decide which earlier reasoning is kept.
 """
 
@@ -60,12 +60,12 @@ are certain that no assumption remains unchecked and no error remains undiscover
 
 @dataclass(frozen=True)
 class PromptProfile:
-    """How one generation of checkpoints wants to be asked.
+    """How one generation of checkpoints is asked for effort.
 
     Attributes:
-      effort_prefixes: effort → text before everything else, in thinking mode.
-      default_effort: what no effort means.
-      api_efforts: names that the hosted service accepts beyond these, and what it takes them for.
+      effort_prefixes: effort → text that begins the prompt in thinking mode.
+      default_effort: the effort if none is given.
+      api_efforts: further names that the hosted service accepts → the effort it takes them for.
     """
 
     effort_prefixes: Mapping[str, str]
@@ -106,30 +106,30 @@ def render_messages(
     """Returns the prompt for `messages` in pieces.
 
     The texts of all system messages come first, joined by blank lines. A message may say how much
-    training learns it (`conversation.LEARNED`).
+    it counts in training (`conversation.LEARNED`).
 
     Args:
       messages: dicts with `role` and the fields that `conversation.FIELDS` lists for it.
       mode: `"chat"` answers at once, `"thinking"` reasons first.
-      effort: a key of the profile's `effort_prefixes`; has an effect in thinking mode only.
-      drop_thinking: leave out the reasoning of turns before the last user's; any tools keep it in.
-      add_bos: begin with BOS, unless there is a context.
-      context: earlier messages whose prompt is already there, as this function renders it: they
-        are heeded but not rendered.
+      effort: a key of the profile's `effort_prefixes`; matters in thinking mode only.
+      drop_thinking: leaves out the reasoning before the last user turn, unless there are tools.
+      add_bos: begins with BOS, unless there is a context.
+      context: earlier messages, already rendered by this function: they are read and not rendered
+        again.
       profile: a key of `PROFILES`, or a profile.
 
     Raises:
       ConversationError: a message or an argument breaks a rule; the error names it.
 
-    Source: the prompt encoder published with the V4 checkpoints; the order of roles as the vendor's
-    package deepseek-recipe normalizes it.
+    Source: the prompt encoder published with the V4 checkpoints; the order of roles follows the
+    vendor's package deepseek-recipe.
     """
     if mode not in MODES:
         raise ConversationError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     thinking = mode == "thinking"
     prefix = _effort_prefix(effort, profile)
     turns = read_turns(context, "context") if context else []
-    asked = bool(turns) and turns[-1].role != "assistant"  # the prompt of the context has asked
+    asked = bool(turns) and turns[-1].role != "assistant"  # the context already asks for the answer
     turns += read_turns(messages, "messages", before=turns)
     asks = turns[-1].role != "assistant" or turns[-1].task is not None
     turns = sort_tool_results(join_users(hoist_system(turns)))
@@ -138,7 +138,7 @@ def render_messages(
     if thinking and not keep_reasoning:
         turns = drop_earlier_thinking(turns)
 
-    first_open = len(turns)  # the first turn that may hold reasoning, the answer asked for included
+    first_open = len(turns)  # the first turn that may have reasoning; counts the requested answer
     if thinking and keep_reasoning:
         first_open = 0
     elif thinking and not asks:
@@ -156,7 +156,7 @@ def render_messages(
         if not asked:
             pieces += _render_opening(thinking, opened=opened, task=task)
         asked = False
-        # The answer to a task has no reasoning: no <think> opened it.
+        # The answer to a task has no reasoning, because no <think> precedes it.
         answer = _render_answer(turn, reasons=opened and task is None)
         pieces += [replace(piece, weight=turn.weight) for piece in answer]
     if asks:
@@ -209,7 +209,7 @@ def _render_instructions(turn: Turn) -> list[Piece]:
 
 
 def _render_opening(thinking: bool, *, opened: bool, task: str | None) -> list[Piece]:
-    """Returns what stands before an answer: the assistant's token and a tag, or a task's token."""
+    """Returns what precedes an answer: the assistant's token and a tag, or a task's token."""
     if task == "action":
         return markup(ASSISTANT + (THINK_START if thinking else THINK_END) + TASKS[task])
     if task is not None:

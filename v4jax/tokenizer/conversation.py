@@ -1,7 +1,7 @@
-"""Messages in, turns out: a conversation checked, merged and in the order of rendering.
+"""From messages to turns: a conversation is checked, merged and put into the order of rendering.
 
-A turn is what lies between two role tokens. Users and tools share a side, so their neighbouring
-messages become one turn of several blocks; every other message is a turn of its own.
+A turn is the text between two role tokens. Neighbouring messages of users and tools become one user
+turn of several blocks; every other message is a turn of its own.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from v4jax.errors import ConversationError
 from v4jax.tokenizer.tools import ToolCall, to_json
 from v4jax.tokenizer.vocabulary import TASKS
 
-# What each role may carry. A field that is null, or an empty text, list or object, counts as
-# absent, whatever its name; 0 and false are values.
+# The fields of each role. Null and an empty text, list or object count as absent, whatever the
+# field's name; 0 and false are values.
 FIELDS = {
     "system": ("content", "tools", "response_format"),
     "developer": ("content", "tools", "response_format"),
@@ -26,8 +26,8 @@ FIELDS = {
     "latest_reminder": ("content",),
 }
 _NOT_RENDERED = ("role", "name")
-# Fields that say how much training learns an assistant's turn: `weight` from 0 to 1; the others by
-# 1 or true, and 0 or false. A true `mask` keeps the turn out.
+# Fields that say how much an assistant's turn counts in training: `weight` from 0 to 1; the others
+# 1 or true, 0 or false. A true `mask` leaves the turn out.
 LEARNED = ("weight", "loss", "loss_mask", "train", "trainable", "training", "mask")
 
 
@@ -45,10 +45,10 @@ class Turn:
     """One turn, with the fields of its message.
 
     Attributes:
-      place: where it came from, for error messages.
-      encoded: the prompt holds it already.
-      blocks: what a user turn holds instead of content.
-      weight: how much training learns to write this turn.
+      place: where the turn came from, for error messages.
+      encoded: whether the prompt already holds it.
+      blocks: what a user turn has in place of content.
+      weight: how much the turn counts in training.
     """
 
     place: str
@@ -95,15 +95,15 @@ def read_turns(messages: Any, name: str, *, before: Sequence[Turn] = ()) -> list
 
 
 def join_users(turns: Sequence[Turn]) -> list[Turn]:
-    """Returns `turns` with neighbouring turns of users and tools made one turn of a user.
+    """Returns `turns` with neighbouring turns of users and tools merged into one user turn.
 
     Raises:
-      ConversationError: a turn with a task would be joined.
+      ConversationError: a turn with a task would be merged.
     """
     joined: list[Turn] = []
     for turn in turns:
         if joined and _joins(turn, joined[-1]):
-            blocks = [*joined[-1].blocks, *turn.blocks]  # an empty text beside others says nothing
+            blocks = [*joined[-1].blocks, *turn.blocks]  # an empty text beside others is left out
             blocks = [block for block in blocks if block.text or block.is_result] or blocks[:1]
             joined[-1] = dataclasses.replace(joined[-1], blocks=tuple(blocks))
         else:
@@ -114,7 +114,7 @@ def join_users(turns: Sequence[Turn]) -> list[Turn]:
 def sort_tool_results(turns: Sequence[Turn]) -> list[Turn]:
     """Returns `turns` with the results of each user turn in the order of the latest calls.
 
-    Texts keep their places; a result whose id is unknown counts as an answer to the first call.
+    Texts keep their places. A result with an unknown id counts as an answer to the first call.
     """
     order: dict[str, int] = {}
     sorted_turns = []
@@ -134,10 +134,10 @@ def sort_tool_results(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def hoist_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Returns `turns` with one system turn, the first, that holds what all of them say.
+    """Returns `turns` with all system turns merged into one, the first.
 
     Raises:
-      ConversationError: a system message follows a context, whose prompt it would have to begin.
+      ConversationError: a system message follows a context, whose prompt has already begun.
     """
     system = [turn for turn in turns if turn.role == "system"]
     if not system or (system == [turns[0]]):
@@ -158,10 +158,10 @@ def hoist_system(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def check_tasks(turns: Sequence[Turn]) -> None:
-    """Raises where something else than an assistant's turn follows a task.
+    """Raises if anything but an assistant's turn follows a task.
 
     Raises:
-      ConversationError: a turn to be rendered has such a task.
+      ConversationError: this is so for a turn that is to be rendered.
     """
     spoken = [turn for turn in turns if turn.role != "latest_reminder"]
     for turn, following in itertools.pairwise(spoken):
@@ -173,7 +173,7 @@ def check_tasks(turns: Sequence[Turn]) -> None:
 
 
 def find_task(turns: Sequence[Turn]) -> str | None:
-    """Returns the task that what follows `turns` answers; None for an ordinary answer."""
+    """Returns the task that the turn after `turns` answers; None for an ordinary answer."""
     asking = next((turn for turn in reversed(turns) if turn.role != "latest_reminder"), None)
     return None if asking is None else asking.task
 
@@ -213,7 +213,7 @@ def _read_message(message: Any, place: str, *, encoded: bool) -> Turn:
     if not isinstance(message, Mapping):
         _fail(place, "must be a dict", message, 'write {"role": "user", "content": "…"}')
     role = message.get("role")
-    if role not in tuple(FIELDS):  # a tuple compares: a role may be unhashable
+    if role not in tuple(FIELDS):  # not a dict lookup: a role may be unhashable
         _fail(
             f"{place}.role",
             f"must be one of {', '.join(FIELDS)}",
@@ -247,7 +247,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def _read_weight(message: Mapping, role: str, place: str) -> float:
-    """Returns how much training learns a turn."""
+    """Returns how much a turn counts in training."""
     weights = {}
     for field in LEARNED:
         value = message.get(field)

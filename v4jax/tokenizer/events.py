@@ -1,4 +1,4 @@
-"""What a completion is made of, in the order in which it becomes known."""
+"""The events of a completion, in the order in which they become known."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class ContentText:
 
 @dataclass(frozen=True)
 class ToolCallStart:
-    """The name of tool call `index`. Calls have no ids on the wire: a server mints them."""
+    """The name of tool call `index`. Calls have no ids in the model's text: a server makes them."""
 
     index: int
     name: str
@@ -28,7 +28,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """A piece of the JSON text of the arguments; joined, the pieces are `arguments`."""
+    """A piece of the JSON text of the arguments; the pieces joined are `arguments`."""
 
     index: int
     text: str
@@ -36,14 +36,14 @@ class ToolCallArguments:
 
 @dataclass(frozen=True)
 class ToolCallEnd:
-    """Tool call `index` is complete. A call cut off by the length limit never gets here."""
+    """Tool call `index` is complete. A call that the length limit cut off has no such event."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The completion leaves the format here and is read on: what was expected, and what came."""
+    """The completion leaves the format here; `text` says what was expected and what came."""
 
     text: str
 
@@ -65,7 +65,7 @@ Event = (
 
 
 def assemble(events: Iterable[Event]) -> dict:
-    """Returns the assistant message that `events` make."""
+    """Returns the assistant message that `events` make up."""
     reasoning, content, calls = [], [], []
     for event in events:
         match event:

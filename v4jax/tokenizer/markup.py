@@ -1,7 +1,7 @@
-"""Prompts in pieces: control tokens, and text that can only spell them.
+"""Prompts in pieces: control tokens and plain text.
 
-Everything a user, a document or a tool wrote is plain text, whatever it spells: it encodes to no
-control token. Control tokens come from this package's own templates alone.
+Everything that a user, a document or a tool wrote is plain text and encodes to no control token,
+whatever it spells. Control tokens come only from the templates of this package.
 """
 
 import re
@@ -11,18 +11,18 @@ from itertools import groupby
 
 from v4jax.tokenizer.vocabulary import CONTROLS, Vocabulary
 
-SLOT = "\x00"  # where a template takes a text; looked for in templates only
+SLOT = "\x00"  # place of a text in a template; only templates are searched for it
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt.
+    """A part of a prompt.
 
     Attributes:
-      text: the stretch.
-      control: it consists of control tokens; otherwise it is plain text.
-      weight: how much training learns it; 0 for all that the assistant did not write. It writes
-        reasoning, content, calls and EOS.
+      text: its text.
+      control: whether it consists of control tokens; otherwise it is plain text.
+      weight: how much it counts in training; 0 unless the assistant wrote it (reasoning, content,
+        calls and EOS).
     """
 
     text: str
@@ -31,7 +31,7 @@ class Piece:
 
 
 def markup(template: str, *texts: str) -> list[Piece]:
-    """Returns a template as pieces, with `texts`, as plain text, in its slots (`SLOT`)."""
+    """Returns a template as pieces, with `texts` as plain text in its slots (`SLOT`)."""
     own = template.split(SLOT)
     assert len(own) == len(texts) + 1, (template, texts)
     pieces = []

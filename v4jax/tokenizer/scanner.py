@@ -1,7 +1,7 @@
-"""Reading text that arrives in pieces, cut anywhere, as if it were whole.
+"""Reads text that arrives in pieces, cut anywhere, as if it were whole.
 
-The grammar of a completion (`stream.py`, `tools.py`) is written as generators over a `Scanner`.
-They yield events as soon as these are certain and `NEED_MORE` when only more text can tell.
+The grammar of a completion (`stream.py`, `tools.py`) consists of generators over a `Scanner`. They
+yield an event as soon as it is certain, and `NEED_MORE` where only more text can decide.
 """
 
 import re
@@ -16,11 +16,11 @@ NEED_MORE = object()
 
 
 class Markers:
-    """A set of literals to stop at."""
+    """Literals at which a scanner stops."""
 
     def __init__(self, *literals: str):
         self.literals = frozenset(literals)
-        # A proper prefix counts at the very end only: there the next piece may complete it.
+        # A proper prefix counts at the end of the text only, where the next piece may complete it.
         prefixes = {text[:n] for text in literals for n in range(1, len(text))}
         whole = map(re.escape, literals)
         partial = (re.escape(text) + r"\Z" for text in sorted(prefixes, key=len, reverse=True))
@@ -28,7 +28,7 @@ class Markers:
 
 
 class Scanner:
-    """The text received and not yet consumed, and where it stands in the completion.
+    """The text that was received and not yet consumed, and its place in the completion.
 
     Attributes:
       pending: text not yet consumed.
@@ -41,11 +41,11 @@ class Scanner:
         self.pending = ""
         self.place = "completion"
         self.position = 0
-        self._text: list[str] = []  # what `hold_until` consumed
-        self._held = ""  # the start of a tag with doubled bars, perhaps
+        self._text: list[str] = []  # text that `hold_until` consumed
+        self._held = ""  # possibly the start of a tag with doubled bars
 
     def push(self, text: str) -> None:
-        """Appends a piece; a tolerant scanner makes doubled bars of tags single."""
+        """Appends a piece; a tolerant scanner turns doubled bars of tags into single ones."""
         if not self.tolerant:
             self.pending += text
             return
@@ -56,7 +56,7 @@ class Scanner:
         self._held = text[end:]
 
     def release(self) -> None:
-        """Makes the held-back tail pending: no more text will come."""
+        """Makes the held-back tail pending, because no more text will come."""
         self.pending += self._held
         self._held = ""
 
@@ -67,7 +67,7 @@ class Scanner:
         return text
 
     def take_until(self, markers: Markers) -> tuple[str, str | None]:
-        """Consumes text up to the earliest marker, and the marker; `None` if it has not come yet.
+        """Consumes the text before the first marker, and the marker; `None` if there is none yet.
 
         The end of the text stays pending while it may be the beginning of a marker.
         """
@@ -78,7 +78,7 @@ class Scanner:
         return text, self.take(len(found[0])) if found[0] in markers.literals else None
 
     def hold_until(self, markers: Markers) -> Generator[object, None, str]:
-        """Consumes text through the earliest marker, which it returns; `take_held` has the text."""
+        """Consumes text through the first marker and returns it; `take_held` has the text."""
         while True:
             text, marker = self.take_until(markers)
             self._text.append(text)
@@ -87,7 +87,7 @@ class Scanner:
             yield NEED_MORE
 
     def take_held(self) -> str:
-        """Returns the text that `hold_until` consumed, once."""
+        """Returns the text that `hold_until` consumed, and forgets it."""
         text = "".join(self._text)
         self._text.clear()
         return text
@@ -102,10 +102,10 @@ class Scanner:
         return Departure(self._locate(message, back))
 
     def insist(self, message: str, *, back: int = 0) -> None:
-        """Raises CompletionError where the scanner is strict; a tolerant one needs no word of it.
+        """Raises CompletionError if the scanner is strict; a tolerant one accepts it silently.
 
         Args:
-          back: how many characters ago it was.
+          back: number of characters since then.
         """
         if not self.tolerant:
             self.fail(message, back=back)

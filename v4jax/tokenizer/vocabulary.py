@@ -1,7 +1,7 @@
-"""The control tokens of the V4 wire format, and what every vocabulary with them can do.
+"""The control tokens of the V4 models, and what every vocabulary can do with them.
 
-A control token is matched whole in trusted text and has one id. Its literal is ordinary text to
-anyone who types it, so a document from outside is encoded with `specials=False`.
+A control token is matched whole in trusted text and has one id. Anyone can type its literal;
+documents from outside are therefore encoded with `specials=False`.
 """
 
 import re
@@ -24,7 +24,7 @@ FIM_BEGIN = "<｜fim▁begin｜>"
 FIM_END = "<｜fim▁end｜>"
 EXTRACTED_URL = "<｜extracted_url｜>"
 
-# Quick-instruction tasks: the token that asks for each.
+# Tasks (quick instructions) → the token that requests each.
 TASKS = {
     "action": "<｜action｜>",
     "query": "<｜query｜>",
@@ -34,7 +34,7 @@ TASKS = {
     "read_url": "<｜read_url｜>",
 }
 
-# The tokens that prompts and completions are made of. A tokenizer.json has 1,250 more.
+# Control tokens of prompts and completions. A tokenizer.json has 1,250 more.
 CONTROLS = (
     BOS,
     EOS,
@@ -49,7 +49,7 @@ CONTROLS = (
 
 
 class Vocabulary:
-    """Ids of tokens and back: the half of a tokenizer that does not depend on how text is split.
+    """The half of a tokenizer that does not depend on how text is split: from ids to text.
 
     Attributes:
       controls: literal → id of every control token.
@@ -64,20 +64,20 @@ class Vocabulary:
         self._control_ids = frozenset(self.controls.values())
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes one id stands for (part of a character, often)."""
+        """Returns the bytes of one id, which are often part of a character."""
         raise NotImplementedError
 
     def decode_bytes(self, tokens: Iterable[int], *, specials: bool = True) -> bytes:
         """Returns the bytes of `tokens`; `specials=False` leaves the control tokens out.
 
         Raises:
-          RequestError: an id lies outside the vocabulary.
+          RequestError: an id is outside the vocabulary.
         """
         kept = (t for t in tokens if specials or t not in self._control_ids)
         return b"".join(map(self.token_bytes, kept))
 
     def decode(self, tokens: Iterable[int], *, specials: bool = True) -> str:
-        """Returns the text of `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        """Returns the text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(tokens, specials=specials).decode("utf-8", errors="replace")
 
     def is_control(self, token: int) -> bool:
@@ -85,13 +85,13 @@ class Vocabulary:
         return token in self._control_ids
 
     def find_control(self, text: str) -> int | None:
-        """Returns where the first literal of a control token begins; None where there is none."""
+        """Returns the position of the first literal of a control token; None if there is none."""
         found = self._control_start.search(text)
         return None if found is None else found.start()
 
     @cached_property
     def _control_start(self) -> re.Pattern:
-        # Grouped by two characters, so that a text full of `<` is not tried against all.
+        # Grouped by the first two characters: in a text full of `<` few literals are tried.
         tails: dict[str, list[str]] = {}
         for literal in self.controls:
             tails.setdefault(literal[:2], []).append(re.escape(literal[2:]))
