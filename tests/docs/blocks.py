@@ -25,6 +25,7 @@ _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+VERBS = ("batch", "convert", "evaluate", "generate", "inspect", "plan", "train")
 # Ends a command that is followed by something else on its line.
 _OPERATORS = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "(", ")"}
 
@@ -76,12 +77,12 @@ def split_commands(script: str) -> Iterator[list[str]]:
 
 
 def find_calls(script: str) -> Iterator[list[str]]:
-    """Yields verb and flags of every call of v4jax in a script, also behind `launch/….sh … --`."""
+    """Yields verb and flags of every call of v4jax in a script, also as arguments of a recipe."""
     for words in split_commands(script):
         if "v4jax" in words:
             call = words[words.index("v4jax") + 1 :]
-        elif "--" in words:
-            call = words[words.index("--") + 1 :]
+        elif any(word.startswith("launch/") for word in words):
+            call = words[next((i for i, word in enumerate(words) if word in VERBS), len(words)) :]
         else:
             continue
         if call and not call[0].startswith("-"):

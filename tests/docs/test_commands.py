@@ -14,6 +14,7 @@ from absl import flags
 from tests.docs.blocks import (
     PAGES,
     ROOT,
+    VERBS,
     Block,
     find_calls,
     find_inline_commands,
@@ -23,7 +24,6 @@ from tests.docs.blocks import (
 
 # Pages whose blocks take less than some eight seconds together; the others are slow tests.
 QUICK = {"docs/training_data.md"}
-VERBS = ("batch", "convert", "evaluate", "generate", "inspect", "plan", "train")
 SHELL, PYTHON = read_blocks("bash"), read_blocks("python")
 # What stands for something to be filled in: flags that contain it are not checked further.
 PLACEHOLDERS = ("…", "DIR", "FILE", "FOLDER")
