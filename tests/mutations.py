@@ -409,14 +409,14 @@ FAULTS = [
     Fault(
         "a number is read as a string of a tool call",
         "tokenizer/tools.py",
-        'is_string == "true"',
-        "True",
+        'is_string=kind == "true"',
+        "is_string=True",
         "tests/tokenizer",
     ),
     Fault(
         "a prompt lacks its BOS",
         "tokenizer/chat.py",
-        "[Piece(BOS)] if add_bos and not context else []",
+        "markup(BOS) if add_bos and not context else []",
         "[]",
         "tests/tokenizer/test_chat.py",
     ),
