@@ -423,17 +423,17 @@ FAULTS = [
     # Planning
     Fault(
         "the planner counts one byte per value",
-        "planning/inventory.py",
+        "costs/inventory.py",
         "math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.value)",
         "math.prod(x.shape) for x in jax.tree.leaves(self.value)",
-        "tests/planning",
+        "tests/planning tests/costs",
     ),
     Fault(
         "the planner leaves padding out of the cache",
-        "planning/inventory.py",
-        "return math.prod(self.shape) * self.itemsize",
-        "return math.prod(self.shape[:-1]) * (self.shape[-1] - 1) * self.itemsize",
-        "tests/planning",
+        "costs/inventory.py",
+        "return math.prod(self.value.shape) * self.value.dtype.itemsize",
+        "return math.prod(self.value.shape[:-1]) * self.value.dtype.itemsize",
+        "tests/planning tests/costs",
     ),
 ]
 

@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
             self._check_room(cache, lengths, count)
         return tokens, jnp.asarray(lengths, jnp.int32)
 
-    def held(self) -> "HeldTransformer":
+    def held(self) -> "HeldTransformer":  # noqa: F821
         """Returns the model as it is now, for loops over `extend`.
 
         >>> extend = model.held().extend

@@ -32,6 +32,7 @@ from v4jax.costs import flops
 from v4jax.costs.chips import peak_flops
 from v4jax.errors import ConfigError, TrainingError
 from v4jax.files import RemotePath, to_path
+from v4jax.model import take_inventory
 
 SECONDS_BETWEEN_OBJECTS = 60.0  # between two writes to a bucket; each writes all lines
 
@@ -196,7 +197,6 @@ class Speed:
 
     def __init__(self, config: ModelConfig, row_tokens: int, remat: bool):
         """Counts the work of one row as one document, which is an upper bound for packed rows."""
-
         inventory = take_inventory(config)
 
         def per_token(again: bool) -> float:
