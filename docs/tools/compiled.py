@@ -24,9 +24,9 @@ from v4jax import log
 from v4jax.cli.plan import training_program
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.config.run import parse_mesh
 from v4jax.costs import chips
 from v4jax.errors import RequestError, V4JaxError
-from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import memory, workload
 from v4jax.planning.compile import compile_step, serving_program
 from v4jax.planning.workload import Workload
@@ -60,7 +60,7 @@ class Case:
             load_model_config(self.model),
             get_numerics("bfloat16" if trains else "released"),
             topology=chips.parse_topology(self.topology),
-            mesh=parse_mesh(self.mesh),
+            mesh=parse_mesh(self.mesh).sizes,
             regime=self.regime,
             context=self.context,
             batch=self.batch,

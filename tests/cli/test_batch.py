@@ -1,13 +1,15 @@
 """`v4jax batch`, with the fake model."""
 
+import dataclasses
 import json
 import signal
 
 import pytest
-from absl import flags
 
 from v4jax import log
-from v4jax.cli import main, model_flags
+from v4jax.cli import engine, main
+from v4jax.config.inference import InferenceConfig
+from v4jax.config.run import MeshConfig
 
 
 @pytest.fixture
@@ -176,31 +178,33 @@ def test_hosts_of_a_slice_cannot_have_a_shard_each(command, environment, tmp_pat
 
 CHUNKS = {
     "all devices by default": (
-        [],
+        {},
         "expert=8, all 8 devices; --mesh names another, --mesh=data=1",
         8192,
     ),
-    "few share a sequence": (["--mesh=data=4,expert=2"], "data=4,expert=2, all 8 devices\n", 4096),
-    "one device": (["--mesh=data=1"], "one device, as --mesh=data=1 says; 8 are", 4096),
-    "as asked for": (["--mesh=context=8", "--chunk_tokens=256"], "context=8, all", 256),
+    "few share a sequence": (
+        dict(mesh=MeshConfig(data=4, expert=2)),
+        "data=4,expert=2, all 8 devices\n",
+        4096,
+    ),
+    "one device": (dict(mesh=MeshConfig()), "one device, as --mesh=data=1 says; 8 are", 4096),
+    "as asked for": (dict(mesh=MeshConfig(context=8), chunk_tokens=256), "context=8, all", 256),
 }
 
 
 @pytest.mark.parametrize("given, said, chunk_tokens", CHUNKS.values(), ids=CHUNKS.keys())
 def test_the_mesh_and_its_chunks(monkeypatch, capsys, fake_model, given, said, chunk_tokens):
     monkeypatch.setattr(log, "_said", set())
-    values = flags.FlagValues()
-    model_flags.define_model_flags(flags, values)
-    values(["v4jax", "--model=nano", *given])
-    mesh, options = model_flags.plan_engine(values, questions_at_once=4)
+    config = InferenceConfig("nano", **given)
+    mesh, options = engine.plan_engine(config)
     assert options.chunk_tokens == chunk_tokens
     assert capsys.readouterr().err == ""
-    assert model_flags.load_model(values, mesh) is fake_model
+    assert engine.load_model(config, mesh) is fake_model
     assert capsys.readouterr().err.startswith(f"mesh: {said}")
     # Trained weights are the same on every mesh, random ones are not.
-    assert model_flags.identify_model(values, mesh) == "nano"
-    values.weights_seed = 0
-    assert model_flags.identify_model(values, mesh) == ("nano on a mesh" if mesh else "nano")
+    assert engine.identify_model(config, mesh) == "nano"
+    random = dataclasses.replace(config, weights_seed=0)
+    assert engine.identify_model(random, mesh) == ("nano on a mesh" if mesh else "nano")
 
 
 def test_a_job_continues_on_another_mesh(command, tmp_path):

@@ -16,11 +16,11 @@ def convert(*arguments: str) -> int:
 def test_released_to_released_and_bfloat16(tmp_path, capsys):
     tensors = folders.tensors_of()
     folders.write(tmp_path / "in", tensors)
-    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/same") == 0
+    assert convert(f"--model={tmp_path}/in", f"--output={tmp_path}/same") == 0
     written, _ = checkpoints.read_checkpoint(tmp_path / "same")
     assert all(folders.same_bytes(written[name], array) for name, array in tensors.items())
     plain = ("--format=bfloat16", "--shard_gib=0.0001")
-    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/plain", *plain) == 0
+    assert convert(f"--model={tmp_path}/in", f"--output={tmp_path}/plain", *plain) == 0
     written, _ = checkpoints.read_checkpoint(tmp_path / "plain")
     assert written.keys() == checkpoints.dequantize(tensors).keys()
     assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 1
@@ -29,7 +29,7 @@ def test_released_to_released_and_bfloat16(tmp_path, capsys):
 
 def test_a_name_gives_random_weights(tmp_path, capsys):
     for seed in (1, 2):
-        assert convert("--input=tiny", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
+        assert convert("--model=tiny", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
     assert "tiny: random weights (seed 2)" in capsys.readouterr().err
     first, second = (folders.stored_tensors(read_model(tmp_path / str(seed))) for seed in (1, 2))
     assert first["head.weight"].tobytes() != second["head.weight"].tobytes()
@@ -37,18 +37,18 @@ def test_a_name_gives_random_weights(tmp_path, capsys):
 
 # {what is wrong: (flags, what the message must say)}; {tmp} is a folder, {in} a good checkpoint.
 BROKEN = {
-    "no input": (["--output={tmp}/out"], "--input is required"),
-    "no output": (["--input={in}"], "--output is required"),
-    "positional": (["--input={in}", "--output={tmp}/out", "more"], "unexpected argument 'more'"),
-    "format": (["--input={in}", "--output={tmp}/out", "--format=int4"], "format"),
+    "no input": (["--output={tmp}/out"], "--model is required"),
+    "no output": (["--model={in}"], "--output is required"),
+    "positional": (["--model={in}", "--output={tmp}/out", "more"], "unexpected argument 'more'"),
+    "format": (["--model={in}", "--output={tmp}/out", "--format=int4"], "format"),
     "shard size": (
-        ["--input={in}", "--output={tmp}/out", "--shard_gib=0"],
+        ["--model={in}", "--output={tmp}/out", "--shard_gib=0"],
         "--shard_gib must be positive, got 0.0",
     ),
-    "too large": (["--input=v4_flash", "--output={tmp}/out"], "too many for random weights"),
-    "no such model": (["--input={tmp}/none", "--output={tmp}/out"], "a folder with config.json"),
-    "no checkpoint": (["--input={tmp}", "--output={tmp}/out"], "has no config.json"),
-    "full output": (["--input={in}", "--output={in}"], "exists and is not empty"),
+    "too large": (["--model=v4_flash", "--output={tmp}/out"], "too many for random weights"),
+    "no such model": (["--model={tmp}/none", "--output={tmp}/out"], "a folder with config.json"),
+    "no checkpoint": (["--model={tmp}", "--output={tmp}/out"], "has no config.json"),
+    "full output": (["--model={in}", "--output={in}"], "exists and is not empty"),
 }
 
 
@@ -65,6 +65,6 @@ def test_damaged_input_leaves_no_output(tmp_path, capsys):
     tensors = folders.tensors_of()
     del tensors["norm.weight"]
     folders.write(tmp_path / "in", tensors)
-    assert convert(f"--input={tmp_path}/in", f"--output={tmp_path}/out") == 2
+    assert convert(f"--model={tmp_path}/in", f"--output={tmp_path}/out") == 2
     assert "tensor norm.weight is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ def test_totals_of_the_released_models(capsys, name):
 
 
 def test_rows_of_the_table(capsys):
-    shown = [line.split() for line in inspect(capsys, "--model=v4_flash").splitlines()]
+    shown = [line.split() for line in inspect(capsys, "v4_flash").splitlines()]
     rows = {line[0]: line[1:] for line in shown if line}
     path = "stack.period.0.moe.experts.gate_up"
     axes = ["layers", "experts", "pair", "expert_width", "embed"]
@@ -74,7 +74,8 @@ def test_a_folder_is_shown_as_its_files_are(tmp_path, capsys):
 
 BROKEN = {
     "no model": ([], "--model is required"),
-    "positional": (["--model=tiny", "tiny"], "unexpected argument 'tiny'"),
+    "two models": (["--model=tiny", "tiny"], "unexpected argument 'tiny'"),
+    "two words": (["tiny", "nano"], "unexpected argument 'nano'"),
     "unknown name": (["--model=v4_flsh"], "did you mean 'v4_flash'?"),
     "unknown flag": (["--model=tiny", "--jason"], "did you mean --json?"),
     "storage": (["--model=tiny", "--storage=int4"], "storage"),

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from v4jax.cli import main, model_flags
+from v4jax.cli import main
 from v4jax.config import NUMERICS
+from v4jax.config.inference import FrameConfig, InferenceConfig
 from v4jax.tokenizer import PROFILES
 
 ROOT = Path(__file__).parents[2]
@@ -88,8 +90,9 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
 
 
 def test_choices_are_those_of_the_packages():
-    assert set(model_flags.NUMERICS) == set(NUMERICS)
-    assert set(model_flags.PROFILES) == set(PROFILES)
+    choices = get_type_hints(InferenceConfig) | get_type_hints(FrameConfig)
+    assert set(get_args(choices["numerics"])) == set(NUMERICS)
+    assert set(get_args(choices["profile"])) == set(PROFILES)
 
 
 def test_help_does_not_load_jax():

@@ -33,6 +33,22 @@ def test_all_devices_on_expert_by_default(capsys):
     assert data["mesh"] == {"data": 1, "expert": 4, "context": 1, "tensor": 1}
 
 
+def test_the_file_of_an_inference(capsys, tmp_path):
+    """It gives what it says, a flag goes before it; a document for each part reads it."""
+    (tmp_path / "run.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict(dict(\n"
+        "        model='nano', mesh=dict(data=2, expert=2), max_tokens=16384, chunk_tokens=256))\n"
+    )
+    given = (f"--config={tmp_path}/run.py", "--topology=v6e-4")
+    shown = plan(capsys, *given)
+    assert "nano: decode on v6e:2x2 (4 chips, a device each), mesh data=2,expert=2" in shown
+    assert "4 sequences of 16,384 tokens, one token of each" in shown and "float32" in shown
+    shown = plan(capsys, *given, "--regime=prefill", "--mesh=expert=4", "--numerics=bfloat16")
+    assert "1 sequences of 16,384 tokens, 256 tokens of each" in shown and "bfloat16" in shown
+
+
 def test_a_plan_that_does_not_fit_says_so_by_its_status(capsys):
     arguments = ("--model=nano", "--topology=v5e-1", "--batch=100000", "--context=1048576")
     shown = plan(capsys, *arguments, status=1)
@@ -47,6 +63,10 @@ def test_chips(capsys):
 
 
 BROKEN = {
+    "inference to train": (
+        ["--topology=v6e-4", "--regime=train", "--config=run.py"],
+        "--config is of an inference, which --regime=train does not plan",
+    ),
     "no topology": ([], "--topology is required"),
     "topology": (["--topology=v6e-3"], "usual are v6e-1, v6e-4"),
     "mesh": (["--topology=v6e-4", "--mesh=expert=3"], "must multiply to the 4 devices"),

@@ -8,10 +8,10 @@ import fsspec
 import pytest
 from inference import fake_model
 
-from v4jax.cli import main, model_flags
+from v4jax.cli import engine, main
 
 BATCH = {"model": "nano", "input": "docs.jsonl", "output": "answers.jsonl", "summary": "s.json"}
-CONVERT = {"input": "nano", "output": "folder"}
+CONVERT = {"model": "nano", "output": "folder"}
 EVALUATE = {"model": "nano", "answers": "a.jsonl"}
 COMMANDS = [
     ("batch", BATCH, "output"),
@@ -68,7 +68,7 @@ def test_batch_and_its_summary(folder, monkeypatch, capsys):
     """All files of a job are in a bucket; its shards' names are as on a disk."""
     bucket = fsspec.filesystem("memory")
     bucket.pipe_file("/job/docs.jsonl", (folder / "docs.jsonl").read_bytes() * 2)
-    monkeypatch.setattr(model_flags, "load_model", lambda *_: fake_model.FakeModel())
+    monkeypatch.setattr(engine, "load_model", lambda *_: fake_model.FakeModel())
     monkeypatch.setattr("v4jax.inference.Engine", lambda model, _: fake_model.make_engine(model))
     names = {name: f"memory://job/{file}" for name, file in BATCH.items() if name != "model"}
     for shard in ("0/2", "1/2"):

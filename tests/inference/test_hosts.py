@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from absl import flags
 from two_processes import run_two, start_two, wait
 
-from v4jax.cli import host_flags, main
+from v4jax.cli import batch, hosts, main
+from v4jax.cli.hosts import HostFlags
 from v4jax.config import LayerKind
+from v4jax.config.inference import InferenceConfig
 from v4jax.errors import ConfigError
 from v4jax.inference import BatchJob, SamplingOptions, run_batch
 from v4jax.parallel.hosts import Hosts
@@ -116,15 +117,19 @@ def test_a_signal_to_one_ends_both(tmp_path):
 
 def test_flags_that_differ(monkeypatch):
     """Processes of one model with another part of the input each."""
-    values = flags.FlagValues()
-    host_flags.define_host_flags(flags, values)
-    flags.DEFINE_string("shard", None, "", flag_values=values)
-    values(["v4jax", "--process_count=2", "--shard=0/2"])
-    other = values.flag_values_dict() | {"shard": "1/2"}
-    monkeypatch.setattr(host_flags, "start_hosts", lambda values: Hosts("explicit", 0, 2, "h:1"))
-    monkeypatch.setattr("v4jax.parallel.agreement.gather_json", lambda given: [given, other])
+    given = batch.Flags(
+        config=InferenceConfig("nano"),
+        input="docs.jsonl",
+        output="answers.jsonl",
+        shard="0/2",
+        hosts=HostFlags(process_count=2),
+    )
+    monkeypatch.setattr(hosts, "start_hosts", lambda flags: Hosts("explicit", 0, 2, "h:1"))
+    monkeypatch.setattr(
+        "v4jax.parallel.agreement.gather_json", lambda said: [said, said | {"shard": "1/2"}]
+    )
     with pytest.raises(ConfigError) as error:
-        host_flags.start_serving(values)
+        hosts.start_serving(given)
     assert str(error.value) == (
         "--shard is '0/2' for process 0 and '1/2' for process 1, which are to serve one model; "
         "give all of them the same flags. Separate jobs, each with its part of the input, take "

@@ -40,7 +40,7 @@ DRY_RUNS = {
     "slurm_pod": "slurm --nodes=2 --gpus=8 --shards=4 -- batch --model=/m/pro --mesh=expert=16",
     "slurm_train": "slurm --nodes=4 --gpus=8 --account=lab -- train --config=c.py",
     "slurm_s3": "slurm --shards=2 -- batch --model=s3://m/flash --input=gs://t/d --output=s3://t/a",
-    "slurm_convert": "slurm -- convert --input=/models/flash --output=/models/plain",
+    "slurm_convert": "slurm -- convert --model=/models/flash --output=/models/plain",
     "local_batch": "local --devices=4 -- batch --model=nano --input=d.jsonl --output=a.jsonl",
     "local_s3": "local --shards=2 -- batch --model=nano --input=d.jsonl --output=s3://t/a.jsonl",
     "local_shards": "local --shards=2 -- batch --model=nano --input=d.jsonl --output=a.jsonl",

@@ -11,7 +11,9 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from v4jax.cli import host_flags
+from v4jax.cli import hosts as cli
+from v4jax.cli.flags import define, read
+from v4jax.cli.hosts import HostFlags
 from v4jax.errors import V4JaxError
 from v4jax.parallel import make_mesh
 from v4jax.parallel.hosts import find_hosts, start_hosts
@@ -23,9 +25,8 @@ def main() -> None:
         for _ in range(2):
             if sys.argv[1].startswith("--"):
                 values = flags.FlagValues()
-                host_flags.define_host_flags(flags, values)
-                values(sys.argv)
-                host_flags.start_hosts(values)
+                define(HostFlags, values)
+                cli.start_hosts(read(HostFlags, values, values(sys.argv)[1:], "no words"))
             else:
                 start_hosts(find_hosts(), timeout_seconds=float(sys.argv[1]))
     except V4JaxError as error:

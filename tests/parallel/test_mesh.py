@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.config.loading import load_model_config
+from v4jax.config.run import MeshConfig, parse_mesh
 from v4jax.errors import ConfigError
 from v4jax.parallel import Layout, activate, check_mesh, make_mesh, mesh, shard
 from v4jax.parallel.axes import MESH_AXES, RULES
-from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes, parse_mesh
+from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes
 
 
 def abstract_mesh(**sizes):
@@ -28,8 +29,8 @@ def test_axes_and_their_types():
 
 
 def test_parse_mesh():
-    assert parse_mesh("data=2, expert=8") == {"data": 2, "expert": 8}
-    assert parse_mesh("") == {}
+    assert parse_mesh("data=2, expert=8") == MeshConfig(data=2, expert=8)
+    assert parse_mesh("") == MeshConfig()
 
 
 FLAGS = {
@@ -65,8 +66,8 @@ def test_default_sizes_use_all_devices_and_divide_the_model(case):
 
 
 SLICES = {
-    "data": ("data=2,expert=4", [[0, 0, 0, 0], [1, 1, 1, 1]]),
-    "the outermost that they divide": ("expert=8", [[0, 0, 0, 0, 1, 1, 1, 1]]),
+    "data": (MeshConfig(data=2, expert=4), [[0, 0, 0, 0], [1, 1, 1, 1]]),
+    "the outermost that they divide": (MeshConfig(expert=8), [[0, 0, 0, 0, 1, 1, 1, 1]]),
     "by default": (None, [[0, 0, 0, 0, 1, 1, 1, 1]]),
 }
 
@@ -74,12 +75,12 @@ SLICES = {
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_are_joined_along_one_axis(case, monkeypatch):
     """Two slices, or two machines of GPUs, of four devices each."""
-    text, expected = SLICES[case]
+    asked, expected = SLICES[case]
     chips = [Chip(i, slice_index=i % 2) for i in range(8)]
     monkeypatch.setattr(jax, "devices", lambda: chips)
     monkeypatch.setattr(mesh, "Mesh", lambda arranged, *_, **options: arranged)
     monkeypatch.setattr(mesh, "check_mesh", lambda *arguments: None)
-    arranged = choose_mesh(text, load_model_config("v4_flash"))
+    arranged = choose_mesh(asked, load_model_config("v4_flash"))
     slices = np.vectorize(lambda chip: chip.slice_index)(arranged)
     assert slices[:, :, 0, 0].tolist() == expected
 
@@ -88,28 +89,28 @@ def test_slices_that_divide_no_axis(monkeypatch):
     chips = [Chip(i, slice_index=i % 4) for i in range(8)]
     monkeypatch.setattr(jax, "devices", lambda: chips)
     with pytest.raises(ConfigError, match="the devices are 4 slices, joined along one axis, and"):
-        choose_mesh("data=2,expert=2,context=2", load_model_config("v4_flash"))
+        choose_mesh(MeshConfig(data=2, expert=2, context=2), load_model_config("v4_flash"))
 
 
 CHOSEN = {
     "default": (None, dict(data=1, expert=8, context=1, tensor=1)),
-    "asked for": ("context=4,tensor=2", dict(data=1, expert=1, context=4, tensor=2)),
-    "one device": ("data=1", None),
+    "asked for": (MeshConfig(context=4, tensor=2), dict(data=1, expert=1, context=4, tensor=2)),
+    "one device": (MeshConfig(), None),
 }
 
 
-@pytest.mark.parametrize("text, expected", CHOSEN.values(), ids=CHOSEN.keys())
-def test_choose_mesh(text, expected):
-    chosen = choose_mesh(text, load_model_config("tiny"))
+@pytest.mark.parametrize("asked, expected", CHOSEN.values(), ids=CHOSEN.keys())
+def test_choose_mesh(asked, expected):
+    chosen = choose_mesh(asked, load_model_config("tiny"))
     assert (chosen and dict(chosen.shape)) == expected
 
 
 def test_choose_mesh_that_does_not_fit():
     config = load_model_config("tiny")
     with pytest.raises(ConfigError, match=r"mesh.tensor = 8 does not divide model.o_groups = 2"):
-        choose_mesh("tensor=8", config)
+        choose_mesh(MeshConfig(tensor=8), config)
     with pytest.raises(ConfigError, match="= 4; data=2 or expert=4 or context=2 or tensor=4"):
-        choose_mesh("expert=2,tensor=2", config)
+        choose_mesh(MeshConfig(expert=2, tensor=2), config)
 
 
 @dataclasses.dataclass(frozen=True)

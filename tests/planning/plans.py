@@ -2,8 +2,8 @@
 
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.config.run import parse_mesh
 from v4jax.costs import chips
-from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import workload
 
 
@@ -24,7 +24,7 @@ def work(
         load_model_config(model),
         get_numerics("bfloat16" if trains else "released"),
         topology=chips.parse_topology(topology, slices),
-        mesh=parse_mesh(mesh),
+        mesh=parse_mesh(mesh).sizes,
         regime=regime,
         context=context,
         batch=batch,

@@ -73,11 +73,11 @@ def test_the_model_of_a_checkpoint(run):
 
 def test_convert_merges_a_run(run, capsys):
     folder, _, trained = run
-    arguments = [f"--input={folder}/out", f"--run={folder}/run.py", f"--output={folder}/merged"]
+    arguments = [f"--model={folder}/out", f"--run={folder}/run.py", f"--output={folder}/merged"]
     assert main.run(["convert", *arguments]) == 0
     assert "of the adapters' change" in capsys.readouterr().err
     assert same(read_model(folder / "merged"), merge(trained, requantize=True))
-    assert main.run(["convert", f"--input={folder}/out", f"--output={folder}/no", "--step=2"]) == 2
+    assert main.run(["convert", f"--model={folder}/out", f"--output={folder}/no", "--step=2"]) == 2
     assert "give its --run, too" in capsys.readouterr().err
 
 
@@ -86,7 +86,7 @@ def test_convert_merges_adapters(run):
     write_adapters(trained, folder / "adapters")
     base = read_model(folder / "base", "float32")
     assert same(read_adapters(base, folder / "adapters"), trained)
-    arguments = [f"--input={folder}/base", f"--adapters={folder}/adapters", "--format=bfloat16"]
+    arguments = [f"--model={folder}/base", f"--adapters={folder}/adapters", "--format=bfloat16"]
     assert main.run(["convert", *arguments, f"--output={folder}/plain"]) == 0
     written = read_weights(read_model(folder / "plain"))
     for name, value in read_weights(merge(trained, "bfloat16")).items():

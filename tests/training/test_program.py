@@ -7,10 +7,10 @@ from jax.sharding import NamedSharding
 
 from v4jax.cli.plan import training_program
 from v4jax.config import ModelConfig, get_numerics
+from v4jax.config.run import parse_mesh
 from v4jax.costs import chips
 from v4jax.model import take_inventory
 from v4jax.parallel import Layout
-from v4jax.parallel.mesh import parse_mesh
 from v4jax.planning import compile, memory, workload
 
 from .tiny import CSA, WINDOWS
@@ -22,7 +22,7 @@ def plan(config: ModelConfig, topology: str, mesh: str, training: str):
         config,
         get_numerics("bfloat16"),
         topology=chips.parse_topology(topology),
-        mesh=parse_mesh(mesh),
+        mesh=parse_mesh(mesh).sizes,
         regime="train",
         context=512,
         batch=4,

@@ -1,10 +1,15 @@
 """`v4jax batch`: long documents in, answers out."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from v4jax.cli import host_flags, model_flags
+from v4jax.cli import outputs
+from v4jax.cli.hosts import HostFlags, find_hosts, start_serving
+from v4jax.config.inference import InferenceConfig
+from v4jax.errors import RequestError, UnsupportedError
+from v4jax.files import is_same_file
 
 SUMMARY = "reads documents and answers questions about each"
 USAGE = """
@@ -49,98 +54,86 @@ Exit status: 0 when the job is finished, 1 when it is finished and every documen
 """
 
 
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    model_flags.define_model_flags(flags, values)
-    model_flags.define_sampling_flags(flags, values)
-    flags.DEFINE_string("input", None, "JSONL file of documents. Required.", flag_values=values)
-    flags.DEFINE_string(
-        "output", None, "JSONL file that answers are appended to. Required.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "overwrite", False, "Begin anew instead of continuing the output.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "summary", None, "File for the summary as JSON, beside what is printed.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "questions_at_once",
-        4,
-        "Questions of one document answered side by side, each with a copy of its cache.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "shard",
-        None,
-        "Which part of the input to answer: INDEX/COUNT, indices from 0. auto/COUNT takes the "
-        "index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.",
-        flag_values=values,
-    )
-    host_flags.define_host_flags(flags, values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax batch` is told.
+
+    Attributes:
+      input: JSONL file of documents. Required.
+      output: JSONL file that answers are appended to. Required.
+      overwrite: Begin anew instead of continuing the output.
+      summary: File for the summary as JSON, beside what is printed.
+      shard: Which part of the input to answer: INDEX/COUNT, indices from 0. auto/COUNT takes the
+        index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.
+    """
+
+    config: InferenceConfig
+    input: str
+    output: str
+    overwrite: bool = False
+    summary: str | None = None
+    shard: str | None = None
+    hosts: HostFlags
 
 
-def run(values: Any, positional: list[str]) -> int:
+def run(flags: Flags) -> int:
     """Runs the job and prints its summary."""
-    from v4jax.errors import RequestError
-
-    model_flags.require(values, "model", "input", "output")
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}; files are named by flags")
+    from v4jax.cli import engine
     from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
 
-    shard = parse_shard(values.shard) if values.shard else Shard()
-    output = shard.name_file(values.output)
-    summary_file = shard.name_file(values.summary) if values.summary else None
-    sampling = model_flags.build_sampling(values)
-    _join(values)
-    mesh, options = model_flags.plan_engine(values, values.questions_at_once)
+    config = flags.config
+    shard = parse_shard(flags.shard) if flags.shard else Shard()
+    output = shard.name_file(flags.output)
+    summary_file = shard.name_file(flags.summary) if flags.summary else None
+    sampling = engine.build_sampling(config)
+    _join(flags)
+    mesh, options = engine.plan_engine(config)
     job = BatchJob(
-        input=values.input,
+        input=flags.input,
         output=output,
         settings={
             # A mesh, and the chunks it brings by default, change no more than the last bits: a job
             # may continue on another.
-            "model": model_flags.identify_model(values, mesh),
-            "numerics": values.numerics,
-            "weights_seed": values.weights_seed,
+            "model": engine.identify_model(config, mesh),
+            "numerics": config.numerics,
+            "weights_seed": config.weights_seed,
             "frame": vars(options.frame),
-            "chunk_tokens": values.chunk_tokens or model_flags.CHUNK_TOKENS,
+            "chunk_tokens": config.chunk_tokens or engine.CHUNK_TOKENS,
             "questions_at_once": options.questions_at_once,
             "max_tokens": options.max_tokens,
         },
         sampling=sampling,
-        overwrite=values.overwrite,
+        overwrite=flags.overwrite,
         shard=shard,
     )
 
     def work(load_engine: Callable[[], Any]) -> dict[str, Any]:
-        _check_summary(summary_file, {"input": values.input, "output": output})
+        _check_summary(summary_file, {"input": flags.input, "output": output})
         summary = run_batch(job, load_engine)
         print("\n".join(summary.lines()), flush=True)
         if summary_file:
-            _write_summary(summary_file, summary.to_json())
+            outputs.write(summary_file, json.dumps(summary.to_json(), indent=2) + "\n")
         return summary.to_json()
 
-    summary = Summary(**run_together(lambda: model_flags.load_engine(values, mesh, options), work))
+    summary = Summary(**run_together(lambda: engine.load_engine(config, mesh, options), work))
     return 1 if summary.documents and summary.failed == summary.documents else 0
 
 
-def _join(values: Any) -> None:
+def _join(flags: Flags) -> None:
     """Joins the other processes of the job to one model, unless each is a job of its own.
 
     It is where --shard takes an index that differs from process to process. One that is spelled
     out, or that of a Slurm array, is a part of the input for all of them together.
     """
-    from v4jax.errors import UnsupportedError
     from v4jax.parallel import hosts
 
-    found = host_flags.find_hosts(values)
+    found = find_hosts(flags.hosts)
     by_process = hosts.find_index_variable() != hosts.ARRAY_VARIABLE
-    if found.count == 1 or not ((values.shard or "").startswith("auto") and by_process):
-        host_flags.start_serving(values)
+    if found.count == 1 or not ((flags.shard or "").startswith("auto") and by_process):
+        start_serving(flags)
     elif found.environment.endswith("Tpu"):
         raise UnsupportedError(
-            f"{found}: the hosts of a TPU slice serve one model, and --shard={values.shard} would "
+            f"{found}: the hosts of a TPU slice serve one model, and --shard={flags.shard} would "
             "give each another part of the input; name the part of the whole slice, as in "
             "--shard=3/16"
         )
@@ -148,22 +141,9 @@ def _join(values: Any) -> None:
 
 def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
     """Raises now, and not after hours of work, if the summary could not be written."""
-    from v4jax.errors import RequestError
-    from v4jax.files import is_same_file
-
     if not summary:
         return
     for name, path in others.items():
         if is_same_file(summary, path):
             raise RequestError(f"--summary and --{name} are the same file, {summary}")
-    model_flags.check_writable("summary", summary)
-
-
-def _write_summary(path: str, content: dict[str, Any]) -> None:
-    from v4jax.errors import V4JaxError
-    from v4jax.files import to_path
-
-    try:
-        to_path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise V4JaxError(f"cannot write {path}: {error.strerror or error}") from error
+    outputs.check_writable("summary", summary)

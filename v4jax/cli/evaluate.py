@@ -5,7 +5,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from v4jax.cli import host_flags, model_flags
+from v4jax.cli import outputs
+from v4jax.cli.hosts import HostFlags, start_serving
+from v4jax.config.inference import InferenceConfig
+from v4jax.errors import RequestError
 
 SUMMARY = "needle accuracy by length and depth, as a table and a picture"
 USAGE = """
@@ -21,74 +24,74 @@ The same seed gives the same texts and questions. A text is read once for all it
 """
 
 
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    model_flags.define_model_flags(flags, values)
-    flags.DEFINE_list(
-        "lengths", ["4096", "16384"], "Bytes of text, one column each.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "questions",
-        ["20"],
-        "Questions in a cell; one number for all lengths, or one for each.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("depths", 5, "Groups of equal depth, one row each.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of texts and questions.", flag_values=values)
-    flags.DEFINE_string(
-        "folder",
-        None,
-        "Text files to hide the sentences in; by default documentation and sources of Python.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("questions_at_once", 4, "Answered side by side.", flag_values=values)
-    flags.DEFINE_string("answers", None, "File for every answer, as JSONL.", flag_values=values)
-    flags.DEFINE_string("plot", None, "File for the grid as PNG.", flag_values=values)
-    flags.DEFINE_boolean("json", False, "Print JSON instead of a table.", flag_values=values)
-    host_flags.define_host_flags(flags, values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax evaluate` is told.
+
+    Attributes:
+      lengths: Bytes of text, one column each.
+      questions: Questions in a cell; one number for all lengths, or one for each.
+      depths: Groups of equal depth, one row each.
+      seed: Of texts and questions.
+      folder: Text files to hide the sentences in; by default documentation and sources of Python.
+      answers: File for every answer, as JSONL.
+      plot: File for the grid as PNG.
+      json: Print JSON instead of a table.
+    """
+
+    config: InferenceConfig = dataclasses.field(metadata={"without": ("sampling",)})
+    lengths: tuple[int, ...] = (4096, 16384)
+    questions: tuple[int, ...] = (20,)
+    depths: int = 5
+    seed: int = 0
+    folder: str | None = None
+    answers: str | None = None
+    plot: str | None = None
+    json: bool = False
+    hosts: HostFlags
+
+    def __post_init__(self):
+        for name, values, least in (
+            ("lengths", self.lengths, 512),
+            ("questions", self.questions, 1),
+            ("depths", [self.depths], 1),
+        ):
+            if not values or min(values) < least:
+                raise RequestError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if len(self.questions) not in (1, len(self.lengths)):
+            raise RequestError(
+                f"--questions takes one number, or one for each of {len(self.lengths)} lengths, "
+                f"got {len(self.questions)}"
+            )
 
 
-def run(values: Any, positional: list[str]) -> int:
+def run(flags: Flags) -> int:
     """Prints the grid."""
-    from v4jax.errors import RequestError
+    from v4jax.cli import engine
     from v4jax.inference import run_together
 
-    model_flags.require(values, "model")
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}; see v4jax evaluate --help")
-    lengths = _numbers(values, "lengths", least=512)
-    questions = _numbers(values, "questions", least=1)
-    if len(questions) not in (1, len(lengths)):
-        raise RequestError(
-            f"--questions takes one number, or one for each of {len(lengths)} lengths, got "
-            f"{len(questions)}"
-        )
-    per_length = dict(zip(lengths, questions * len(lengths), strict=False))
-    if values.depths < 1:
-        raise RequestError(f"--depths must be at least 1, got {values.depths}")
-    host_flags.start_serving(values)
-    mesh, options = model_flags.plan_engine(values, values.questions_at_once)
+    start_serving(flags)
+    mesh, options = engine.plan_engine(flags.config)
     return run_together(
-        lambda: model_flags.load_engine(values, mesh, options),
-        lambda load_engine: _evaluate(values, lengths, per_length, load_engine),
+        lambda: engine.load_engine(flags.config, mesh, options),
+        lambda load_engine: _evaluate(flags, load_engine),
     )
 
 
-def _evaluate(
-    values: Any, lengths: list[int], per_length: dict[int, int], load_engine: Callable[[], Any]
-) -> int:
+def _evaluate(flags: Flags, load_engine: Callable[[], Any]) -> int:
     from v4jax import log
     from v4jax.cli import needle_grid
     from v4jax.pictures import make_figure
 
     # All of this is said before anything is read, which may take long.
     for name in ("answers", "plot"):
-        if getattr(values, name):
-            model_flags.check_writable(name, getattr(values, name))
-    if values.plot:
+        if getattr(flags, name):
+            outputs.check_writable(name, getattr(flags, name))
+    if flags.plot:
         make_figure(needle_grid.MISSING)
+    per_length = dict(zip(flags.lengths, flags.questions * len(flags.lengths), strict=False))
     texts = needle_grid.draw_texts(
-        lengths, values.depths, per_length.__getitem__, values.seed, values.folder
+        flags.lengths, flags.depths, per_length.__getitem__, flags.seed, flags.folder
     )
 
     engine = load_engine()
@@ -99,42 +102,20 @@ def _evaluate(
             for name, code, answer in answers:
                 line = {"length": text.length, "name": name, "code": code, "answer": answer}
                 written.append(json.dumps(line, ensure_ascii=False) + "\n")
-            if values.answers:  # after each text: reading the next may take long
-                _write(values.answers, "".join(written))
+            if flags.answers:  # after each text: reading the next may take long
+                outputs.write(flags.answers, "".join(written))
 
-        cells = needle_grid.ask_texts(engine, texts, values.depths, on_text, progress.advance)
-    if values.json:
+        cells = needle_grid.ask_texts(engine, texts, flags.depths, on_text, progress.advance)
+    model = flags.config.model
+    if flags.json:
         rows = [dataclasses.asdict(cell) | {"accuracy": cell.accuracy} for cell in cells]
-        print(json.dumps({"model": values.model, "depths": values.depths, "cells": rows}, indent=2))
+        print(json.dumps({"model": model, "depths": flags.depths, "cells": rows}, indent=2))
     else:
-        _print_table(values.model, cells, values.depths)
-    if values.plot:
-        title = f"{values.model}: codes found"
-        needle_grid.plot_cells(cells, values.depths, title, values.plot)
-        log.info(f"evaluate: wrote {values.plot}")
+        _print_table(model, cells, flags.depths)
+    if flags.plot:
+        needle_grid.plot_cells(cells, flags.depths, f"{model}: codes found", flags.plot)
+        log.info(f"evaluate: wrote {flags.plot}")
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    from v4jax.errors import V4JaxError
-    from v4jax.files import to_path
-
-    try:
-        to_path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise V4JaxError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _numbers(values: Any, flag: str, *, least: int) -> list[int]:
-    from v4jax.errors import RequestError
-
-    try:
-        numbers = [int(text) for text in getattr(values, flag)]
-    except ValueError as error:
-        raise RequestError(f"--{flag} takes whole numbers, got {getattr(values, flag)}") from error
-    if not numbers or min(numbers) < least:
-        raise RequestError(f"--{flag} must be at least {least}, got {numbers}")
-    return numbers
 
 
 def _print_table(model: str, cells: list, depths: int) -> None:

@@ -1,11 +1,14 @@
 """`v4jax generate`: one prompt, answered in the terminal while it is written."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from v4jax.cli import host_flags, model_flags
+from v4jax.cli.hosts import HostFlags, start_serving
+from v4jax.config.inference import InferenceConfig
+from v4jax.errors import RequestError
 
 SUMMARY = "answers one prompt, streaming to the terminal"
 USAGE = """
@@ -18,34 +21,33 @@ JSON object per line.
   v4jax generate --model=nano --prompt=hello --temperature=0.8 --seed=7 --max_new_tokens=64
 """
 
-
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    model_flags.define_model_flags(flags, values)
-    model_flags.define_sampling_flags(flags, values)
-    flags.DEFINE_string(
-        "prompt", None, "What to answer; - reads it from stdin. Required.", flag_values=values
-    )
-    host_flags.define_host_flags(flags, values)
+HINT = "quote a prompt with spaces: --prompt='…'"
 
 
-def run(values: Any, positional: list[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax generate` is told.
+
+    Attributes:
+      prompt: What to answer; - reads it from stdin. Required.
+    """
+
+    config: InferenceConfig = dataclasses.field(metadata={"without": ("questions_at_once",)})
+    prompt: str
+    hosts: HostFlags
+
+
+def run(flags: Flags) -> int:
     """Answers the prompt."""
-    from v4jax.errors import RequestError
-
-    model_flags.require(values, "model", "prompt")
-    if positional:
-        raise RequestError(
-            f"unexpected argument {positional[0]!r}; quote a prompt with spaces: --prompt='…'"
-        )
     from v4jax import log
+    from v4jax.cli import engine
     from v4jax.inference import Question, run_together
 
     # All but stdin, which is that of process 0 alone, is checked before anything is loaded.
-    given = None if values.prompt == "-" else _check_prompt(values.prompt)
-    sampling = model_flags.build_sampling(values)
-    host_flags.start_serving(values)
-    mesh, options = model_flags.plan_engine(values)
+    given = None if flags.prompt == "-" else _check_prompt(flags.prompt)
+    sampling = engine.build_sampling(flags.config)
+    start_serving(flags)
+    mesh, options = engine.plan_engine(flags.config, asks=False)
 
     def work(load_engine: Callable[[], Any]) -> int:
         text = _check_prompt(_read_stdin()) if given is None else given
@@ -58,7 +60,7 @@ def run(values: Any, positional: list[str]) -> int:
         )
         return 0
 
-    return run_together(lambda: model_flags.load_engine(values, mesh, options), work)
+    return run_together(lambda: engine.load_engine(flags.config, mesh, options), work)
 
 
 def _show(parts: Iterable[Any]) -> Any:
@@ -92,8 +94,6 @@ def _show(parts: Iterable[Any]) -> Any:
 
 
 def _check_prompt(text: str) -> str:
-    from v4jax.errors import RequestError
-
     if not text.strip():
         raise RequestError(f"--prompt must not be empty, got {text[:20]!r}")
     return text

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 SUMMARY = "lists a model's parameters: shape, format, bytes, logical axes, totals"
 USAGE = """
@@ -11,57 +11,49 @@ Allocates nothing and reads headers only, so it works for any size on any machin
 appears once, with its repeats as the leading axis "layers". Totals count weights alone, neither
 scales nor routing tables.
 
-  v4jax inspect --model=v4_flash
-  v4jax inspect --model=/models/v4-flash --json
-  v4jax inspect --model=nano --storage=float32
+  v4jax inspect v4_flash
+  v4jax inspect /models/v4-flash --json
+  v4jax inspect nano --storage=float32
 """
-STORAGES = ("released", "float32", "bfloat16")
 PLAIN_WIDTH = 160  # columns where the output is no terminal
 
 
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    flags.DEFINE_string(
-        "model",
-        None,
-        "Checkpoint folder, or the name of a packaged configuration. Required.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "storage",
-        "released",
-        STORAGES,
-        "How a configuration's parameters are kept; a folder's are kept as its files are.",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean("json", False, "Print JSON instead of a table.", flag_values=values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax inspect` is told.
+
+    Attributes:
+      model: Checkpoint folder, or the name of a packaged configuration. Required; "--model=" may be
+        left out.
+      storage: How a configuration's parameters are kept; a folder's are kept as its files are.
+      json: Print JSON instead of a table.
+    """
+
+    model: str = dataclasses.field(metadata={"positional": True})
+    storage: Literal["released", "float32", "bfloat16"] = "released"
+    json: bool = False
 
 
-def run(values: Any, positional: list[str]) -> int:
+def run(flags: Flags) -> int:
     """Prints the table."""
     from v4jax.checkpoint import census, read_abstract, total
-    from v4jax.cli import model_flags
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
-    from v4jax.errors import RequestError
     from v4jax.files import is_remote
     from v4jax.model import abstract_transformer
 
-    model_flags.require(values, "model")
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}; the model is --model=…")
-    if is_remote(values.model) or os.path.isdir(values.model):
-        model = read_abstract(values.model)
+    if is_remote(flags.model) or os.path.isdir(flags.model):
+        model = read_abstract(flags.model)
     else:
-        config = load_model_config(values.model)
-        model = abstract_transformer(config, get_numerics("released"), storage=values.storage)
+        config = load_model_config(flags.model)
+        model = abstract_transformer(config, get_numerics("released"), storage=flags.storage)
     entries = census(model)
     totals = total(entries)
-    if values.json:
+    if flags.json:
         rows = [dataclasses.asdict(entry) for entry in entries]
         print(json.dumps({"parameters": rows, "totals": dataclasses.asdict(totals)}, indent=2))
     else:
-        _print_table(values.model, entries, totals)
+        _print_table(flags.model, entries, totals)
     return 0
 
 

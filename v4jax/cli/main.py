@@ -23,6 +23,7 @@ from types import ModuleType
 
 from absl import flags
 
+from v4jax.cli.flags import define, read
 from v4jax.errors import V4JaxError
 
 # In the order of a newcomer's interest; a verb appears once its module exists.
@@ -123,19 +124,20 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     verb = _load(name)
     values = flags.FlagValues()
-    verb.define(flags, values)
+    define(verb.Flags, values)
     options = rest[: rest.index("--")] if "--" in rest else rest
     if any(option in _HELP for option in options):
         print(describe_verb(name, verb, values))
         return 0
     values.set_gnu_getopt(True)
     try:
-        positional = values([f"v4jax {name}", *rest])[1:]
+        words = values([f"v4jax {name}", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
         nearest = difflib.get_close_matches(error.flagname, list(values), n=1)
         hint = f"did you mean --{nearest[0]}?" if nearest else f"see v4jax {name} --help"
         raise flags.Error(f"unknown flag --{error.flagname}; {hint}") from error
-    return verb.run(values, positional)
+    hint = getattr(verb, "HINT", f"see v4jax {name} --help")
+    return verb.run(read(verb.Flags, values, words, hint))
 
 
 def describe_program() -> str:

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, Literal
+
+from v4jax.config.inference import InferenceConfig
+from v4jax.config.run import MeshConfig
+from v4jax.errors import RequestError
 
 SUMMARY = "says what fits on which chips and how fast it can be, without any chip"
 USAGE = """
@@ -15,6 +19,7 @@ device runs them, and bounds the time of a step by the chip's published peaks. A
   v4jax plan --model=v4_flash --topology=v5p:4x4x8 --mesh=data=8,expert=16 --regime=train
     --context=4096 --batch=128
   v4jax plan --model=v4_flash --topology=v6e-16 --batch=4 --compile
+  v4jax plan --config=configs/inference/flash_v6e_16.py --topology=v6e-16
   v4jax plan --chips   the figures of every chip and their sources
 
 Mesh axes are data, expert, context and tensor; what each splits stands in v4jax/parallel/axes.py.
@@ -22,118 +27,113 @@ v5p and tpu7x slices are named by TensorCores, two a chip: v5p-16 has 8 chips, a
 """
 
 
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    flags.DEFINE_string(
-        "model",
-        "v4_flash",
-        "Checkpoint folder with config.json, or the name of a packaged configuration.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "topology", None, "Slice: v6e-16, v5p:2x2x4, tpu7x-8, h100-8. Required.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "slices",
-        1,
-        "How many such slices, joined by the data-center network along the mesh axis data.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "mesh",
-        None,
-        "Sizes of the mesh axes, such as data=2,expert=8; their product is the number of devices. "
-        "By default all devices on expert.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "regime",
-        "decode",
-        ("decode", "prefill", "train"),
-        "decode: one token of every sequence; prefill: a chunk of every sequence; train: a step.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "context", 1048576, "Tokens of a sequence, prompt and answer together.", flag_values=values
-    )
-    flags.DEFINE_integer("batch", 1, "Sequences, over all devices.", flag_values=values)
-    flags.DEFINE_integer(
-        "chunk",
-        None,
-        "Prefill: tokens of a sequence that a step reads. By default 1024 per device.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "training",
-        "adamw",
-        ("adamw", "muon", "lora"),
-        "Train: what has gradients and optimizer state. lora keeps the base as released.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("lora_rank", 16, "Train: rank of the adapters.", flag_values=values)
-    flags.DEFINE_enum(
-        "numerics",
-        None,
-        ("float32", "bfloat16", "released"),
-        "How the computation rounds. By default released, and bfloat16 in training.",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean("json", False, "Print JSON instead of text.", flag_values=values)
-    flags.DEFINE_boolean(
-        "compile",
-        False,
-        "Also compile the step with the TPU compiler (libtpu), which takes minutes, and print what "
-        "it says beside the plan.",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean("chips", False, "Print the table of chips.", flag_values=values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax plan` is told.
+
+    Attributes:
+      config: Python file of an inference (configs/inference), as batch takes it. It gives model,
+        numerics and mesh, --context by its max_tokens, --chunk by its chunk_tokens, and --batch:
+        its questions_at_once in decode, one document for each part of data in prefill. Flags that
+        are given go before it.
+      model: Checkpoint folder with config.json, or the name of a packaged configuration. By default
+        that of --config, else v4_flash.
+      topology: Slice: v6e-16, v5p:2x2x4, tpu7x-8, h100-8. Required.
+      slices: How many such slices, joined by the data-center network along the mesh axis data.
+      mesh: Sizes of the mesh axes, such as data=2,expert=8; their product is the number of devices.
+        By default all devices on expert.
+      regime: decode: one token of every sequence; prefill: a chunk of every sequence; train: a
+        step.
+      context: Tokens of a sequence, prompt and answer together. By default 1048576.
+      batch: Sequences, over all devices. By default 1.
+      chunk: Prefill: tokens of a sequence that a step reads. By default 1024 per device.
+      training: Train: what has gradients and optimizer state. lora keeps the base as released.
+      lora_rank: Train: rank of the adapters.
+      numerics: How the computation rounds. By default released, and bfloat16 in training.
+      json: Print JSON instead of text.
+      compile: Also compile the step with the TPU compiler (libtpu), which takes minutes, and print
+        what it says beside the plan.
+      chips: Print the table of chips.
+    """
+
+    config: str | None = None
+    model: str | None = None
+    topology: str | None = None
+    slices: int = 1
+    mesh: MeshConfig | None = None
+    regime: Literal["decode", "prefill", "train"] = "decode"
+    context: int | None = None
+    batch: int | None = None
+    chunk: int | None = None
+    training: Literal["adamw", "muon", "lora"] = "adamw"
+    lora_rank: int = 16
+    numerics: Literal["float32", "bfloat16", "released"] | None = None
+    json: bool = False
+    compile: bool = False
+    chips: bool = False
 
 
-def run(values: Any, positional: list[str]) -> int:
+def run(flags: Flags) -> int:
     """Prints the plan; exit status 1 where it does not fit."""
-    from v4jax.errors import RequestError
-
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}; plan takes flags only")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: leave accelerators alone
-    if values.chips:
-        return _print_chips(values)
-    return _print_plan(values)
+    return _print_chips(flags) if flags.chips else _print_plan(_complete(flags))
 
 
-def _print_plan(values: Any) -> int:
-    from v4jax.cli import model_flags
+def _complete(flags: Flags) -> Flags:
+    """Returns the flags with what --config and the defaults say where they are silent."""
+    if not flags.topology:
+        raise RequestError("--topology is required; --help shows examples")
+    trains = flags.regime == "train"
+    defaults = {"model": "v4_flash", "context": 1 << 20, "batch": 1}
+    defaults["numerics"] = "bfloat16" if trains else "released"
+    if flags.config:
+        from v4jax.config.loading import load_run
+
+        if trains:
+            raise RequestError("--config is of an inference, which --regime=train does not plan")
+        config = load_run(InferenceConfig, flags.config)
+        mesh = flags.mesh or config.mesh
+        documents = mesh.data if mesh else 1
+        defaults |= {
+            "model": config.model,
+            "numerics": config.numerics,
+            "mesh": config.mesh,
+            "context": config.max_tokens or defaults["context"],
+            "chunk": config.chunk_tokens,
+            "batch": config.questions_at_once if flags.regime == "decode" else documents,
+        }
+    silent = {name for name in defaults if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **{name: defaults[name] for name in silent})
+
+
+def _print_plan(flags: Flags) -> int:
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
     from v4jax.costs import chips
-    from v4jax.parallel.mesh import parse_mesh
     from v4jax.planning import report, workload
 
-    model_flags.require(values, "model", "topology")
-    topology = chips.parse_topology(values.topology, values.slices)
-    mesh = parse_mesh(values.mesh or f"expert={topology.devices}")
-    trains = values.regime == "train"
+    topology = chips.parse_topology(flags.topology, flags.slices)
     work = workload.build_workload(
-        load_model_config(values.model),
-        get_numerics(values.numerics or ("bfloat16" if trains else "released")),
+        load_model_config(flags.model),
+        get_numerics(flags.numerics),
         topology=topology,
-        mesh=mesh,
-        regime=values.regime,
-        context=values.context,
-        batch=values.batch,
-        chunk=values.chunk,
-        training=values.training,
-        lora_rank=values.lora_rank,
+        mesh=(flags.mesh or MeshConfig(expert=topology.devices)).sizes,
+        regime=flags.regime,
+        context=flags.context,
+        batch=flags.batch,
+        chunk=flags.chunk,
+        training=flags.training,
+        lora_rank=flags.lora_rank,
     )
-    plan = report.make_plan(values.model, work)
+    plan = report.make_plan(flags.model, work)
     data, text = report.as_data(plan), report.as_text(plan)
-    if values.compile:
+    if flags.compile:
         from v4jax.planning import compile as compiler
 
         compiled = compiler.compile_step(work, _programs()[work.regime])
         data["compiled"] = dataclasses.asdict(compiled) | {"total": compiled.total}
         text += "\n\n" + compiler.as_text(compiled, plan.held)
-    print(json.dumps(data, indent=2) if values.json else text)
+    print(json.dumps(data, indent=2) if flags.json else text)
     return 0 if plan.fits else 1
 
 
@@ -164,10 +164,10 @@ def training_program(work: Any, layout: Any) -> Any:
     return abstract_program(config, work.config, layout, work.storage)
 
 
-def _print_chips(values: Any) -> int:
+def _print_chips(flags: Flags) -> int:
     from v4jax.costs import chips
 
-    if values.json:
+    if flags.json:
         rows = {name: dataclasses.asdict(chip) for name, chip in chips.CHIPS.items()}
         print(json.dumps(rows, indent=2))
         return 0

@@ -4,7 +4,8 @@ import ast
 import dataclasses
 from typing import Any
 
-from v4jax.cli import host_flags
+from v4jax.cli.hosts import HostFlags, start_hosts
+from v4jax.errors import RequestError
 
 SUMMARY = "trains a model, or goes on where training stopped"
 USAGE = """
@@ -29,79 +30,66 @@ Exit status: 0 finished, 143 stopped by a signal with a checkpoint, 2 an error.
 STOPPED = 143
 
 
-def define(flags: Any, values: Any) -> None:
-    """Defines the flags."""
-    flags.DEFINE_string(
-        "config",
-        None,
-        "Python file whose get_config() describes the run; see configs/train and "
-        "configs/finetune. Required.",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        "set",
-        [],
-        "FIELD=VALUE puts a value in place of the file's: --set=steps=100 "
-        "--set=optimizer.rate=1e-4. May be repeated.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "output", None, "Folder of the run, in place of the configuration's.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "export", True, "Write the finished model to OUTPUT/model.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "dry_run", False, "Print the run as configured, and stop.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "plot",
-        None,
-        "Only draw the metrics of a run, finished or not, given its output folder, to run.png "
-        "there (needs matplotlib).",
-        flag_values=values,
-    )
-    host_flags.define_host_flags(flags, values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What `v4jax train` is told.
+
+    Attributes:
+      config: Python file whose get_config() describes the run; see configs/train and
+        configs/finetune. Required.
+      set: FIELD=VALUE puts a value in place of the file's: --set=steps=100
+        --set=optimizer.rate=1e-4. May be repeated.
+      output: Folder of the run, in place of the configuration's.
+      export: Write the finished model to OUTPUT/model.
+      dry_run: Print the run as configured, and stop.
+      plot: Only draw the metrics of a run, finished or not, given its output folder, to run.png
+        there (needs matplotlib).
+    """
+
+    config: str | None = None
+    set: tuple[str, ...] = dataclasses.field(default=(), metadata={"repeated": True})
+    output: str | None = None
+    export: bool = True
+    dry_run: bool = False
+    plot: str | None = None
+    hosts: HostFlags
 
 
-def run(values: Any, positional: list[str]) -> int:
+def run(flags: Flags) -> int:
     """Trains."""
     from v4jax.config.loading import load_run
     from v4jax.config.run import TrainConfig
-    from v4jax.errors import RequestError
 
-    if positional:
-        raise RequestError(f"unexpected argument {positional[0]!r}; see v4jax train --help")
-    if values.plot:
+    if flags.plot:
         from v4jax.files import to_path
         from v4jax.training.plots import plot_run
 
-        print(plot_run(to_path(values.plot) / "metrics.jsonl"))
+        print(plot_run(to_path(flags.plot) / "metrics.jsonl"))
         return 0
-    if not values.config:
+    if not flags.config:
         raise RequestError("--config is required; --help shows examples")
-    changes = dict(_parse_change(text) for text in values.set)
-    if values.output:
-        changes["output"] = values.output
-    config = load_run(TrainConfig, values.config, changes)
-    if values.dry_run:
+    changes = dict(_parse_change(text) for text in flags.set)
+    if flags.output:
+        changes["output"] = flags.output
+    config = load_run(TrainConfig, flags.config, changes)
+    if flags.dry_run:
         _show(config)
         _show_size(config)
         return 0
-    host_flags.start_hosts(values)
+    start_hosts(flags.hosts)
 
     from v4jax import log
     from v4jax.training.trainer import Trainer
 
     trainer = Trainer(config)
     try:
-        if values.export:
+        if flags.export:
             _check_export(trainer)
         ended = trainer.run()
         _draw(trainer.metrics.path)
         if ended == "stopped":
             return STOPPED
-        if values.export:
+        if flags.export:
             exported = trainer.folder / "model" if trainer.has_exported() else trainer.export()
             if log.speaks():
                 print(exported)
@@ -112,8 +100,6 @@ def run(values: Any, positional: list[str]) -> int:
 
 def _check_export(trainer: Any) -> None:
     """Refuses to train what cannot be exported at the end, as a model of fewer steps is there."""
-    from v4jax.errors import RequestError
-
     if trainer.step < trainer.config.steps and trainer.has_exported():
         raise RequestError(
             f"{trainer.folder / 'model'} exists, and the run goes on from step {trainer.step} to "
@@ -137,8 +123,6 @@ def _draw(metrics: Any) -> None:
 
 def _parse_change(text: str) -> tuple[str, Any]:
     """Returns field and value of FIELD=VALUE; a value that is no Python literal is a string."""
-    from v4jax.errors import RequestError
-
     field, equals, value = text.partition("=")
     if not (field and equals):
         raise RequestError(f"--set takes FIELD=VALUE, got {text!r}")

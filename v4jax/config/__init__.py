@@ -2,11 +2,12 @@
 
 Read `model.py` first (every number of the model), then `numerics.py` (how the system rounds),
 `from_hf.py` (a checkpoint's `config.json`), `run.py` (a training run), `data.py` (what it reads),
-and `loading.py` (how files become these).
+`inference.py` (a model that answers), and `loading.py` (how files become these).
 `models/` holds the packaged models.
 """
 
 from v4jax.config.data import DataConfig, SourceConfig
+from v4jax.config.inference import InferenceConfig
 from v4jax.config.model import Layer, LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
 from v4jax.config.numerics import NUMERICS, Numerics, get_numerics
 from v4jax.config.run import TrainConfig
@@ -14,6 +15,7 @@ from v4jax.config.run import TrainConfig
 __all__ = [
     "NUMERICS",
     "DataConfig",
+    "InferenceConfig",
     "Layer",
     "LayerKind",
     "ModelConfig",

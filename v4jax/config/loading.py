@@ -63,20 +63,23 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
 
 
 def load_run(
-    dataclass_type: type, path: str | pathlib.Path, changes: Mapping[str, Any] | None = None
+    dataclass_type: type,
+    path: str | pathlib.Path | None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """Returns the run that a Python file's `get_config()` describes, as a `dataclass_type`.
 
     Args:
+      path: None for a run that `changes` describe alone.
       changes: values to put in place of the file's, by dotted path, such as {"data.batch": 8}.
 
     Raises:
       ConfigError: no such file, a path that leads nowhere, or a broken rule.
     """
-    file = pathlib.Path(path)
-    if file.suffix != ".py" or not file.is_file():
+    file = pathlib.Path(path) if path else None
+    if file and (file.suffix != ".py" or not file.is_file()):
         raise ConfigError(f"config must be a Python file with get_config(), got {str(path)!r}")
-    config = _run_file(file)
+    config = _run_file(file) if file else ml_collections.ConfigDict()
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{path}: get_config() must return a ConfigDict, got {config!r}")
     with config.unlocked():

@@ -34,6 +34,34 @@ class MeshConfig:
     tensor: int = 1
     slices: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis → size."""
+        return {axis: getattr(self, axis) for axis in _AXES}
+
+
+_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig) if field.type is int)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Returns the mesh that a text such as "data=2,expert=8" names; other sizes are 1.
+
+    Raises:
+      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, equals, size = (piece.strip() for piece in part.partition("="))
+        if axis not in _AXES or not equals or axis in sizes:
+            raise ConfigError(
+                f"mesh must name each of {', '.join(_AXES)} at most once, such as "
+                f"data=1,expert=16; got {text!r}"
+            )
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:

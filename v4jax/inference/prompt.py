@@ -8,6 +8,7 @@ where the document ends: everything before is the same for all questions and is 
 
 from dataclasses import dataclass
 
+from v4jax.config.inference import FrameConfig
 from v4jax.errors import RequestError
 from v4jax.tokenizer import Piece, encode_pieces, render_messages
 
@@ -15,21 +16,8 @@ _HERE = "here"  # stands for the user's words while the frame is rendered
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What surrounds the user's words.
-
-    Attributes:
-      system: the system message.
-      thinking: lets the model reason before it answers.
-      effort: how long to reason (`"max"`: as long as it takes); only with `thinking`.
-      profile: the generation of checkpoints, which says what an effort means; a key of
-        `tokenizer.PROFILES`.
-    """
-
-    system: str | None = None
-    thinking: bool = False
-    effort: str | None = None
-    profile: str = "preview"
+class Frame(FrameConfig):
+    """What surrounds the user's words, checked, and the prompts that it makes."""
 
     def __post_init__(self):
         if self.effort and not self.thinking:

@@ -7,28 +7,15 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from v4jax.config.inference import SamplingConfig
 from v4jax.errors import RequestError
 
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How the tokens of an answer are chosen.
-
-    Attributes:
-      temperature: divides the logits; 0 is greedy: the most probable token, whatever the rest says.
-      top_p: keeps the most probable tokens that together reach this probability, in (0, 1].
-      top_k: keeps so many of the most probable tokens; 0 keeps all.
-      seed: the same seed and prompt give the same answer.
-      max_new_tokens: ends an answer that has not ended itself, at least 1.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    max_new_tokens: int = 256
+class SamplingOptions(SamplingConfig):
+    """How the tokens of an answer are chosen, checked."""
 
     def __post_init__(self):
         _check_number("temperature", self.temperature, "at least 0", lambda t: t >= 0)

@@ -8,28 +8,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from v4jax.config import ModelConfig
+from v4jax.config.run import MeshConfig
 from v4jax.errors import ConfigError
 from v4jax.parallel.axes import MESH_AXES, RULES, Regime
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns mesh axis → size of "data=2,expert=8".
-
-    Raises:
-      ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        axis, equals, size = (piece.strip() for piece in part.partition("="))
-        if axis not in MESH_AXES or not equals or axis in sizes:
-            raise ConfigError(
-                f"mesh must name each of {', '.join(MESH_AXES)} at most once, such as "
-                f"data=1,expert=16; got {text!r}"
-            )
-        if not size.isdigit() or int(size) < 1:
-            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
-        sizes[axis] = int(size)
-    return sizes
 
 
 def make_mesh(
@@ -72,27 +53,26 @@ def make_mesh(
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def choose_mesh(text: str | None, config: ModelConfig) -> Mesh | None:
-    """Returns the mesh over all devices that `text` describes, or None for one device alone.
+def choose_mesh(asked: MeshConfig | None, config: ModelConfig) -> Mesh | None:
+    """Returns the mesh over all devices that is asked for, or None for one device alone.
 
     Args:
-      text: such as "expert=8"; sizes whose product is 1 leave further devices unused. None: one
-        device where there is one, else `default_sizes`.
+      asked: sizes whose product is 1 leave further devices unused. None: one device where there is
+        one, else `default_sizes`.
 
     Raises:
-      ConfigError: the text names no mesh of these devices, or it does not divide the model.
+      ConfigError: it is no mesh of these devices, or does not divide the model.
     """
     devices = jax.devices()
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if text is None:
+    if asked is None:
         if len(devices) == 1:
             return None
-        sizes = default_sizes(config, len(devices))
-    else:
-        sizes = parse_mesh(text)
-        if math.prod(sizes.values()) == 1 and jax.process_count() == 1:
-            return None
-    mesh = make_mesh(**sizes, slices=_lay_slices(sizes, slices))
+        asked = MeshConfig(**default_sizes(config, len(devices)))
+    elif math.prod(asked.sizes.values()) == 1 and jax.process_count() == 1:
+        return None
+    joined = dict(asked.slices) or _lay_slices(asked.sizes, slices)
+    mesh = make_mesh(**asked.sizes, slices=joined)
     check_mesh(mesh, config, "prefill")
     return mesh
 

@@ -315,7 +315,7 @@ class Trainer:
 
 def load_model(config: TrainConfig) -> Transformer:
     """Returns the model that a run starts from, on the run's mesh."""
-    sizes = {name: getattr(config.mesh, name) for name in ("data", "expert", "context", "tensor")}
+    sizes = config.mesh.sizes
     mesh = None
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))

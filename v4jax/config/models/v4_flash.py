@@ -1,6 +1,6 @@
 """DeepSeek-V4-Flash: 284 B parameters, 13 B active per token, one million tokens.
 
-    v4jax inspect --model=v4_flash
+    v4jax inspect v4_flash
 
 Source: `config.json` of deepseek-ai/DeepSeek-V4-Flash; technical report arXiv 2606.19348. Every
 number that Flash and Pro share is a default of `v4jax.config.model.ModelConfig`.

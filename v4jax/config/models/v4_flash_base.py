@@ -1,6 +1,6 @@
 """DeepSeek-V4-Flash-Base: the pre-trained model, with every quantized weight in FP8.
 
-    v4jax inspect --model=v4_flash_base
+    v4jax inspect v4_flash_base
 
 Source: `config.json` of deepseek-ai/DeepSeek-V4-Flash-Base; it differs from V4-Flash in
 `expert_dtype` alone.

@@ -1,6 +1,6 @@
 """DeepSeek-V4-Pro: 1.6 T parameters, 49 B active per token, one million tokens.
 
-    v4jax inspect --model=v4_pro
+    v4jax inspect v4_pro
 
 Source: `config.json` of deepseek-ai/DeepSeek-V4-Pro; technical report arXiv 2606.19348. Every
 number that Flash and Pro share is a default of `v4jax.config.model.ModelConfig`.

@@ -1,69 +1,63 @@
-"""The flags of a verb that runs one model on several hosts: which process of the job this is.
+"""The processes of one job: which of them this is, and how they start together."""
 
-Clusters that JAX recognizes (Cloud TPU, GKE TPU, Slurm, Open MPI) need none of them.
-"""
-
+import dataclasses
 import signal
 import threading
 from typing import Any
 
 
-def define_host_flags(flags: Any, values: Any) -> None:
-    """Defines the flags that say which process this is."""
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT where process 0 of several processes listens. Found automatically on Cloud TPU, "
-        "GKE TPU, Slurm and Open MPI.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "process_index", None, "Which process this is, from 0.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_count", None, "How many processes the job has.", flag_values=values
-    )
+@dataclasses.dataclass(frozen=True)
+class HostFlags:
+    """Which process of a job this is. Clusters that JAX recognizes need none of these flags.
+
+    Attributes:
+      coordinator: HOST:PORT where process 0 of several processes listens. Found automatically on
+        Cloud TPU, GKE TPU, Slurm and Open MPI.
+      process_index: Which process this is, from 0.
+      process_count: How many processes the job has.
+    """
+
+    coordinator: str | None = None
+    process_index: int | None = None
+    process_count: int | None = None
 
 
-def find_hosts(values: Any) -> Any:
+def find_hosts(flags: HostFlags) -> Any:
     """Returns the Hosts that flags and environment describe. Starts nothing."""
     from v4jax.parallel import hosts
 
-    return hosts.find_hosts(
-        coordinator=values.coordinator,
-        process_index=values.process_index,
-        process_count=values.process_count,
-    )
+    return hosts.find_hosts(**dataclasses.asdict(flags))
 
 
-def start_hosts(values: Any) -> Any:
+def start_hosts(flags: HostFlags) -> Any:
     """Joins the processes of the job, before any use of a device, and returns the Hosts."""
     from v4jax.parallel import hosts
 
-    return hosts.start_hosts(find_hosts(values))
+    return hosts.start_hosts(find_hosts(flags))
 
 
-def start_serving(values: Any) -> Any:
+def start_serving(flags: Any) -> Any:
     """Joins the processes that serve one model, as `start_hosts`, and compares their commands.
 
     SIGTERM and ctrl-C end each process as they would end a single one.
 
+    Args:
+      flags: of a verb; the field `hosts` says which process this is.
+
     Raises:
       ConfigError: the processes were given different flags.
     """
+    from v4jax.cli.flags import as_dict
     from v4jax.errors import ConfigError
     from v4jax.parallel.agreement import gather_json
 
-    hosts = start_hosts(values)
+    hosts = start_hosts(flags.hosts)
     if hosts.count == 1:
         return hosts
     if threading.current_thread() is threading.main_thread():
         # JAX now handles SIGTERM, and would only note it.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    given = values.flag_values_dict()
-    for name in ("coordinator", "process_index", "process_count"):
-        del given[name]
-    commands = gather_json(given)
+    commands = gather_json(as_dict(dataclasses.replace(flags, hosts=HostFlags())))
     for process, command in enumerate(commands):
         for name, first in commands[0].items():
             if command[name] != first:

@@ -1,0 +1,99 @@
+"""From an InferenceConfig to a model and an engine, for the verbs that answer."""
+
+import os
+from typing import Any
+
+from v4jax.config.inference import InferenceConfig
+
+CHUNK_TOKENS = 4096  # read at once by one device
+CHUNK_TOKENS_PER_DEVICE = 1024  # where a sequence is shared; as `v4jax plan` assumes
+
+
+def build_sampling(config: InferenceConfig) -> Any:
+    """Returns the SamplingOptions of a configuration, checked."""
+    from v4jax.inference import SamplingOptions
+
+    return SamplingOptions(**vars(config.sampling))
+
+
+def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any]:
+    """Returns the mesh over all devices, or None for one alone, and the EngineOptions for it.
+
+    Args:
+      asks: whether questions to documents are answered, `questions_at_once` side by side.
+    """
+    from v4jax.config.loading import load_model_config
+    from v4jax.inference import EngineOptions, Frame
+    from v4jax.parallel.agreement import on_all
+    from v4jax.parallel.mesh import choose_mesh
+
+    frame = Frame(**vars(config.frame))
+    # All of them read config.json, which may be missing on one.
+    mesh = on_all(lambda: choose_mesh(config.mesh, load_model_config(config.model)))
+    sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
+    sharing = sizes["expert"] * sizes["context"]
+    options = EngineOptions(
+        frame=frame,
+        chunk_tokens=config.chunk_tokens or max(CHUNK_TOKENS, CHUNK_TOKENS_PER_DEVICE * sharing),
+        questions_at_once=config.questions_at_once if asks else sizes["data"],
+        max_tokens=config.max_tokens,
+    )
+    options.check_data(sizes["data"])
+    return mesh, options
+
+
+def load_engine(config: InferenceConfig, mesh: Any, options: Any) -> Any:
+    """Returns the Engine of a configuration's model."""
+    from v4jax.inference import Engine
+
+    return Engine(load_model(config, mesh), options)
+
+
+def load_model(config: InferenceConfig, mesh: Any) -> Any:
+    """Returns a configuration's model; says on which devices, and if its weights are random."""
+    import v4jax
+    from v4jax import log
+
+    _say_mesh(config, mesh)
+    name = config.model
+    with log.phase("model", f"loading {name}") as phase:
+        model = v4jax.load(name, numerics=config.numerics, seed=config.weights_seed, mesh=mesh)
+        phase.note(f"{name} is ready")
+    if model.folder is None:
+        log.warning(
+            f"{name} has random weights, no trained ones: its answers mean nothing. They show that "
+            "the machinery works, and how fast"
+        )
+    return model
+
+
+def identify_model(config: InferenceConfig, mesh: Any) -> str:
+    """Returns a name for the model that does not depend on the working directory.
+
+    Weights of a folder are the same on every mesh; random ones are others on a mesh.
+    """
+    from v4jax.config.loading import pretrained_names
+    from v4jax.files import is_remote
+
+    name = config.model
+    if os.path.isdir(name):
+        return os.path.realpath(name)
+    trained = name in pretrained_names() and config.weights_seed is None
+    random = not (trained or is_remote(name))
+    return f"{name} on a mesh" if random and mesh is not None else name
+
+
+def _say_mesh(config: InferenceConfig, mesh: Any) -> None:
+    """Says which devices work, where there are several."""
+    import jax
+
+    from v4jax import log
+
+    count = len(jax.devices())
+    if mesh is None and count > 1:
+        log.once(f"mesh: one device, as --mesh=data=1 says; {count} are here")
+    elif mesh is not None:
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        one = "" if jax.process_count() > 1 else ", --mesh=data=1 takes one device"
+        default = f"; --mesh names another{one}" if config.mesh is None else ""
+        log.once(f"mesh: {sizes}, all {count} devices{default}")

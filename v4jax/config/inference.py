@@ -1,0 +1,91 @@
+"""How a model answers, as data: what files under `configs/inference/` fill.
+
+`v4jax batch`, `generate`, `evaluate` and `plan` take such a file with `--config=FILE.py`. Every
+field is a flag as well, which goes before the file; the `Attributes` here are the flags' help.
+`config.loading.load_run(InferenceConfig, …)` makes one.
+"""
+
+import dataclasses
+from typing import Literal
+
+from v4jax.config.run import MeshConfig
+from v4jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameConfig:
+    """What surrounds the user's words; `inference.Frame` renders it.
+
+    Attributes:
+      system: System message.
+      thinking: Reason before answering.
+      effort: How long to reason, with thinking: "max" for as long as it takes; "high", and with
+        profile 0731 "low".
+      profile: Generation of the checkpoint, which says how an effort is asked for: preview for
+        V4-Flash and V4-Pro, 0731 for V4-Flash-0731 and V4-Pro-0813.
+    """
+
+    system: str | None = None
+    thinking: bool = False
+    effort: str | None = None
+    profile: Literal["preview", "0731"] = "preview"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of an answer are chosen; `inference.SamplingOptions` checks it.
+
+    Attributes:
+      temperature: Divides the logits; 0 takes the most probable token (greedy).
+      top_p: Keeps the most probable tokens that together reach this probability, in (0, 1].
+      top_k: Keeps so many of the most probable tokens; 0 keeps all.
+      seed: The same seed and prompt give the same answer.
+      max_new_tokens: Ends an answer that has not ended itself; at least 1.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceConfig:
+    """One model at work: what it is, where it is and how it answers.
+
+    Attributes:
+      model: Checkpoint folder (released or transformers layout), or a packaged name: nano, a small
+        trained model, or tiny, random weights for trying things out. Required.
+      numerics: How the computation rounds: float32 for parity and research, bfloat16, or released:
+        exactly as the published inference code.
+      weights_seed: Random weights of a packaged configuration, from this seed. Left out: its
+        trained weights where it has some (nano), else seed 0.
+      mesh: Sizes of the mesh axes data, expert, context, tensor, such as expert=8; their product is
+        the number of devices of all hosts. data=1: one device alone. By default all devices on
+        expert, and on context what does not divide the experts. v4jax plan says what fits.
+      chunk_tokens: Tokens read at once. Larger chunks read faster and need more memory. By default
+        4096; on a mesh 1024 for each device that shares a sequence, if that is more.
+      max_tokens: Capacity of the cache, prompt and answer together. By default the length needed,
+        rounded up to a power of two.
+      questions_at_once: Questions of one document answered side by side, each with a copy of its
+        cache.
+      frame: What surrounds the user's words.
+      sampling: How the tokens of an answer are chosen.
+    """
+
+    model: str
+    numerics: Literal["float32", "bfloat16", "released"] = "float32"
+    weights_seed: int | None = None
+    mesh: MeshConfig | None = None
+    chunk_tokens: int | None = None
+    max_tokens: int | None = None
+    questions_at_once: int = 4
+    frame: FrameConfig = FrameConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self):
+        for field in ("chunk_tokens", "max_tokens", "questions_at_once"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"inference.{field} must be at least 1, got {value}")
