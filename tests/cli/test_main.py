@@ -1,5 +1,6 @@
 """The entry point: lists, explains, and answers mistakes in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,15 @@ def test_help_of_a_verb(arguments, capsys):
     assert "--numerics=float32|bfloat16|released (default: float32)\n      How the" in out
 
 
-@pytest.mark.parametrize("name", [n for n in main._VERBS if main._exists(n)])
+@pytest.mark.parametrize("name", main.VERBS)
 def test_every_verb_explains_itself(name, capsys):
     status, out, err = run(name, "--help", capsys=capsys)
     assert (status, err) == (0, "")
     assert f"  v4jax {name}" in out, "an example"
     assert max(map(len, out.splitlines())) <= 110
+    for explained in re.split(r"\n  --", out)[1:]:
+        flag, _, text = explained.partition("\n")
+        assert len(text.split()) >= 2, flag
 
 
 MISTAKES = {

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from training import mini_model
 
 from v4jax.cli import main
 
-NANO = ("--model=nano", "--topology=v6e-4", "--mesh=expert=2,context=2", "--context=16384")
+MODEL = mini_model.__file__
+MINI = (f"--model={MODEL}", "--topology=v6e-4", "--mesh=expert=2,context=2", "--context=16384")
 
 
 def plan(capsys, *arguments: str, status: int = 0) -> str:
@@ -15,21 +17,23 @@ def plan(capsys, *arguments: str, status: int = 0) -> str:
     return capsys.readouterr().out
 
 
-def test_plan_of_nano(capsys):
-    shown = plan(capsys, *NANO, "--batch=2")
-    assert "nano: decode on v6e:2x2 (4 chips, a device each), mesh expert=2,context=2" in shown
+def test_text(capsys):
+    shown = plan(capsys, *MINI, "--batch=2")
+    assert f"{MODEL}: decode on v6e:2x2 (4 chips, a device each), mesh expert=2,context=2" in shown
     for part in ("bytes of one device", "fits: ", "index scores", "all-reduce", "tokens/s"):
         assert part in shown
 
 
 def test_json(capsys):
-    data = json.loads(plan(capsys, *NANO, "--batch=2", "--json"))
+    data = json.loads(plan(capsys, *MINI, "--batch=2", "--json"))
     assert (data["regime"], data["fits"], data["mesh"]["context"]) == ("decode", True, 2)
     assert data["sequence_flops"].keys() == data["device_flops"].keys()
 
 
 def test_all_devices_on_expert_by_default(capsys):
-    data = json.loads(plan(capsys, "--model=nano", "--topology=v6e-4", "--context=4096", "--json"))
+    data = json.loads(
+        plan(capsys, f"--model={MODEL}", "--topology=v6e-4", "--context=4096", "--json")
+    )
     assert data["mesh"] == {"data": 1, "expert": 4, "context": 1, "tensor": 1}
 
 
@@ -38,19 +42,19 @@ def test_the_file_of_an_inference(capsys, tmp_path):
     (tmp_path / "run.py").write_text(
         "import ml_collections\n"
         "def get_config():\n"
-        "    return ml_collections.ConfigDict(dict(\n"
-        "        model='nano', mesh=dict(data=2, expert=2), max_tokens=16384, chunk_tokens=256))\n"
+        f"    return ml_collections.ConfigDict(dict(model={MODEL!r}, max_tokens=16384,\n"
+        "        chunk_tokens=512, mesh=dict(data=2, expert=2)))\n"
     )
     given = (f"--config={tmp_path}/run.py", "--topology=v6e-4")
     shown = plan(capsys, *given)
-    assert "nano: decode on v6e:2x2 (4 chips, a device each), mesh data=2,expert=2" in shown
+    assert f"{MODEL}: decode on v6e:2x2" in shown and "each), mesh data=2,expert=2\n" in shown
     assert "4 sequences of 16,384 tokens, one token of each" in shown and "float32" in shown
     shown = plan(capsys, *given, "--regime=prefill", "--mesh=expert=4", "--numerics=bfloat16")
-    assert "1 sequences of 16,384 tokens, 256 tokens of each" in shown and "bfloat16" in shown
+    assert "1 sequences of 16,384 tokens, 512 tokens of each" in shown and "bfloat16" in shown
 
 
 def test_a_plan_that_does_not_fit_says_so_by_its_status(capsys):
-    arguments = ("--model=nano", "--topology=v5e-1", "--batch=100000", "--context=1048576")
+    arguments = (f"--model={MODEL}", "--topology=v5e-1", "--batch=100000", "--context=1048576")
     shown = plan(capsys, *arguments, status=1)
     assert "DOES NOT FIT" in shown and "smallest change: --batch=" in shown
 

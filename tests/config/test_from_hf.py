@@ -1,11 +1,10 @@
 """`config.json` → ModelConfig: what the released files say, and what every broken one is told."""
 
-import copy
 import dataclasses
 
 import pytest
 
-from v4jax.config import LayerKind, RouterKind, YarnScaling
+from v4jax.config import LayerKind, Rope, RouterKind, YarnScaling
 from v4jax.config.from_hf import FIXED, INFORMATIONAL, model_config_from_hf
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
@@ -28,13 +27,10 @@ def test_layers_of_flash():
     assert kinds.count(LayerKind.WINDOW) == 2
     assert kinds.count(LayerKind.CSA) == 21
     assert kinds.count(LayerKind.HCA) == 20
-    assert [layer.router for layer in config.layers][:4] == [RouterKind.HASH] * 3 + [
-        RouterKind.TOPK
-    ]
-    assert config.layers[0].rope.scaling is None and config.layers[0].rope.theta == 10000.0
-    assert (
-        config.layers[2].rope.scaling == YarnScaling() and config.layers[2].rope.theta == 160000.0
-    )
+    routers = [layer.router for layer in config.layers]
+    assert routers == [RouterKind.HASH] * 3 + [RouterKind.TOPK] * 40
+    assert config.layers[0].rope == Rope(10000.0, None, 64)
+    assert config.layers[2].rope == Rope(160000.0, YarnScaling(), 64)
     assert [layer.kind for layer in config.mtp_layers] == [LayerKind.WINDOW]
     assert hash(config) == hash(model_config_from_hf(FLASH))
 
@@ -44,41 +40,32 @@ def test_layers_of_pro():
     assert (kinds.count(LayerKind.HCA), kinds.count(LayerKind.CSA)) == (31, 30)
 
 
-@dataclasses.dataclass
-class Same:
-    """Changes to Flash's file that do not change the model, or change it in one known way."""
-
-    change: dict
-    expected: dict = dataclasses.field(default_factory=dict)
-
-
-NO_QUANTIZATION = {"quantization_config": None, "expert_dtype": None}
+QUANTIZED = FLASH["quantization_config"]
+NO_DTYPE = {"expert_dtype": None}
+# {name: (changes to Flash's file, what they change of the model)}
 SAME = {
-    "ratios without the MTP entry": Same({"compress_ratios": FLASH["compress_ratios"][:-1]}),
-    "informational keys": Same({key: "anything" for key in INFORMATIONAL}),
-    "both vocabularies": Same({"layer_types": FLASH_TRANSFORMERS["layer_types"]}),
-    "aliases": Same({"num_local_experts": 256, "intermediate_size": 2048}),
-    "legacy rates": Same({"compress_rate_csa": 4, "compress_rate_hca": 128}),
-    "expert_dtype inside": Same(
-        {
-            "expert_dtype": None,
-            "quantization_config": FLASH["quantization_config"] | {"expert_dtype": "fp8"},
-        },
+    "ratios without the MTP entry": ({"compress_ratios": FLASH["compress_ratios"][:-1]}, {}),
+    "informational keys": (dict.fromkeys(INFORMATIONAL, "anything"), {}),
+    "both vocabularies": ({"layer_types": FLASH_TRANSFORMERS["layer_types"]}, {}),
+    "aliases": ({"num_local_experts": 256, "intermediate_size": 2048}, {}),
+    "legacy rates": ({"compress_rate_csa": 4, "compress_rate_hca": 128}, {}),
+    "expert_dtype inside": (
+        NO_DTYPE | {"quantization_config": QUANTIZED | {"expert_dtype": "fp8"}},
         {"expert_dtype": "fp8"},
     ),
-    "no expert_dtype": Same({"expert_dtype": None}, {"expert_dtype": "fp4"}),
-    "not quantized": Same(NO_QUANTIZATION),
-    "no rope scaling": Same({"rope_scaling": None}, {"rope_scaling": None}),
-    "default rope type": Same({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
-    "other eps": Same({"rms_norm_eps": 1e-20}, {"rms_norm_eps": 1e-20}),
-    "one eos in a list": Same({"eos_token_id": [1]}),
+    "no expert_dtype": (NO_DTYPE, {"expert_dtype": "fp4"}),
+    "not quantized": (NO_DTYPE | {"quantization_config": None}, {}),
+    "no rope scaling": ({"rope_scaling": None}, {"rope_scaling": None}),
+    "default rope type": ({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
+    "other eps": ({"rms_norm_eps": 1e-20}, {"rms_norm_eps": 1e-20}),
+    "one eos in a list": ({"eos_token_id": [1]}, {}),
 }
 
 
-@pytest.mark.parametrize("case", SAME.values(), ids=SAME.keys())
-def test_equivalent_files(case):
-    expected = dataclasses.replace(model_config_from_hf(FLASH), **case.expected)
-    assert model_config_from_hf(FLASH | case.change) == expected
+@pytest.mark.parametrize("change, expected", SAME.values(), ids=SAME.keys())
+def test_equivalent_files(change, expected):
+    expected = dataclasses.replace(model_config_from_hf(FLASH), **expected)
+    assert model_config_from_hf(FLASH | change) == expected
 
 
 def test_general_ratios_come_with_layer_types():
@@ -89,16 +76,24 @@ def test_general_ratios_come_with_layer_types():
     assert [kind.value for kind in config.layer_types] == [*names, "sliding_attention"]
 
 
-def nested(key, **changes):
-    """Changes inside one object of Flash's file."""
-    return {key: FLASH[key] | changes}
+YARN = FLASH["rope_scaling"]
 
 
-def rope_parameters(part, **changes):
-    """Changes inside one part of transformers' rope_parameters."""
-    rope = copy.deepcopy(FLASH_TRANSFORMERS["rope_parameters"])
-    rope[part] |= changes
-    return {"rope_parameters": rope, "compress_ratios": FLASH["compress_ratios"]}
+def quantization(**changes):
+    """Changes of Flash's quantization_config."""
+    return {"quantization_config": FLASH["quantization_config"] | changes}
+
+
+def scaling(**changes):
+    """Changes of Flash's rope_scaling."""
+    return {"rope_scaling": YARN | changes}
+
+
+def rope(part, **changes):
+    """Changes of one part of transformers' rope_parameters."""
+    parts = FLASH_TRANSFORMERS["rope_parameters"]
+    changed = parts | {part: parts[part] | changes}
+    return {"rope_parameters": changed, "compress_ratios": FLASH["compress_ratios"]}
 
 
 # {what is wrong: (change to Flash's file, what the message must say)}; ... removes the key.
@@ -116,20 +111,14 @@ BROKEN = {
     "shared experts": ({"n_shared_experts": 2}, r"n_shared_experts must be 1, got 2"),
     "key-value heads": ({"num_key_value_heads": 8}, r"num_key_value_heads must be 1, got 8"),
     "top-k method": ({"topk_method": "greedy"}, r"topk_method must be 'noaux_tc'"),
-    "quant method": (
-        nested("quantization_config", quant_method="awq"),
-        r"quant_method must be 'fp8'",
-    ),
-    "fp8 kind": (
-        nested("quantization_config", fmt="e5m2"),
-        r"quantization_config: fmt must be 'e4m3'",
-    ),
+    "quant method": (quantization(quant_method="awq"), r"quant_method must be 'fp8'"),
+    "fp8 kind": (quantization(fmt="e5m2"), r"quantization_config: fmt must be 'e4m3'"),
     "static scales": (
-        nested("quantization_config", activation_scheme="static"),
+        quantization(activation_scheme="static"),
         r"activation_scheme must be 'dynamic'",
     ),
     "unknown quantization key": (
-        nested("quantization_config", group_size=32),
+        quantization(group_size=32),
         r"quantization_config: unknown key 'group_size'",
     ),
     "expert dtype": (
@@ -137,7 +126,7 @@ BROKEN = {
         r"model.expert_dtype must be 'fp4' or 'fp8', got int4",
     ),
     "two expert dtypes": (
-        nested("quantization_config", expert_dtype="fp8"),
+        quantization(expert_dtype="fp8"),
         r"expert_dtype = fp8 and expert_dtype_outside = fp4 contradict",
     ),
     "vision": ({"vision_n_layers": 32}, r"vision_n_layers is a key of a vision checkpoint"),
@@ -158,21 +147,21 @@ BROKEN = {
     "token id": ({"eos_token_id": 129280}, r"eos_token_id must be a token id below vocab_size"),
     "several eos": ({"eos_token_id": [1, 2]}, r"eos_token_id must be one token id, got \[1, 2\]"),
     "magnitude factor": (
-        nested("rope_scaling", attention_factor=1.277),
+        scaling(attention_factor=1.277),
         r"attention_factor must be 1.0, got 1.277",
     ),
-    "mscale": (nested("rope_scaling", mscale=1.0), r"rope_scaling: unknown key 'mscale'"),
-    "rope kind": (nested("rope_scaling", type="linear"), r"type must be 'yarn' or 'default', got"),
+    "mscale": (scaling(mscale=1.0), r"rope_scaling: unknown key 'mscale'"),
+    "rope kind": (scaling(type="linear"), r"type must be 'yarn' or 'default', got"),
     "yarn on window layers": (
-        rope_parameters("main", **FLASH["rope_scaling"], rope_type="yarn"),
+        rope("main", **YARN, rope_type="yarn"),
         r"window layers have no YaRN",
     ),
     "two rotations": (
-        rope_parameters("compress", factor=40),
+        rope("compress", factor=40),
         r"rope_scaling = .* and rope_parameters = .* contradict",
     ),
     "two thetas": (
-        rope_parameters("compress", rope_theta=40000),
+        rope("compress", rope_theta=4e4),
         r"compress_rope_theta = 160000.0 and rope_parameters = 40000.0 contradict",
     ),
     "rotary factor": (
@@ -190,8 +179,8 @@ BROKEN = {
         r"compress_ratios must be equal on all HCA layers",
     ),
     "layer name": (
-        {"compress_ratios": ..., "layer_types": ["full_attention"] * 43},
-        r"every entry of layer_types must be one of .*got 'full_attention'",
+        {"compress_ratios": ..., "layer_types": ["full"] * 43},
+        r"every entry of layer_types must be one of .*got 'full'",
     ),
     "two schedules": (
         {"layer_types": ["sliding_attention"] * 43},

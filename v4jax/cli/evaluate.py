@@ -126,37 +126,26 @@ def _print_table(model: str, cells: list, depths: int) -> None:
     from v4jax.cli.needle_grid import name_depth, name_length
 
     lengths = sorted({cell.length for cell in cells})
-    table = rich.table.Table(
-        title=f"{model}: codes found, % (right / asked)", box=rich.box.SIMPLE_HEAD
-    )
+    title = f"{model}: codes found, % (right / asked)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     table.add_column("depth")
     for length in lengths:
         table.add_column(name_length(length), justify="right")
-    by_place = {(cell.length, cell.depth): cell for cell in cells}
-    for group in range(depths):
-        row = [by_place[length, group] for length in lengths]
-        table.add_row(name_depth(group, depths), *map(_describe, row))
-    totals = [
-        [cell for cell in cells if cell.length == length and cell.asked] for length in lengths
-    ]
-    table.add_section()
-    table.add_row(
-        "all",
-        *(
-            _describe(
-                dataclasses.replace(
-                    column[0],
-                    asked=sum(cell.asked for cell in column),
-                    right=sum(cell.right for cell in column),
-                )
-            )
-            for column in totals
-        ),
-    )
+    for name, groups in (
+        *((name_depth(group, depths), {group}) for group in range(depths)),
+        ("all", set(range(depths))),
+    ):
+        if name == "all":
+            table.add_section()
+        columns = (
+            [cell for cell in cells if cell.length == length and cell.depth in groups]
+            for length in lengths
+        )
+        table.add_row(name, *map(_describe, columns))
     rich.console.Console().print(table)
 
 
-def _describe(cell: Any) -> str:
-    if cell.accuracy is None:
-        return "-"
-    return f"{100 * cell.accuracy:.0f} ({cell.right}/{cell.asked})"
+def _describe(cells: list) -> str:
+    """Returns the share of right answers in some cells."""
+    right, asked = (sum(getattr(cell, name) for cell in cells) for name in ("right", "asked"))
+    return f"{100 * right / asked:.0f} ({right}/{asked})" if asked else "-"

@@ -10,7 +10,6 @@ Exit status: 0 done, 1 the verb says so, 2 an error in the request, 130 interrup
 import contextlib
 import difflib
 import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -26,17 +25,8 @@ from absl import flags
 from v4jax.cli.flags import define, read
 from v4jax.errors import V4JaxError
 
-# In the order of a newcomer's interest; a verb appears once its module exists.
-_VERBS = (
-    "generate",
-    "batch",
-    "train",
-    "evaluate",
-    "convert",
-    "plan",
-    "inspect",
-    "serve",
-)
+# In the order of a newcomer's interest.
+VERBS = ("generate", "batch", "train", "evaluate", "convert", "plan", "inspect")
 _HELP = ("--help", "-help", "-h")
 _WIDTH = 96
 
@@ -142,18 +132,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 def describe_program() -> str:
     """Returns the list of verbs."""
-    names = [name for name in _VERBS if _exists(name)]
-    rows = [f"  {name:<10} {_load(name).SUMMARY}" for name in names]
-    return "\n".join(
-        [
-            "v4jax: DeepSeek-V4 in JAX and Flax.",
-            "",
-            "usage: v4jax <verb> [flags]",
-            "",
-            *rows,
-            "",
-            "v4jax <verb> --help explains a verb and its flags.",
-        ]
+    rows = "\n".join(f"  {name:<10} {_load(name).SUMMARY}" for name in VERBS)
+    return (
+        "v4jax: DeepSeek-V4 in JAX and Flax.\n\nusage: v4jax <verb> [flags]\n\n"
+        f"{rows}\n\nv4jax <verb> --help explains a verb and its flags."
     )
 
 
@@ -177,15 +159,10 @@ def _describe_value(flag: flags.Flag) -> str:
     return f"={kind} (default: {default})"
 
 
-def _exists(name: str) -> bool:
-    return name in _VERBS and importlib.util.find_spec(f"v4jax.cli.{name}") is not None
-
-
 def _load(name: str) -> ModuleType:
-    if not _exists(name):
-        known = [verb for verb in _VERBS if _exists(verb)]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    if name not in VERBS:
+        nearest = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(VERBS)}"
         raise flags.Error(f"unknown verb {name!r}; {hint}")
     return importlib.import_module(f"v4jax.cli.{name}")
 

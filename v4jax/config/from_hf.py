@@ -7,6 +7,7 @@ Every key is used, checked against what the code computes (`FIXED`), or listed a
 Source: spec A.2, A.3; transformers `DeepseekV4Config` (5.17 to 5.23).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from v4jax.config.json_keys import JsonKeys
@@ -68,13 +69,10 @@ _REFUSED = {
     "text_config": "is a key of a nested (later or multimodal) configuration",
 }
 
-_INTEGERS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
-    "o_lora_rank n_routed_experts num_experts_per_tok moe_intermediate_size index_n_heads "
-    "index_head_dim index_topk sliding_window hc_mult hc_sinkhorn_iters num_nextn_predict_layers "
-    "max_position_embeddings"
+# Fields that are read by themselves; every other number is under its own name.
+_APART = (
+    "qk_rope_head_dim rope_theta compress_rope_theta initializer_range bos_token_id eos_token_id"
 )
-_NUMBERS = "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps"
 _ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 TOKENIZER_KEY = "v4jax_tokenizer"  # our own key, written only where it is not the released one
 
@@ -97,8 +95,11 @@ def model_config_from_hf(raw: Mapping) -> ModelConfig:
     keys = JsonKeys(raw, "config.json")
     _refuse_later_models(keys)
     keys.check_fixed(FIXED)
-    values = {key: _take_integer(keys, key) for key in _INTEGERS.split()}
-    values |= {key: keys.take(key, float) for key in _NUMBERS.split()}
+    values = {
+        field.name: _take_number(keys, field.name, field.type)
+        for field in dataclasses.fields(ModelConfig)
+        if field.type in (int, float) and field.name not in _APART.split()
+    }
     values |= _rope(keys, values["head_dim"])
     values |= _layers(keys, values["num_hidden_layers"], values["num_nextn_predict_layers"])
     values |= _storage(keys)
@@ -134,13 +135,11 @@ def _refuse_later_models(keys: JsonKeys) -> None:
                 raise ConfigError(f"{keys.path}: {key} {reason}")
 
 
-def _take_integer(keys: JsonKeys, key: str) -> int:
+def _take_number(keys: JsonKeys, key: str, kind: type) -> int | float:
     alias = _ALIASES.get(key)
-    if alias is None:
-        return keys.take(key, int)
-    other = keys.take(alias, int, None)
-    value = keys.take(key, int, ... if other is None else other)
-    _check_agree(keys.path, **{key: value, alias: other})
+    other = alias and keys.take(alias, kind, None)
+    value = keys.take(key, kind, ... if other is None else other)
+    _check_agree(keys.path, **{key: value, str(alias): other})
     return value
 
 

@@ -1,7 +1,7 @@
 """`ModelConfig`: what the model computes, with the keys of the checkpoint's `config.json`.
 
 Layers are data: `config.layers` is a tuple of small records derived from the keys. Nothing tests a
-  model name.
+model's name.
 Read `from_hf.py` for how a released or transformers `config.json` becomes one of these.
 """
 
@@ -189,83 +189,57 @@ def plan_stack(layers: tuple[Layer, ...]) -> StackPlan:
     return best
 
 
+# Numbers that may be 0 or less, or have a rule of their own.
+_NOT_POSITIVE = (
+    "num_nextn_predict_layers qk_rope_head_dim routed_scaling_factor initializer_range "
+    "bos_token_id eos_token_id"
+)
+
+
 def check_config(config: ModelConfig) -> None:
-    """Raises on the first broken invariant; the message names the field, the value and the remedy.
+    """Raises on the first broken invariant; the message names field, rule and value.
 
     Raises:
       ConfigError: a size is not positive, a division leaves a rest, or two keys contradict each
         other.
     """
 
-    def require(holds: bool, field: str, rule: str, remedy: str = ""):
+    def require(field: str, holds: bool, rule: str) -> None:
         if not holds:
-            hint = f"; {remedy}" if remedy else ""
-            raise ConfigError(f"model.{field} {rule}, got {getattr(config, field)}{hint}")
+            raise ConfigError(f"model.{field} {rule}, got {getattr(config, field)}")
 
-    positive = (
-        "hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
-        "o_lora_rank "
-        "n_routed_experts moe_intermediate_size num_experts_per_tok index_topk index_n_heads "
-        "index_head_dim vocab_size sliding_window hc_mult hc_sinkhorn_iters "
-        "max_position_embeddings "
-        "swiglu_limit rope_theta compress_rope_theta rms_norm_eps hc_eps"
-    )
-    for field in positive.split():
-        require(getattr(config, field) > 0, field, "must be positive")
-    require(
-        config.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must not be negative"
-    )
-    total = config.num_hidden_layers + config.num_nextn_predict_layers
-    for field in ("compress_ratios", "layer_types"):
-        require(
-            len(getattr(config, field)) == total,
-            field,
-            f"must have {total} entries (num_hidden_layers + num_nextn_predict_layers)",
-        )
-    require(
-        len(config.mlp_layer_types) == config.num_hidden_layers,
-        "mlp_layer_types",
-        f"must have num_hidden_layers = {config.num_hidden_layers} entries",
-    )
-    for kind, ratio in zip(config.layer_types, config.compress_ratios, strict=True):
+    for field in dataclasses.fields(config):
+        if field.type in (int, float) and field.name not in _NOT_POSITIVE.split():
+            require(field.name, getattr(config, field.name) > 0, "must be positive")
+    mtp, layers = config.num_nextn_predict_layers, config.num_hidden_layers
+    require("num_nextn_predict_layers", mtp >= 0, "must not be negative")
+    rule = f"must have {layers + mtp} entries (num_hidden_layers + num_nextn_predict_layers)"
+    for name in ("compress_ratios", "layer_types"):
+        require(name, len(getattr(config, name)) == layers + mtp, rule)
+    rule = f"must have num_hidden_layers = {layers} entries"
+    require("mlp_layer_types", len(config.mlp_layer_types) == layers, rule)
+    schedule = list(zip(config.layer_types, config.compress_ratios, strict=True))
+    for kind, ratio in schedule:
         fits = ratio == 0 if kind is LayerKind.WINDOW else ratio > 0
-        require(
-            fits,
-            "compress_ratios",
-            f"must be {'0' if ratio else 'positive'} where the layer is {kind.name}",
-        )
+        rule = f"must be {'0' if ratio else 'positive'} where the layer is {kind.name}"
+        require("compress_ratios", fits, rule)
     for kind in (LayerKind.CSA, LayerKind.HCA):
-        ratios = {
-            r for k, r in zip(config.layer_types, config.compress_ratios, strict=True) if k is kind
-        }
-        require(len(ratios) <= 1, "compress_ratios", f"must be equal on all {kind.name} layers")
-    require(
-        config.num_attention_heads % config.o_groups == 0,
-        "num_attention_heads",
-        f"must be a multiple of o_groups = {config.o_groups}",
-    )
-    for field in ("head_dim", "index_head_dim"):
-        require(
-            getattr(config, field) >= config.qk_rope_head_dim,
-            field,
-            f"must be at least qk_rope_head_dim = {config.qk_rope_head_dim}",
-        )
-    require(
-        config.qk_rope_head_dim > 0 and config.qk_rope_head_dim % 2 == 0,
-        "qk_rope_head_dim",
-        "must be positive and even",
-    )
-    require(
-        config.num_experts_per_tok <= config.n_routed_experts,
-        "num_experts_per_tok",
-        f"must not exceed n_routed_experts = {config.n_routed_experts}",
-    )
-    require(config.expert_dtype in ("fp4", "fp8"), "expert_dtype", "must be 'fp4' or 'fp8'")
-    require(config.tokenizer in ("v4", "byte"), "tokenizer", "must be 'v4' or 'byte'")
-    for field in ("bos_token_id", "eos_token_id"):
-        require(
-            0 <= getattr(config, field) < config.vocab_size,
-            field,
-            f"must be a token id below vocab_size = {config.vocab_size}",
-        )
-    require(math.isfinite(config.routed_scaling_factor), "routed_scaling_factor", "must be finite")
+        ratios = {ratio for other, ratio in schedule if other is kind}
+        require("compress_ratios", len(ratios) <= 1, f"must be equal on all {kind.name} layers")
+    heads, groups = config.num_attention_heads, config.o_groups
+    rule = f"must be a multiple of o_groups = {groups}"
+    require("num_attention_heads", heads % groups == 0, rule)
+    rotated, experts = config.qk_rope_head_dim, config.n_routed_experts
+    require("qk_rope_head_dim", rotated > 0 and rotated % 2 == 0, "must be positive and even")
+    for name in ("head_dim", "index_head_dim"):
+        rule = f"must be at least qk_rope_head_dim = {rotated}"
+        require(name, getattr(config, name) >= rotated, rule)
+    rule = f"must not exceed n_routed_experts = {experts}"
+    require("num_experts_per_tok", config.num_experts_per_tok <= experts, rule)
+    require("expert_dtype", config.expert_dtype in ("fp4", "fp8"), "must be 'fp4' or 'fp8'")
+    require("tokenizer", config.tokenizer in ("v4", "byte"), "must be 'v4' or 'byte'")
+    rule = f"must be a token id below vocab_size = {config.vocab_size}"
+    for name in ("bos_token_id", "eos_token_id"):
+        require(name, 0 <= getattr(config, name) < config.vocab_size, rule)
+    scaling = config.routed_scaling_factor
+    require("routed_scaling_factor", math.isfinite(scaling), "must be finite")

@@ -3,8 +3,7 @@
     float32    pure mathematics: for parity and research
     bfloat16   bfloat16 activations, no quantizers: what most training ports do
     released   what the published inference code computes: FP8 entries, Hadamard-rotated FP4 index
-      keys,
-               FP8 activations in front of quantized weights, bfloat16 in between
+               keys, FP8 activations in front of quantized weights, bfloat16 in between
 
 In all of them the compressor's projections and pooling, the router's scores, the hyper-connections,
 the softmax and the logits are float32 (spec B.0, dtype map of the published code).

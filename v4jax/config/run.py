@@ -25,7 +25,7 @@ def require(holds: bool, field: str, rule: str, value: object) -> None:
 class MeshConfig:
     """Devices along each mesh axis; `parallel/axes.py` says what each splits.
 
-    `slices` names axes whose devices lie in several slices, as pairs: (("data", 2),).
+    `slices` names axes whose devices are in several slices, as pairs: (("data", 2),).
     """
 
     data: int = 1
@@ -67,11 +67,13 @@ def parse_mesh(text: str) -> MeshConfig:
 class LossConfig:
     """Weights of the losses beside cross-entropy.
 
-    mtp_weight: of the MTP block's cross-entropy; late_mtp_weight: while the rate decays, None for
-    the same.
-    balance_weight: of the sequence-wise balance term. bias_speed: by how much a router's bias moves
-    a step toward an even load (auxiliary-loss-free); 0 leaves biases alone.
-    distill_weight: of the indexer's loss, where the indexer is trained.
+    Attributes:
+      mtp_weight: weight of the MTP block's cross-entropy.
+      late_mtp_weight: the same while the rate decays; None keeps `mtp_weight`.
+      balance_weight: weight of the sequence-wise balance term.
+      bias_speed: how far a step moves a router's bias toward an even load (auxiliary-loss-free); 0
+        leaves biases alone.
+      distill_weight: weight of the indexer's loss, where the indexer is trained.
 
     Source: spec G.3, G.4.
     """
@@ -93,11 +95,15 @@ class OptimizerConfig:
     """Muon for matrices, AdamW for the rest (report), or AdamW for all; the rate's schedule.
 
     The rate rises linearly to `rate` in `warmup_steps`, stays, and falls as a cosine to `last_rate`
-    over the last `decay_steps`. `adamw_rate` is that of the weights under AdamW relative to `rate`.
-    undecayed: parts of names without weight decay. Indexer and router are among them by default,
-    which the report decays: a router that fine-tuning hardly moves would only fade.
-    accumulate: batches whose gradients are summed for one update.
-    update_rms: of one Muon update at rate 1, so that AdamW's rates fit it.
+    over the last `decay_steps`.
+
+    Attributes:
+      adamw_rate: rate of the weights under AdamW, relative to `rate`.
+      undecayed: parts of names without weight decay. The report decays indexer and router; here
+        they are left out by default, because a router that fine-tuning hardly moves would only
+        fade.
+      update_rms: root mean square of a Muon update at rate 1; with the default AdamW's rates fit.
+      accumulate: batches whose gradients are summed for one update.
 
     Source: spec G.2.
     """
@@ -158,9 +164,11 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Where and how often the state of a run is kept.
+    """How often the state of a run is kept.
 
-    every: steps between two checkpoints. keep: how many of the newest stay.
+    Attributes:
+      every: steps between two checkpoints.
+      keep: how many of the newest stay.
     """
 
     every: int = 500
@@ -176,11 +184,14 @@ class CheckpointConfig:
 class EvaluationConfig:
     """What is measured while a run goes on, beside its training loss.
 
-    data: held-out text; its loss by position, and the indexer's recall. every: steps between two
-    evaluations. batches: of `data`, the same every time.
-    samples: how many documents of the first batch have their first answer (of plain text: their
-    second half) written by the model, to be read beside what stands there; at most a row each.
-    sample_tokens: how long it is at most; each is a forward pass over the batch.
+    Attributes:
+      data: held-out text, whose loss by position and whose recall of the indexer are measured.
+      every: steps between two evaluations.
+      batches: how many batches of `data` are read, the same every time.
+      samples: how many documents of the first batch the model continues, at most one of each row:
+        it writes the first answer of a conversation, or the second half of a plain text, to be read
+        beside the original.
+      sample_tokens: length of such a text at most; each token is a forward pass over the batch.
     """
 
     data: DataConfig
@@ -200,28 +211,30 @@ class EvaluationConfig:
 class TrainConfig:
     """One run of `v4jax train`.
 
-    model: a checkpoint folder, whose weights are the start, or a packaged configuration: nano
-      starts from its trained weights, another from random ones.
-    from_scratch: starts from random weights, made of `seed`, where `model` is a configuration.
-    output: folder for checkpoints, metrics and the finished model.
-    steps: optimizer updates.
-    numerics: how the computation rounds (`config.numerics`).
-    lora: trains adapters only; None trains all weights.
-    quantization_aware: routed experts and other quantized weights are rounded to their stored
-      format on the way, so that exporting loses nothing.
-    indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
-      loss alone).
-    dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
-    count_gaps: where documents leave positions out (`data.gaps`), HCA entries count for those left
-      out too: each weighs like the many that a document of that length would have in its place.
-    remat: "layers" computes every layer again in the backward pass and keeps its input; "none"
-      keeps everything.
-    keep, offload: names of `BLOCK_TAGS` to keep on the device, or in the host's memory, instead of
-      computing them again.
-    evaluation: what is measured on the way; None: only the training loss.
-    max_skipped: steps in a row whose loss or gradient is not finite after which the run stops.
-    log_every: steps between two lines of metrics.
-    report_to: further receivers of metrics; `metrics.jsonl` is always written.
+    Attributes:
+      model: a checkpoint folder, whose weights are the start, or a packaged configuration: nano
+        starts from its trained weights, another from random ones.
+      output: folder for checkpoints, metrics and the finished model.
+      steps: optimizer updates.
+      seed: makes the random weights of a run that starts from such.
+      from_scratch: starts from random weights where `model` is a packaged configuration.
+      numerics: how the computation rounds (`config.numerics`).
+      lora: trains adapters only; None trains all weights.
+      quantization_aware: routed experts and other quantized weights are rounded to their stored
+        format during training; exporting them then loses nothing.
+      indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
+        loss alone).
+      dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
+      count_gaps: where documents leave positions out (`data.gaps`), HCA entries count for these as
+        well: each weighs like the many that a document of that length would have in its place.
+      remat: "layers" computes every layer again in the backward pass and keeps its input; "none"
+        keeps everything.
+      keep, offload: names of `BLOCK_TAGS` to keep on the device, or in the host's memory, instead
+        of computing them again.
+      evaluation: what is measured meanwhile; None measures the training loss only.
+      max_skipped: the run stops after so many steps in a row whose loss or gradient is not finite.
+      log_every: steps between two lines of metrics.
+      report_to: further receivers of metrics; `metrics.jsonl` is always written.
     """
 
     model: str

@@ -4,21 +4,13 @@
 the layout can express.
 """
 
+import dataclasses
 import math
 from typing import Literal
 
 from v4jax.config.from_hf import CSA_RATIO, FIXED, QUANTIZATION, TOKENIZER_KEY, layer_kinds
 from v4jax.config.model import LayerKind, ModelConfig, RouterKind
 from v4jax.errors import ConfigError
-
-# Fields that both layouts write under their own name.
-_SHARED = (
-    "bos_token_id eos_token_id expert_dtype hc_eps hc_mult hc_sinkhorn_iters head_dim hidden_size "
-    "index_head_dim index_n_heads index_topk initializer_range max_position_embeddings "
-    "moe_intermediate_size n_routed_experts num_attention_heads num_experts_per_tok "
-    "num_hidden_layers num_nextn_predict_layers o_groups o_lora_rank q_lora_rank qk_rope_head_dim "
-    "rms_norm_eps routed_scaling_factor sliding_window swiglu_limit vocab_size"
-)
 
 _OMITTED = ("is_encoder_decoder", "mlp_bias")  # checked where present; the released files lack them
 
@@ -41,8 +33,11 @@ def model_config_to_hf(
       ConfigError: the layout cannot express the configuration.
     """
     raw = {key: accepted[0] for key, accepted in FIXED.items() if key not in _OMITTED}
-    raw |= {key: getattr(config, key) for key in _SHARED.split()}
-    raw |= {key: _number(getattr(config, key)) for key in ("rope_theta", "compress_rope_theta")}
+    for field in dataclasses.fields(config):  # numbers, in both layouts under their own names
+        if field.type in (int, float):
+            raw[field.name] = getattr(config, field.name)
+    raw |= {key: _number(raw[key]) for key in ("rope_theta", "compress_rope_theta")}
+    raw["expert_dtype"] = config.expert_dtype
     raw["use_cache"] = True
     if quantized if quantized is not None else layout == "released":
         raw["quantization_config"] = {key: accepted[0] for key, accepted in QUANTIZATION.items()}
