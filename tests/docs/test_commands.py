@@ -14,13 +14,14 @@ from absl import flags
 from tests.docs.blocks import (
     PAGES,
     ROOT,
-    VERBS,
     Block,
     find_calls,
     find_inline_commands,
     read_blocks,
     split_commands,
 )
+from v4jax.cli import main
+from v4jax.cli.flags import define
 
 # Pages whose blocks take less than some eight seconds together; the others are slow tests.
 QUICK = {"docs/training_data.md"}
@@ -52,7 +53,7 @@ def check_call(words: list[str]) -> None:
     verb, *arguments = words
     module = importlib.import_module(f"v4jax.cli.{verb}")
     values = flags.FlagValues()
-    module.define(flags, values)
+    define(module.Flags, values)
     values.set_gnu_getopt(True)
     given = [word for word in arguments if not any(x in word for x in PLACEHOLDERS)]
     values([verb, *given])
@@ -79,7 +80,7 @@ def test_flags_in_text(page: str, command: str):
             check_call(call)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", main.VERBS)
 def test_flags_of_help(verb: str):
     usage = importlib.import_module(f"v4jax.cli.{verb}").USAGE
     examples = [line for line in usage.splitlines() if line.startswith("  v4jax ")]
