@@ -1,7 +1,5 @@
 """Reading needs the model's memory and no second copy of it, measured in a fresh process."""
 
-import pytest
-
 from benchmarks import load
 from v4jax.checkpoint import census, total
 from v4jax.config import get_numerics
@@ -12,7 +10,6 @@ MIB = 2**20
 OVERHEAD_BYTES = 32 * MIB
 
 
-@pytest.mark.slow
 def test_peak_memory(tmp_path):
     config = load.make_config(0.25)
     load.write_random(config, tmp_path / "in")

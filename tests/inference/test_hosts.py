@@ -35,7 +35,6 @@ def source(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_job_continues_and_fails_what_fails_on_one(source):
     """Process 1 sees neither input nor output, and has no memory for the fourth document."""
     alone, output = source.with_name("alone.jsonl"), source.with_name("answers.jsonl")
