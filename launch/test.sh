@@ -13,4 +13,4 @@ lint-imports
 # A file's tests share compiled functions, so a file stays in one process.
 # .ci/run runs the others: slow ones, and those that need torch (oracle) or libtpu (tpu_compiler).
 marked="not slow and not oracle and not tpu_compiler"
-python -m pytest -n "${V4JAX_TEST_WORKERS:-2}" --dist loadfile -m "$marked" "$@"
+python -m pytest -n "${V4JAX_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "$marked" "$@"

@@ -8,6 +8,7 @@ memory, of which Linux gives a process 65,530, and XLA crashes where there are n
 
 import gc
 import os
+import pathlib
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +32,26 @@ install_import_hook(
 )
 
 from v4jax.planning import ahead_of_time  # noqa: E402 (after the hook)
+
+
+# What takes longest begins first: at the end no process works alone (`python -m tests.measure`).
+_LONGEST = (
+    "parallel/test_model.py",
+    "model/test_golden_logits.py",
+    "model/test_conformance.py",
+    "training/test_mesh.py",
+    "training/test_trainer.py",
+    "model/test_released.py",
+    "model/test_packing.py",
+    "inference/test_hosts.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first."""
+    rank = {name: place for place, name in enumerate(_LONGEST)}
+    folder = pathlib.Path(__file__).parent
+    items.sort(key=lambda item: rank.get(item.path.relative_to(folder).as_posix(), len(rank)))
 
 
 def pytest_runtest_setup(item):
