@@ -33,7 +33,6 @@ install_import_hook(
 
 from v4jax.planning import ahead_of_time  # noqa: E402 (after the hook)
 
-
 # What takes longest begins first: at the end no process works alone (`python -m tests.measure`).
 _LONGEST = (
     "parallel/test_model.py",

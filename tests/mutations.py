@@ -169,7 +169,7 @@ FAULTS = [
         "model/hyper_connections.py",
         "iterations=self.config.hc_sinkhorn_iters",
         "iterations=self.config.hc_sinkhorn_iters - 1",
-        PIECES,
+        "tests/model/test_hyper_connections.py",
     ),
     Fault(
         "the sublayer's output enters with half its weight",
