@@ -13,44 +13,44 @@ from v4jax.files import is_same_file
 
 SUMMARY = "reads documents and answers questions about each"
 USAGE = """
-Reads every document of a JSONL file once, answers its questions from the state that reading left
-behind, and appends the answers to another JSONL file. Killed at any moment and started again with
-the same command, it continues. A document that fails becomes a line with the reason.
+Reads every document of a JSONL file once, answers its questions from the state after reading, and
+appends the answers to another JSONL file. If it is killed, at any moment, the same command
+continues. A document that fails becomes a line with the reason.
 
   v4jax batch --model=/models/v4-flash --input=docs.jsonl --output=answers.jsonl
   v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl --summary=summary.json
 
-A line of the input: the text or a path to it, one question or several, and what differs from the
-flags (temperature, top_p, top_k, seed, max_new_tokens):
+A line of the input has the text or a path to it, one question or several, and optionally values
+that replace flags (temperature, top_p, top_k, seed, max_new_tokens):
 
   {"text": "It was a dark night …", "question": "What was the weather?"}
   {"id": "a7", "path": "reports/a7.txt", "questions": ["Who?", "When?"], "max_new_tokens": 64}
 
-A line of the output, for an answer and for a document that failed:
+Lines of the output, for an answer and for a document that failed:
 
   {"line": 2, "id": "a7", "question_index": 0, "question": "Who?", "answer": "…",
    "finish_reason": "stop", "tokens": {"document": 64000, "question": 9, "answer": 40}, …}
   {"line": 3, "id": null, "error": {"kind": "RequestError", "message": "…"}, …}
 
-All devices serve one model, on --mesh. On a slice of several hosts every host runs the same
-command; the first reads the input and writes the output, all read the model:
+All devices serve one model, on --mesh. On a slice of several hosts, every host runs the same
+command. The first host reads the input and writes the output; all hosts read the model:
 
   v4jax batch --model=/models/v4-pro --mesh=expert=32,tensor=2 --input=docs.jsonl --output=…
 
-Several machines divide the input among themselves: with --shard=3/16 a process answers every 16th
-line, beginning with the fourth, and writes answers-00003-of-00016.jsonl (a --summary is named
-likewise). The files together are the whole output:
+Several machines can divide the input. With --shard=3/16 a process answers every 16th line,
+beginning with the fourth, and writes answers-00003-of-00016.jsonl (and likewise the --summary). The
+files together are the whole output:
 
   v4jax batch --model=… --input=docs.jsonl --output=answers.jsonl --shard=auto/16
   cat answers-*-of-00016.jsonl > answers.jsonl
 
 All files may be in buckets (gs://, s3://). There the answers are in answers.jsonl.parts/ while the
-job runs, and answers.jsonl is made of them at its end. Of two jobs that write the same output the
-one that began last goes on, and the other ends with an error.
+job runs, and become answers.jsonl at its end. If two jobs write the same output, the one that began
+last goes on, and the other ends with an error.
 
   v4jax batch --model=gs://models/v4-flash --input=gs://texts/docs.jsonl --output=gs://texts/a.jsonl
 
-Exit status: 0 when the job is finished, 1 when it is finished and every document failed.
+Exit status: 0 the job is finished, 1 it is finished and every document failed, 2 an error.
 """
 
 
@@ -61,8 +61,8 @@ class Flags:
     Attributes:
       input: JSONL file of documents. Required.
       output: JSONL file that answers are appended to. Required.
-      overwrite: Begin anew instead of continuing the output.
-      summary: File for the summary as JSON, beside what is printed.
+      overwrite: Start again instead of continuing the output.
+      summary: File for the summary as JSON, which is also printed as text.
       shard: Which part of the input to answer: INDEX/COUNT, indices from 0. auto/COUNT takes the
         index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.
     """

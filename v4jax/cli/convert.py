@@ -7,20 +7,20 @@ from v4jax.errors import RequestError
 
 SUMMARY = "writes a checkpoint in another format: released, bfloat16, transformers"
 USAGE = """
-Reads a folder in the released or the transformers layout and writes it anew. What is stored
-quantized is never re-quantized: released to released gives the same bytes, and bfloat16 holds
-quantized weights exactly. The output appears complete or not at all. Memory: the whole model.
+Reads a folder in the released or the transformers layout and writes another one. Weights that are
+stored quantized are never quantized again: released to released gives the same bytes, and bfloat16
+holds quantized weights exactly. The output appears complete or not at all. Memory: the whole model.
 Folders may be in buckets (gs://, s3://).
 
   v4jax convert --model=/models/v4-flash --output=/models/v4-flash-bf16 --format=bfloat16
   v4jax convert --model=/models/v4-flash --output=/models/v4-flash-hf --format=transformers
   v4jax convert --model=nano --output=nano-random --seed=1    (random weights, to try things out)
 
-Adapters (LoRA) are merged into their base; what FP4 and FP8 lose of them is said:
+Adapters (LoRA) are merged into their base; the log says what FP4 and FP8 lose of them:
 
   v4jax convert --model=/models/v4-flash --adapters=out/chat/adapters --output=/models/v4-flash-chat
 
-So comes a model out of a training run that goes on, or was stopped; --run is its configuration:
+The model of a training run, finished, stopped or still running; --run is its configuration:
 
   v4jax convert --model=out/chat --run=configs/finetune/chat.py --step=1500 --output=chat-1500
 """

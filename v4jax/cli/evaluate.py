@@ -12,9 +12,9 @@ from v4jax.errors import RequestError
 
 SUMMARY = "needle accuracy by length and depth, as a table and a picture"
 USAGE = """
-Hides sentences such as "The code of amber-falcon is 40917." in real text, among as many that look
-like them, asks for each code, and counts the answers that are exactly right, by the length of the
-text and the depth of the sentence in it. The names were never seen in training.
+Hides sentences such as "The code of amber-falcon is 40917." in real text, among as many similar
+sentences, and asks for each code. Counts the answers that are exactly right, by the length of the
+text and the depth of the sentence in it. nano's training never used these names.
 
   v4jax evaluate --model=nano
   v4jax evaluate --model=nano --lengths=4096,65536,1048576 --questions=20,20,10 --plot=needles.png
@@ -29,10 +29,10 @@ class Flags:
     """What `v4jax evaluate` is told.
 
     Attributes:
-      lengths: Bytes of text, one column each.
+      lengths: Lengths of the texts in bytes; each is a column.
       questions: Questions in a cell; one number for all lengths, or one for each.
-      depths: Groups of equal depth, one row each.
-      seed: Of texts and questions.
+      depths: Number of depth groups; each is a row.
+      seed: Seed of texts and questions.
       folder: Text files to hide the sentences in; by default documentation and sources of Python.
       answers: File for every answer, as JSONL.
       plot: File for the grid as PNG.

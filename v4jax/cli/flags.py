@@ -1,12 +1,12 @@
 """Flags from frozen dataclasses, and dataclasses from flags: the only module that defines a flag.
 
-A field is a flag of its name, type and default; its text in the docstring's `Attributes` is the
-help. A field that is a dataclass contributes the flags of its own fields. An `InferenceConfig` also
-gives `--config=FILE.py`, whose values the flags replace. Metadata of a field:
+A field becomes a flag with its name, type and default; the help is its text in the docstring's
+`Attributes`. A field that is a dataclass contributes its own fields as flags. An `InferenceConfig`
+also contributes `--config=FILE.py`, whose values the flags replace. Metadata of a field:
 
-    without      fields of the dataclass that are no flags here
+    without      fields of the dataclass that are not flags here
     repeated     a tuple whose flag is given once for every entry
-    positional   the words that are no flags go here
+    positional   takes the words that are not flags
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from v4jax.config.run import MeshConfig, parse_mesh
 from v4jax.errors import RequestError
 
 CONFIG_HELP = (
-    "Python file whose get_config() describes model and answers; see configs/inference. Flags that "
-    "are given go before it."
+    "Python file whose get_config() describes model and answers; see configs/inference. Flags "
+    "replace its values."
 )
 
 

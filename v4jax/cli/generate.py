@@ -12,9 +12,8 @@ from v4jax.errors import RequestError
 
 SUMMARY = "answers one prompt, streaming to the terminal"
 USAGE = """
-Reads a prompt as one user turn and prints the answer while it is written. Reasoning, and what is
-said about the work, go to stderr, so the answer can be piped on. Tool calls follow the answer, one
-JSON object per line.
+Reads a prompt as one user turn and prints the answer while it is written. Reasoning and progress go
+to stderr; stdout has the answer alone, followed by tool calls, one JSON object per line.
 
   v4jax generate --model=/models/v4-flash --prompt="Why is the sky blue?"
   v4jax generate --model=/models/v4-flash --prompt=- --thinking < question.txt
@@ -29,7 +28,7 @@ class Flags:
     """What `v4jax generate` is told.
 
     Attributes:
-      prompt: What to answer; - reads it from stdin. Required.
+      prompt: The text to answer; - reads it from stdin. Required.
     """
 
     config: InferenceConfig = dataclasses.field(metadata={"without": ("questions_at_once",)})

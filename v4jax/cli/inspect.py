@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 SUMMARY = "lists a model's parameters: shape, format, bytes, logical axes, totals"
 USAGE = """
-Allocates nothing and reads headers only, so it works for any size on any machine. A repeated block
-appears once, with its repeats as the leading axis "layers". Totals count weights alone, neither
-scales nor routing tables.
+Allocates nothing and reads headers only; it therefore works for any size on any machine. A repeated
+block appears once, with its repeats as the leading axis "layers". Totals count weights, without
+scales and routing tables.
 
   v4jax inspect v4_flash
   v4jax inspect /models/v4-flash --json

@@ -22,7 +22,7 @@ device runs them, and bounds the time of a step by the chip's published peaks. A
   v4jax plan --config=configs/inference/flash_v6e_16.py --topology=v6e-16
   v4jax plan --chips   the figures of every chip and their sources
 
-Mesh axes are data, expert, context and tensor; what each splits stands in v4jax/parallel/axes.py.
+Mesh axes are data, expert, context and tensor; v4jax/parallel/axes.py says what each splits.
 v5p and tpu7x slices are named by TensorCores, two a chip: v5p-16 has 8 chips, as v5p:2x2x2.
 """
 
@@ -32,10 +32,10 @@ class Flags:
     """What `v4jax plan` is told.
 
     Attributes:
-      config: Python file of an inference (configs/inference), as batch takes it. It gives model,
-        numerics and mesh, --context by its max_tokens, --chunk by its chunk_tokens, and --batch:
-        its questions_at_once in decode, one document for each part of data in prefill. Flags that
-        are given go before it.
+      config: Python file as batch takes it (configs/inference). Model, numerics and mesh come from
+        it; its max_tokens is --context, its chunk_tokens is --chunk, and its questions_at_once is
+        --batch in decode (in prefill, --batch is one document for each part along data). Flags
+        replace its values.
       model: Checkpoint folder with config.json, or the name of a packaged configuration. By default
         that of --config, else v4_flash.
       topology: Slice: v6e-16, v5p:2x2x4, tpu7x-8, h100-8. Required.
@@ -47,12 +47,13 @@ class Flags:
       context: Tokens of a sequence, prompt and answer together. By default 1048576.
       batch: Sequences, over all devices. By default 1.
       chunk: Prefill: tokens of a sequence that a step reads. By default 1024 per device.
-      training: Train: what has gradients and optimizer state. lora keeps the base as released.
+      training: Train: which weights have gradients and optimizer state. lora keeps the base as
+        released.
       lora_rank: Train: rank of the adapters.
       numerics: How the computation rounds. By default released, and bfloat16 in training.
       json: Print JSON instead of text.
       compile: Also compile the step with the TPU compiler (libtpu), which takes minutes, and print
-        what it says beside the plan.
+        the compiler's figures beside the plan's.
       chips: Print the table of chips.
     """
 

@@ -9,19 +9,21 @@ from v4jax.errors import RequestError
 
 SUMMARY = "trains a model, or goes on where training stopped"
 USAGE = """
-Runs what a configuration file describes: a model, data, an optimizer, where the results go. Started
-again with the same command it continues from its newest checkpoint, whatever ended it; SIGTERM and
-ctrl-C end it in order.
+Runs what a configuration file describes: model, data, optimizer, output folder. The same command
+continues a run from its newest checkpoint, whatever ended it. SIGTERM and ctrl-C end a run with a
+checkpoint.
 
   v4jax train --config=configs/train/text.py
   v4jax train --config=configs/finetune/chat.py --set=model=/models/v4-flash --set=data.batch=16
 
-The output folder, on a disk or in gs://, gets checkpoints/, metrics.jsonl, in the end run.png, a
-picture of the run (at any time: v4jax train --plot=OUTPUT), and model/, which every verb takes:
+The output folder, on a disk or in gs://, has checkpoints/ and metrics.jsonl, and at the end also
+model/, which every verb takes, and run.png, a picture of the run (at any time: v4jax train
+--plot=OUTPUT):
 
   v4jax generate --model=out/text/model --prompt="What is the code of quiet-river?"
 
-On several hosts every process runs the same command; Cloud TPU, GKE and SLURM are recognized:
+On several hosts every process runs the same command. Cloud TPU, GKE, Slurm and Open MPI are
+recognized; elsewhere:
 
   v4jax train --config=… --coordinator=10.0.0.1:8476 --process_index=0 --process_count=4
 
@@ -42,8 +44,8 @@ class Flags:
       output: Folder of the run, in place of the configuration's.
       export: Write the finished model to OUTPUT/model.
       dry_run: Print the run as configured, and stop.
-      plot: Only draw the metrics of a run, finished or not, given its output folder, to run.png
-        there (needs matplotlib).
+      plot: Output folder of a run, finished or not: only draw its metrics to run.png there (needs
+        matplotlib).
     """
 
     config: str | None = None

@@ -1,7 +1,7 @@
 """How a model answers, as data: what files under `configs/inference/` fill.
 
 `v4jax batch`, `generate`, `evaluate` and `plan` take such a file with `--config=FILE.py`. Every
-field is a flag as well, which goes before the file; the `Attributes` here are the flags' help.
+field is also a flag, which replaces the file's value; the `Attributes` here are the flags' help.
 `config.loading.load_run(InferenceConfig, …)` makes one.
 """
 
@@ -19,9 +19,9 @@ class FrameConfig:
     Attributes:
       system: System message.
       thinking: Reason before answering.
-      effort: How long to reason, with thinking: "max" for as long as it takes; "high", and with
-        profile 0731 "low".
-      profile: Generation of the checkpoint, which says how an effort is asked for: preview for
+      effort: How long to reason, with thinking: "max" (as long as it takes), "high" or, with
+        profile 0731, "low".
+      profile: Generation of the checkpoint, which decides how an effort is asked for: preview for
         V4-Flash and V4-Pro, 0731 for V4-Flash-0731 and V4-Pro-0813.
     """
 
@@ -57,19 +57,19 @@ class InferenceConfig:
     Attributes:
       model: Checkpoint folder (released or transformers layout), or a packaged name: nano, a small
         trained model, or tiny, random weights for trying things out. Required.
-      numerics: How the computation rounds: float32 for parity and research, bfloat16, or released:
-        exactly as the published inference code.
-      weights_seed: Random weights of a packaged configuration, from this seed. Left out: its
-        trained weights where it has some (nano), else seed 0.
+      numerics: How the computation rounds: float32 (for parity and research), bfloat16, or released
+        (exactly as the published inference code).
+      weights_seed: Use random weights of a packaged configuration, made from this seed. By default
+        its trained weights if it has some (nano), else seed 0.
       mesh: Sizes of the mesh axes data, expert, context, tensor, such as expert=8; their product is
-        the number of devices of all hosts. data=1: one device alone. By default all devices on
-        expert, and on context what does not divide the experts. v4jax plan says what fits.
+        the number of devices of all hosts. data=1 uses one device. By default expert has all
+        devices, and context those that do not divide the experts. v4jax plan says what fits.
       chunk_tokens: Tokens read at once. Larger chunks read faster and need more memory. By default
         4096; on a mesh 1024 for each device that shares a sequence, if that is more.
       max_tokens: Capacity of the cache, prompt and answer together. By default the length needed,
         rounded up to a power of two.
-      questions_at_once: Questions of one document answered side by side, each with a copy of its
-        cache.
+      questions_at_once: Number of questions of one document that are answered side by side, each
+        with a copy of its cache.
       frame: What surrounds the user's words.
       sampling: How the tokens of an answer are chosen.
     """
