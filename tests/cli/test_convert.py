@@ -3,9 +3,12 @@
 import pytest
 from checkpoint import folders
 from oracle import checkpoints
+from training import mini_model
 
 from v4jax.checkpoint import read_model
 from v4jax.cli import main
+
+MINI = mini_model.__file__
 
 
 def convert(*arguments: str) -> int:
@@ -27,10 +30,10 @@ def test_released_to_released_and_bfloat16(tmp_path, capsys):
     assert "save: wrote" in capsys.readouterr().err
 
 
-def test_a_name_gives_random_weights(tmp_path, capsys):
+def test_a_configuration_gives_random_weights(tmp_path, capsys):
     for seed in (1, 2):
-        assert convert("--model=tiny", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
-    assert "tiny: random weights (seed 2)" in capsys.readouterr().err
+        assert convert(f"--model={MINI}", f"--output={tmp_path}/{seed}", f"--seed={seed}") == 0
+    assert f"{MINI}: random weights (seed 2)" in capsys.readouterr().err
     first, second = (folders.stored_tensors(read_model(tmp_path / str(seed))) for seed in (1, 2))
     assert first["head.weight"].tobytes() != second["head.weight"].tobytes()
 

@@ -1,6 +1,7 @@
 """`v4jax plan`: what it prints, in which form, and its errors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from training import mini_model
@@ -30,33 +31,56 @@ def test_json(capsys):
     assert data["sequence_flops"].keys() == data["device_flops"].keys()
 
 
-def test_all_devices_on_expert_by_default(capsys):
-    data = json.loads(
-        plan(capsys, f"--model={MODEL}", "--topology=v6e-4", "--context=4096", "--json")
-    )
-    assert data["mesh"] == {"data": 1, "expert": 4, "context": 1, "tensor": 1}
+class PlannedError(Exception):
+    """Carries the work that a plan would be made of."""
 
 
-def test_the_file_of_an_inference(capsys, tmp_path):
+@pytest.fixture
+def planned(monkeypatch):
+    """Returns what gives a command's work; nothing is traced."""
+
+    def make_plan(name, work):
+        raise PlannedError(name, work)
+
+    def find(*arguments):
+        with pytest.raises(PlannedError) as made:
+            main.run(["plan", "--topology=v6e-4", *arguments])
+        return made.value.args
+
+    monkeypatch.setattr("v4jax.planning.report.make_plan", make_plan)
+    return find
+
+
+def test_defaults(planned):
+    name, work = planned()
+    assert (name, work.regime, work.batch, work.context) == ("v4_flash", "decode", 1, 1 << 20)
+    assert work.sizes == {"data": 1, "expert": 4, "context": 1, "tensor": 1}
+    assert work.numerics.name == "released"
+    assert planned("--regime=train", "--batch=4", "--context=4096")[1].numerics.name == "bfloat16"
+
+
+def test_the_file_of_an_inference(planned, tmp_path):
     """It gives what it says, a flag goes before it; a document for each part reads it."""
     (tmp_path / "run.py").write_text(
         "import ml_collections\n"
         "def get_config():\n"
-        f"    return ml_collections.ConfigDict(dict(model={MODEL!r}, max_tokens=16384,\n"
+        "    return ml_collections.ConfigDict(dict(model='nano', max_tokens=16384,\n"
         "        chunk_tokens=512, mesh=dict(data=2, expert=2)))\n"
     )
-    given = (f"--config={tmp_path}/run.py", "--topology=v6e-4")
-    shown = plan(capsys, *given)
-    assert f"{MODEL}: decode on v6e:2x2" in shown and "each), mesh data=2,expert=2\n" in shown
-    assert "4 sequences of 16,384 tokens, one token of each" in shown and "float32" in shown
-    shown = plan(capsys, *given, "--regime=prefill", "--mesh=expert=4", "--numerics=bfloat16")
-    assert "1 sequences of 16,384 tokens, 512 tokens of each" in shown and "bfloat16" in shown
+    name, work = planned(f"--config={tmp_path}/run.py")
+    assert (name, work.numerics.name, work.mesh_name) == ("nano", "float32", "data=2,expert=2")
+    assert (work.batch, work.context) == (4, 16384)
+    given = ("--regime=prefill", "--numerics=bfloat16")
+    _, work = planned(f"--config={tmp_path}/run.py", *given)
+    assert (work.batch, work.chunk, work.numerics.name) == (2, 512, "bfloat16")
+    assert planned(f"--config={tmp_path}/run.py", *given, "--mesh=expert=4")[1].batch == 1
 
 
-def test_a_plan_that_does_not_fit_says_so_by_its_status(capsys):
-    arguments = (f"--model={MODEL}", "--topology=v5e-1", "--batch=100000", "--context=1048576")
-    shown = plan(capsys, *arguments, status=1)
-    assert "DOES NOT FIT" in shown and "smallest change: --batch=" in shown
+def test_a_plan_that_does_not_fit_says_so_by_its_status(monkeypatch, capsys):
+    monkeypatch.setattr("v4jax.planning.report.make_plan", lambda *_: SimpleNamespace(fits=False))
+    monkeypatch.setattr("v4jax.planning.report.as_data", lambda plan: {})
+    monkeypatch.setattr("v4jax.planning.report.as_text", lambda plan: "DOES NOT FIT")
+    assert plan(capsys, *MINI, status=1) == "DOES NOT FIT\n"
 
 
 def test_chips(capsys):

@@ -6,6 +6,8 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from v4jax.cli.main import VERBS
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -25,7 +27,6 @@ _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-VERBS = ("batch", "convert", "evaluate", "generate", "inspect", "plan", "train")
 # Ends a command that is followed by something else on its line.
 _OPERATORS = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "(", ")"}
 
