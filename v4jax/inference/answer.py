@@ -1,4 +1,4 @@
-"""From the ids a model writes to an answer: pieces of text while they arrive, then the whole."""
+"""From the ids that a model writes to an answer: pieces while they arrive, then the whole."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from v4jax.tokenizer import (
     assemble,
 )
 
-Piece = ContentText | ReasoningText  # of the text that is shown while it is written
+Piece = ContentText | ReasoningText  # a piece of text, shown while the answer is written
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Answer:
 
     Attributes:
       text: the answer itself.
-      finish_reason: `"stop"` when the model ended it, `"length"` when max_new_tokens did.
-      reasoning: what was thought before; empty without thinking.
-      tool_calls: calls the model made, as in a chat message; usually none.
+      finish_reason: `"stop"` if the model ended it, `"length"` if max_new_tokens did.
+      reasoning: the text before the answer; empty without thinking.
+      tool_calls: the model's calls, as in a chat message; usually none.
       prompt_tokens: tokens of the prompt, without those of the shared document.
       answer_tokens: tokens written, EOS included.
-      warning: how the model's output left the wire format and was read all the same; empty if it
-        did not.
+      warning: how the model's output left the format and was read nevertheless; empty if it did
+        not.
     """
 
     text: str
@@ -43,8 +43,8 @@ class Answer:
 class AnswerReader:
     """Collects one answer from its tokens.
 
-    The wire format is read tolerantly. Control tokens that have no place in an answer (models with
-    random weights write them anywhere) are left out of it.
+    The format is read tolerantly. Control tokens that do not belong in an answer are left out;
+    models with random weights write them anywhere.
     """
 
     tokenizer: object

@@ -1,8 +1,8 @@
-"""The main job: documents in, answers out, whatever happens on the way.
+"""The batch job: documents in, answers out, whatever happens on the way.
 
-The input is described in `documents.py`, the output in `answer_log.py`. A document that fails
-becomes an error line, and the job goes on. A job that was killed continues when it is started again
-with the same settings: each line of the output says which question it answers, and of which input.
+`documents.py` describes the input, `answer_log.py` the output. A document that fails becomes an
+error line, and the job goes on. A job that was killed continues when it is started again with the
+same settings, because each line of the output says which question of which input line it answers.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class BatchJob:
     Attributes:
       input, output: paths of the JSONL files.
       settings: everything besides the input that determines the answers (model, numerics, engine
-        options, …), as JSON values; an output can only be continued with the same.
-      sampling: for lines that do not say.
-      overwrite: forget what the output holds.
-      shard: the part of the input that this process answers; the output is its own.
+        options, …), as JSON values; an output can be continued only with the same settings.
+      sampling: options for lines that do not state their own.
+      overwrite: whether the job discards what the output holds.
+      shard: the part of the input that this process answers; the output is its own file.
     """
 
     input: str
@@ -56,7 +56,7 @@ class BatchJob:
 
     @property
     def folder(self) -> str:
-        """Where relative paths of documents start."""
+        """The folder at which relative paths of documents start."""
         return os.path.dirname(self.input)
 
     @property
@@ -70,11 +70,11 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
     """Answers every question of the input that the output does not answer yet.
 
     Args:
-      load_engine: called once, and only if there is something to do: input and output are checked
-        before any weights are read.
+      load_engine: is called once, and only if there is something to do. Input and output are
+        checked before any weights are read.
 
     Raises:
-      V4JaxError: input or output cannot be used, or do not belong together.
+      V4JaxError: input or output cannot be used, or the output is that of another input or job.
     """
     with open_path(job.input):  # readable; checked before an output is created
         pass
@@ -114,7 +114,7 @@ def _count_answers(answers: AnswerLog) -> int:
 
 @dataclass
 class _Work:
-    """What is left to do, counted."""
+    """The number of documents, questions and bytes that are left."""
 
     documents: int = 0
     questions: int = 0
@@ -122,10 +122,10 @@ class _Work:
 
 
 def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
-    """Counts what is left, and makes sure that the answers belong to this input.
+    """Counts what is left, and checks that the answers belong to this input.
 
     Raises:
-      RequestError: a line of the input is not the one that was answered.
+      RequestError: a line of the input differs from the one that was answered.
     """
     work = _Work()
     digests = {record["line"]: record["input"] for record in answers.records.values()}
@@ -152,7 +152,7 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
 
 
 def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
-    """Returns bytes of the document and number of questions, 0 where the line does not say."""
+    """Returns the document's bytes and the number of questions, 0 if the line does not say."""
     size_bytes = questions = 0
     try:
         fields = parse_line(line)
@@ -166,7 +166,7 @@ def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
 
 
 class _Run:
-    """One run of a job: the loop over the documents, and what it shows of itself."""
+    """One run of a job: the loop over the documents, and its progress."""
 
     def __init__(
         self, job: BatchJob, answers: AnswerLog, engine: Engine, meter: Meter, work: _Work
@@ -224,8 +224,8 @@ class _Run:
             open_questions = [i for i in group if not self.answers.has(line.number, i)]
             if not open_questions:
                 continue
-            # The whole group is answered again even if a crash left some of it in the file: in
-            # the same company every answer comes out the same to the last bit.
+            # The whole group is answered again even if a crash left some of its answers in the
+            # file: answers of the same group come out the same to the last bit.
             meter.writing.start()
             given = engine.answer(encoded, state, group, on_tokens=self._show_writing)
             meter.writing.add(0)

@@ -1,7 +1,7 @@
-"""From a conversation's frame and a user's words to token ids, in two parts.
+"""From the frame of a conversation and a user's words to token ids, in two parts.
 
 The prompt of a question to a document is one user turn: document, blank line, question. It is split
-where the document ends: everything before is the same for all questions and is read once.
+at the end of the document: the first part is the same for all questions and is read once.
 
     BOS [system] <｜User｜> document │ \\n\\n question <｜Assistant｜></think>
 """
@@ -12,21 +12,21 @@ from v4jax.config.inference import FrameConfig
 from v4jax.errors import RequestError
 from v4jax.tokenizer import Piece, encode_pieces, render_messages
 
-_HERE = "here"  # stands for the user's words while the frame is rendered
+_HERE = "here"  # in place of the user's words while the frame is rendered
 
 
 @dataclass(frozen=True)
 class Frame(FrameConfig):
-    """What surrounds the user's words, checked, and the prompts that it makes."""
+    """A checked `FrameConfig`, which makes prompts."""
 
     def __post_init__(self):
         if self.effort and not self.thinking:
             raise RequestError(f'effort "{self.effort}" needs thinking; switch thinking on')
-        self._render()  # complains about a bad effort now, not at the first document
+        self._render()  # reports a bad effort now, not at the first document
 
     @property
     def mode(self) -> str:
-        """The mode, as the tokenizer's functions call it."""
+        """The mode by the tokenizer's name."""
         return "thinking" if self.thinking else "chat"
 
     def encode_document(self, tokenizer, text: str) -> list[int]:
@@ -35,7 +35,7 @@ class Frame(FrameConfig):
         return encode_pieces(before, tokenizer) + tokenizer.encode(text, specials=False)
 
     def encode_question(self, tokenizer, text: str) -> list[int]:
-        """Returns the ids from the end of the document to where the answer begins."""
+        """Returns the ids from the end of the document to the beginning of the answer."""
         _, after = self._render()
         words = tokenizer.encode("\n\n" + text, specials=False)
         return words + encode_pieces(after, tokenizer)
@@ -51,5 +51,5 @@ class Frame(FrameConfig):
         messages = [*system, {"role": "user", "content": _HERE}]
         options = {"mode": self.mode, "effort": self.effort, "profile": self.profile}
         pieces = render_messages(messages, **options)
-        place = len(pieces) - 1 - pieces[::-1].index(Piece(_HERE))  # the user speaks last
+        place = len(pieces) - 1 - pieces[::-1].index(Piece(_HERE))  # the user's turn is the last
         return pieces[:place], pieces[place + 1 :]

@@ -1,6 +1,6 @@
-"""What is asked of the engine: a document, its questions, and how to choose an answer's tokens.
+"""Requests to the engine: a document, its questions, and how an answer's tokens are chosen.
 
-Every value is checked where it is made, so below this file a request is valid.
+Every value is checked when it is made: the code below this file gets valid requests only.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SamplingOptions(SamplingConfig):
-    """How the tokens of an answer are chosen, checked."""
+    """A checked `SamplingConfig`."""
 
     def __post_init__(self):
         _check_number("temperature", self.temperature, "at least 0", lambda t: t >= 0)
@@ -45,8 +45,8 @@ class Document:
     """A text and the questions to it.
 
     Attributes:
-      text: read once; its state serves every question.
-      questions: at least one.
+      text: the document; it is read once, and its state serves every question.
+      questions: at least one question.
       id: the caller's name for the document, given back with each answer.
     """
 
@@ -90,6 +90,6 @@ def _check_integer(
 
 
 def describe(value: object) -> str:
-    """Shows a received value in an error message, shortened."""
+    """Returns a received value for an error message, shortened."""
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
