@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import v4jax
-from v4jax.cache import split_entries
 from v4jax.cli import needle_grid
 from v4jax.inference import Document, Engine, EngineOptions, Question, SamplingOptions
 from v4jax.inference.steps import prefill
+from v4jax.model import attend
 from v4jax.training.data import needles
 
 RATIO = 4  # tokens of an entry; it says something of the four before as well
@@ -54,7 +54,7 @@ class Rivals:
     """
 
     def __init__(self, text: bytes):
-        self.text, self.select = text, split_entries.select
+        self.text, self.select = text, attend.select
         patterns = [to_pattern(sentence) for sentence in (CODE, *needles.DISTRACTORS)]
         self.sentences = find_entries(text, patterns)
         self.owned = self.sentences[None]
@@ -78,7 +78,7 @@ class Rivals:
             ids_btk = self.select(*arguments, **options)
             return jax.pure_callback(keep, jax.ShapeDtypeStruct(ids_btk.shape, jnp.int32), ids_btk)
 
-        split_entries.select = select
+        attend.select = select
         jax.clear_caches()
 
 

@@ -135,7 +135,7 @@ def read_and_decode(model, tokens: int, capacity: int, chunk: int) -> tuple[floa
     parts = [jnp.asarray(ids[:, first : first + chunk]) for first in starts]
     lengths = [jnp.array([min(chunk, tokens - first)], jnp.int32) for first in starts]
     one, options = jnp.ones(1, jnp.int32), {"logits": "last", "donate": True, "trusted": True}
-    extend = model.held().extend
+    extend = model.flatten().extend
     for count in (1, len(parts)):  # one chunk to compile, then all of them
         cache = model.init_cache(1, capacity)
         begin = time.perf_counter()

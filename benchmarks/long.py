@@ -124,7 +124,7 @@ def decode_seconds(model, tokens: int, capacity: int) -> float:
         lengths=jnp.array([tokens], jnp.int32),
         stored=jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), cache.stored),
     )
-    token, extend = np.zeros((1, 1), np.int32), model.held().extend
+    token, extend = np.zeros((1, 1), np.int32), model.flatten().extend
     for step in range(2 * TIMED):
         if step == TIMED:
             begin = time.perf_counter()

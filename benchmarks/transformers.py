@@ -93,7 +93,7 @@ def time_ours(tensors, ids, options):
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.write_checkpoint(pathlib.Path(folder), tensors, CONFIG)
         model = v4jax.load(folder, numerics="float32")
-    extend = model.held().extend
+    extend = model.flatten().extend
 
     def prefill():
         cache = model.init_cache(1, len(ids) + 2 * DECODED)

@@ -14,11 +14,11 @@ import argparse
 import jax.numpy as jnp
 
 import v4jax
-from v4jax.cache import split_entries
 from v4jax.cli import needle_grid
 from v4jax.inference import Engine, EngineOptions
 from v4jax.kernels import dense_attention
 from v4jax.kernels.softmax import MASKED
+from v4jax.model import attend
 
 DEPTHS = 5
 HCA = 128  # tokens of an entry
@@ -26,31 +26,29 @@ HCA = 128  # tokens of an entry
 
 def weigh(times: float) -> None:
     """Makes every HCA entry count `times` times, in all calls of this process."""
-    attend_all = split_entries.attend_all
+    attend_all = attend.attend_all
 
-    def attend(queries, recent, sink, start, end, *, window, entries, ratio, **rest):
-        options = {"window": window, "entries": entries, "ratio": ratio}
+    def attend_weighted(context, queries, recent, sink, *, window, entries, ratio, **rest):
         if entries is None or ratio != HCA:
-            return attend_all(queries, recent, sink, start, end, **options, **rest)
+            options = {"window": window, "entries": entries, "ratio": ratio}
+            return attend_all(context, queries, recent, sink, **options, **rest)
+        rows = context.start, context.end
         far_bthc, far_mass = dense_attention.attend(
             queries,
             recent[:, window:],
             jnp.full_like(sink, MASKED),
-            start,
-            end,
+            *rows,
             window=0,
             entries=entries,
             ratio=ratio,
         )
         far_mass = far_mass + jnp.log(times)
-        near_bthc, near_mass = dense_attention.attend(
-            queries, recent, sink, start, end, window=window
-        )
+        near_bthc, near_mass = dense_attention.attend(queries, recent, sink, *rows, window=window)
         mass = jnp.logaddexp(far_mass, near_mass)
         attended_bthc = far_bthc * jnp.exp(far_mass - mass)[..., None]
         return attended_bthc + near_bthc * jnp.exp(near_mass - mass)[..., None], mass
 
-    split_entries.attend_all = attend
+    attend.attend_all = attend_weighted
 
 
 def main() -> None:

@@ -92,9 +92,9 @@ FAULTS = [
     ),
     Fault(
         "an entry is rotated by its window's number",
-        "model/compressor.py",
-        "positions = windows * self.layer.ratio",
-        "positions = windows",
+        "cache/full_sequence.py",
+        "positions=self.positions[:, :whole:ratio],",
+        "positions=self.positions[:, :whole:ratio] // ratio,",
         PIECES,
     ),
     # Scales and number formats
@@ -238,7 +238,7 @@ FAULTS = [
     ),
     Fault(
         "the last logits are those of the padding",
-        "model/transformer.py",
+        "model/passes.py",
         "last_b = jnp.maximum(lengths - 1, 0)",
         "last_b = jnp.full_like(lengths, tokens.shape[1] - 1)",
         "tests/model/test_conformance.py",
@@ -325,8 +325,8 @@ FAULTS = [
     Fault(
         "a compressed entry takes over the previous document",
         "cache/full_sequence.py",
-        "begin=of_windows(own) // ratio",
-        "begin=0 * of_windows(own)",
+        "jnp.maximum(begin[:, :whole:ratio], 0) // ratio",
+        "jnp.zeros_like(begin[:, :whole:ratio])",
         "tests/model/test_packing.py",
     ),
     Fault(
@@ -353,7 +353,7 @@ FAULTS = [
     ),
     Fault(
         "window and entries are joined with the wrong mass",
-        "cache/split_entries.py",
+        "model/attend.py",
         "mass = jnp.logaddexp(entry_mass, window_mass)",
         "mass = jnp.maximum(entry_mass, window_mass)",
         "tests/parallel/test_model.py",
@@ -361,8 +361,8 @@ FAULTS = [
     Fault(
         "heads are not summed over devices",
         "model/attention.py",
-        'return sum_over(output, "heads")',
-        "return output",
+        'return context.axes.psum(output, "heads"), memory',
+        "return output, memory",
         "tests/parallel/test_model.py",
     ),
     Fault(
@@ -375,8 +375,8 @@ FAULTS = [
     Fault(
         "an exchanged row comes back to another slot",
         "parallel/expert_parallel.py",
-        "slot_a = jnp.where(sent_a, plan.owner * bound + place_a, slots + every_a)",
-        "slot_a = jnp.where(sent_a, plan.owner * bound + place_a - 1, slots + every_a)",
+        "slot_a = jnp.where(sent_a, destinations.owner * bound + place_a, slots + every_a)",
+        "slot_a = jnp.where(sent_a, destinations.owner * bound + place_a - 1, slots + every_a)",
         "tests/parallel/test_expert_parallel.py",
     ),
     # Checkpoints

@@ -12,7 +12,7 @@ import pytest
 
 from v4jax.cache import init_cache
 from v4jax.cache.entries import CompressorRows
-from v4jax.cache.hybrid import LayerView
+from v4jax.cache.hybrid import LayerCache
 from v4jax.config import LayerKind
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import RELEASED
@@ -42,11 +42,12 @@ def build_step(csa, hca, tokens, window):
         start, end = cache.lengths, cache.lengths + tokens
 
         def rows(ratio):
-            return CompressorRows(None, None, start // ratio, end // ratio - start // ratio)
+            completed = end // ratio - start // ratio
+            return CompressorRows(None, None, start // ratio, completed, positions=None)
 
         def run(carry, i):
             cache, total = carry
-            view = LayerView(cache, csa, 2 * i, i, start, end)
+            view = LayerCache(cache, csa, 2 * i, i, start, end)
             table, view = view.append_entries("index", keys, rows(4))
             selected = indexer.select(index_queries, weights, table, start, end, ratio=4, count=512)
             table, view = view.append_entries("entries", entries, rows(4))
@@ -54,7 +55,7 @@ def build_step(csa, hca, tokens, window):
             total += sparse_attention.attend(
                 *arguments, window=window, entries=table, selected=selected
             )
-            view = LayerView(view.cache, hca, 2 * i + 1, i, start, end)
+            view = LayerCache(view.cache, hca, 2 * i + 1, i, start, end)
             table, view = view.append_entries("entries", heavy, rows(128))
             total += dense_attention.attend(
                 *arguments, end, window=window, entries=table, ratio=128

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from v4jax.cache import ring
+from v4jax.parallel import ONE_DEVICE
 
 SIZE, SLOTS, LAYERS, WIDTH = 8, 3, 2, 5
 
@@ -19,7 +20,9 @@ def test_ring_holds_the_last_rows(tokens):
         start = jnp.array([len(rows) for rows in seen])
         lengths = random.randint(0, tokens + 1, SLOTS)
         rows = random.standard_normal((SLOTS, tokens, WIDTH)).astype(np.float32)
-        rings = ring.append(rings, jnp.int32(1), jnp.asarray(rows), start, start + lengths)
+        rings = ring.append(
+            ONE_DEVICE, rings, jnp.int32(1), jnp.asarray(rows), start, start + lengths
+        )
         seen = [np.concatenate([s, r[:n]]) for s, r, n in zip(seen, rows, lengths, strict=True)]
         ordered = ring.ordered(rings, jnp.int32(1), jnp.array([len(rows) for rows in seen]))
         for slot in range(SLOTS):

@@ -34,9 +34,9 @@ def test_folder(tmp_path):
 
 @pytest.mark.slow
 def test_random_weights():
-    """Random weights are born in their shares, and the same for the same seed and mesh shape."""
+    """Random weights are made where they are held, the same for one seed and mesh shape."""
     mesh = make_mesh(data=2, expert=2, context=2)
-    made = v4jax.load("tiny", seed=4, mesh=mesh, regime="train")
+    made = v4jax.load("tiny", seed=4, mesh=mesh, weight_layout="train")
     down = variables(made)["stack.period.0.moe.experts.down"].get_value()
     shape = down.addressable_shards[0].data.shape
     assert np.prod(shape) * 8 == down.size

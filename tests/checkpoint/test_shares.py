@@ -14,8 +14,8 @@ from v4jax.checkpoint import hf_reader, read_abstract, read_model, safetensors_f
 from v4jax.checkpoint.hf_folder import open_folder
 from v4jax.checkpoint.hf_sources import plan_sources
 from v4jax.model.weights import variables
-from v4jax.parallel import Layout, make_mesh, place
-from v4jax.parallel.weights import plan_boxes, spec_of
+from v4jax.parallel import Layout, annotate_shardings, make_mesh
+from v4jax.parallel.weight_sharding import plan_boxes, spec_of
 
 from . import folders
 
@@ -31,8 +31,8 @@ CONFIG = dict(
     moe_intermediate_size=256,
 )
 MESHES = {
-    "experts": (dict(expert=4, context=2), "prefill"),
-    "columns of down projections": (dict(data=2, expert=2, tensor=2), "prefill"),
+    "experts": (dict(expert=4, context=2), "serve"),
+    "columns of down projections": (dict(data=2, expert=2, tensor=2), "serve"),
     "weights split for storage": (dict(data=2, expert=2, tensor=2), "train"),
 }
 
@@ -81,22 +81,22 @@ def host_arrays(model) -> dict[str, list[np.ndarray]]:
     return {path: [np.asarray(x) for x in jax.tree.leaves(v.get_value())] for path, v in held}
 
 
-@pytest.mark.parametrize("mesh, regime", MESHES.values(), ids=MESHES.keys())
-def test_one_host_reads_every_byte_once(folder, whole, monkeypatch, mesh, regime):
+@pytest.mark.parametrize("mesh, weights", MESHES.values(), ids=MESHES.keys())
+def test_one_host_reads_every_byte_once(folder, whole, monkeypatch, mesh, weights):
     with counted(monkeypatch) as reads:
-        made = v4jax.load(folder, mesh=make_mesh(**mesh), regime=regime)
+        made = v4jax.load(folder, mesh=make_mesh(**mesh), weight_layout=weights)
     tensors = open_folder(folder).tensors.values()
     assert size_of(reads) == sum(tensor.nbytes for tensor in tensors)
     for path, arrays in host_arrays(made).items():
         assert all(map(folders.same_bytes, arrays, whole[path])), path
 
 
-@pytest.mark.parametrize("mesh, regime", MESHES.values(), ids=MESHES.keys())
-def test_two_hosts(folder, whole, monkeypatch, mesh, regime):
+@pytest.mark.parametrize("mesh, weights", MESHES.values(), ids=MESHES.keys())
+def test_two_hosts(folder, whole, monkeypatch, mesh, weights):
     """Of two hosts with four devices each reads the elements of its shares, half of the experts."""
     monkeypatch.setattr(safetensors_file, "PAGE_BYTES", 1)  # columns exactly, however few
-    layout = Layout(make_mesh(**mesh), regime)
-    placed = variables(place(read_abstract(folder), layout))
+    layout = Layout(make_mesh(**mesh), weights)
+    placed = variables(annotate_shardings(read_abstract(folder), layout))
     shapes = {path: variable.get_value().shape for path, variable in placed.items()}
     sources = plan_sources(open_folder(folder), shapes)
     largest = max(array.nbytes for arrays in whole.values() for array in arrays)

@@ -5,18 +5,17 @@ import time
 from pathlib import Path
 
 import pytest
+from small_models import make_config, write_folder
 from two_processes import run_two, start_two, wait
 
 from v4jax.cli import batch, hosts, main
 from v4jax.cli.hosts import HostFlags
-from v4jax.config import LayerKind
 from v4jax.config.inference import InferenceConfig
 from v4jax.errors import ConfigError
 from v4jax.inference import BatchJob, SamplingOptions, run_batch
 from v4jax.parallel.hosts import Hosts
 
 from .fake_model import make_engine
-from .mesh_models import write_model
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
 LINES = [
@@ -72,7 +71,7 @@ def test_an_error_of_one_ends_both(source):
 @pytest.mark.slow
 def test_the_command_over_two_processes_equals_one(tmp_path):
     """Four devices each, `data` over both; an output cut off in a line, a missing document."""
-    write_model(tmp_path / "model", LayerKind.CSA)
+    write_folder(tmp_path / "model", make_config("csa"))
     lines = [
         {"text": "It was a dark and stormy night. " * 20, "questions": ["Who?", "Why?", "How?"]},
         {"path": "none.txt", "question": "Why?"},

@@ -10,14 +10,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import make_config, write_folder
 
 import v4jax
 from v4jax.cli import main
-from v4jax.config import LayerKind
 from v4jax.inference import Document, Engine, EngineOptions, Question, SamplingOptions
 from v4jax.inference.steps import prefill
-
-from .mesh_models import write_model
 
 # One capacity and three shapes for all tests: compiling is nearly all of the time.
 FLAGS = ("--max_tokens=1024", "--chunk_tokens=512", "--max_new_tokens=6", "--questions_at_once=2")
@@ -37,7 +35,7 @@ CHUNK_TOLERANCE = 1e-4
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, and the answers of one device beside it."""
     folder = tmp_path_factory.mktemp("small")
-    write_model(folder / "model", LayerKind.CSA)
+    write_folder(folder / "model", make_config("csa"))
     lines = "".join(json.dumps(line) + "\n" for line in LINES)
     (folder / "docs.jsonl").write_text(lines)
     assert batch(folder, ONE) == 0

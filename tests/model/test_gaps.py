@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from model.test_packing import MODE, make_model
-from v4jax.cache import split_entries
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
+from v4jax.model import attend
 from v4jax.model.context import make_context
 from v4jax.quant import EntryFormat
-from v4jax.training.forward import read_normed, run_rows
+from v4jax.training.forward import read_normed, run_rows, weigh_entries
 
 ROW = 384
 LOGITS = 5e-5  # float32 through four blocks, logits of deviation 1; the order of sums differs
@@ -75,13 +75,10 @@ def test_entries_count_for_what_is_left_out():
     """Where n HCA entries are complete, they count for those of all positions before the query."""
     tokens, skipped = jnp.asarray(TOKENS, jnp.int32), jnp.asarray(gap(1280), jnp.int32)[None]
     begin, counted = jnp.zeros_like(tokens), dataclasses.replace(MODE, count_gaps=True)
-    start, end = jnp.zeros(1, jnp.int32), jnp.full(1, ROW, jnp.int32)
-    places = {"begin": begin, "stretch": skipped // 1280 * 128, "skipped": skipped}
-    context = make_context(tokens, start, end, set(), **places, count_gaps=True)
+    weight = weigh_entries(jnp.zeros(1, jnp.int32), begin, jnp.arange(ROW) + skipped)
     complete = np.arange(1, 4)  # at the last token of each 128
-    standing = np.asarray(context.repeats)[0, 127::128] * complete
+    standing = np.asarray(weight)[0, 127::128] * complete
     np.testing.assert_allclose(standing, np.array([1, 12, 13]), rtol=1e-6)
-    assert make_context(tokens, start, end, set(), **places).repeats is None
 
     def last(mode):
         return run_rows(make_model(), tokens, begin, mode, skipped)[0]
@@ -93,10 +90,10 @@ def test_entries_count_for_what_is_left_out():
     assert np.abs(plain[:, 128:] - other[:, 128:]).max() > 0.05
 
 
-@pytest.mark.parametrize("which", ["selected", "all", "repeated"])
+@pytest.mark.parametrize("which", ["selected", "all", "weighted"])
 def test_attention_over_a_gap_equals_the_naive_softmax(which):
     random, window, ratio, heads, channels = np.random.RandomState(6), 8, 4, 2, 8
-    tokens, stretch = 24, np.where(np.arange(24) < 12, 0, 12)
+    tokens, window_begin = 24, np.where(np.arange(24) < 12, 0, 12)
     queries = random.standard_normal((1, tokens, heads, channels)).astype(np.float32)
     recent = random.standard_normal((1, window + tokens, channels)).astype(np.float32)
     rows = random.standard_normal((1, 1, tokens // ratio, channels)).astype(np.float32)
@@ -107,26 +104,27 @@ def test_attention_over_a_gap_equals_the_naive_softmax(which):
         visible &= random.uniform(size=visible.shape) < 0.6
         ids = np.where(visible, np.arange(tokens // ratio), -1)[None]
         options = {"selected": jnp.asarray(ids, jnp.int32)}
-        attend = split_entries.attend_selected
+        function = attend.attend_selected
     else:
-        options, attend = {"ratio": ratio}, split_entries.attend_all
+        options, function = {"ratio": ratio}, attend.attend_all
     often = np.ones((1, tokens), np.float32)
-    if which == "repeated":  # as if each entry stood there so many times
-        often = options["repeats"] = np.exp2(random.uniform(0, 9, often.shape)).astype(np.float32)
+    if which == "weighted":  # as if each entry stood there so many times
+        often = np.exp2(random.uniform(0, 9, often.shape)).astype(np.float32)
+        options["entry_weight"] = often
 
     def ours(queries, rows, recent):
         stored_as = EntryFormat("float32", channels, 0, "float32")
         entries = EntryTable({"values": rows}, jnp.int32(0), stored_as)
-        return attend(
-            queries, recent, jnp.asarray(sink), zero, zero + tokens, window=window,
-            entries=entries, begin=jnp.zeros((1, tokens), jnp.int32),
-            stretch=jnp.asarray(stretch, jnp.int32)[None], **options,
-        )  # fmt: skip
+        ids = jnp.zeros((1, tokens), jnp.int32)
+        begins = {"document_begin": ids, "window_begin": jnp.asarray(window_begin)[None]}
+        context = make_context(ids, zero, zero + tokens, set(), **begins)
+        arguments = context, queries, recent, jnp.asarray(sink)
+        return function(*arguments, window=window, entries=entries, **options)
 
     def naive(queries, rows, recent):
         place = np.arange(tokens)
         near = (place[None] <= place[:, None]) & (place[None] > place[:, None] - window)
-        near &= place[None] >= stretch[:, None]
+        near &= place[None] >= window_begin[:, None]
         keys = jnp.concatenate([recent[0, window:], rows[0, 0]])
         scores = jnp.einsum("thc,sc->ths", queries[0], keys) * channels**-0.5
         mask = np.concatenate([near, visible], axis=1)[:, None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from flax import nnx
 from oracle import numpy_oracle
 from oracle.test_oracles import J4_CONFIG, J4_IDS, J4_MTP_TABLE, J4_TABLE
@@ -17,12 +18,10 @@ from oracle.test_oracles import J4_CONFIG, J4_IDS, J4_MTP_TABLE, J4_TABLE
 from v4jax.checkpoint import names
 from v4jax.config.numerics import FLOAT32
 from v4jax.config.run import LossConfig
-from v4jax.model.transformer import read_drafts, read_logits, run_layers
+from v4jax.model.passes import read_drafts, read_logits, run_layers
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
-
-from . import loaded
 
 # What the project promises for 1,000 positions at logits of standard deviation 1 (measured 1.1e-5).
 FLOAT32_LOGITS = 1e-4
@@ -107,21 +106,21 @@ def extend_in_chunks(model, tokens_t, chunks, shape):
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_whole_sequence(name):
-    made, model = loaded.golden_file(name), loaded.golden_model(name)
+    made, model = small_models.golden_file(name), small_models.golden_model(name)
     logits_tv = np.asarray(model(made["ids"].astype(np.int32)[None])[0])
     np.testing.assert_allclose(logits_tv[made["positions"]], made["logits"], 0, FLOAT32_LOGITS)
 
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_chunks(name):
-    made, model = loaded.golden_file(name), loaded.golden_model(name)
+    made, model = small_models.golden_file(name), small_models.golden_model(name)
     logits_tv = extend_in_chunks(model, made["ids"], CHUNKS, CHUNK_SHAPE)
     np.testing.assert_allclose(logits_tv[made["positions"]], made["logits"], 0, FLOAT32_LOGITS)
 
 
 @pytest.mark.slow
 def test_32768_positions():
-    made, model, chunk = loaded.golden_file("long"), loaded.golden_model("long"), 2048
+    made, model, chunk = small_models.golden_file("long"), small_models.golden_model("long"), 2048
     chunks = [chunk] * (len(made["ids"]) // chunk)
     logits_tv = extend_in_chunks(model, made["ids"], chunks, chunk)
     difference = np.abs(logits_tv[made["positions"]] - made["logits"]).max(1)
@@ -139,7 +138,7 @@ def plain():
     The same functions as under `model(tokens)` and `model.predict_ahead(tokens)`, with the layers
     run once for both.
     """
-    model = loaded.load(J4_TENSORS, J4_CONFIG)
+    model = small_models.load_tensors(J4_TENSORS, J4_CONFIG)
     tokens = jnp.asarray(J4_IDS[None], jnp.int32)
     definition, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -164,7 +163,7 @@ def trained(plain):
     """The same losses and gradients by training's own functions: tiles of logits, layers computed
     again in the backward pass. What it does not give is as in `plain`.
     """
-    model = loaded.load(J4_TENSORS, J4_CONFIG)
+    model = small_models.load_tensors(J4_TENSORS, J4_CONFIG)
     tokens = jnp.asarray(J4_IDS[None], jnp.int32)
     batch = Batch(tokens, jnp.ones(tokens.shape), jnp.zeros_like(tokens))
     totals = count_totals(batch, model.config)
@@ -238,7 +237,7 @@ def test_specified_logits(plain, specified):
 def test_specified_logits_with_quantizers(specified):
     """FP8 entries and FP4 index keys on otherwise exact arithmetic."""
     numerics = dataclasses.replace(FLOAT32, name="qat", entry_format="fp8", index_format="fp4")
-    model = loaded.load(J4_TENSORS, J4_CONFIG, numerics)
+    model = small_models.load_tensors(J4_TENSORS, J4_CONFIG, numerics)
 
     @jax.jit
     def run(model):

@@ -15,7 +15,7 @@ from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import BFLOAT16, RELEASED
 from v4jax.config.run import LossConfig
 from v4jax.kernels import dispatch
-from v4jax.model import abstract_transformer, transformer
+from v4jax.model import abstract_transformer, passes
 from v4jax.model.weights import read_weights
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
@@ -53,7 +53,7 @@ def array_sizes(jaxpr) -> list[int]:
 
 def forward(model, length):
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return jax.make_jaxpr(transformer._forward)(model, tokens)
+    return jax.make_jaxpr(passes.forward)(model, tokens)
 
 
 def train(model, length, dense=False):
@@ -76,9 +76,7 @@ def extend(model, length, tokens):
     cache = jax.eval_shape(lambda: model.init_cache(1, length))
     tokens = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return jax.make_jaxpr(transformer._extend, static_argnums=4)(
-        model, tokens, cache, lengths, "last"
-    )
+    return jax.make_jaxpr(passes.extend, static_argnums=4)(model, tokens, cache, lengths, "last")
 
 
 def prefill(model, length):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from flax import nnx
-from parallel import models
 
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import DOCUMENT_UNIT
@@ -20,7 +20,7 @@ from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
 # Two scanned pairs of CSA and HCA, and an MTP block with a window. CSA selects 8 entries. Fewer
 # iterations compile sooner.
-CONFIG = dataclasses.replace(models.CONFIG, hc_sinkhorn_iters=2)
+CONFIG = dataclasses.replace(small_models.PAIRS, hc_sinkhorn_iters=2)
 ROW = 10 * DOCUMENT_UNIT
 MODE = Mode(remat="none")  # compiles in half the time
 LENGTHS = (1, 5, 127, 128, 129, 300)
@@ -36,7 +36,7 @@ GRADIENTS = 1e-4  # of the norm of a parameter's gradient
 
 
 def make_model():
-    return models.model(config=CONFIG)
+    return small_models.make_model(CONFIG)
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_rows_split_over_devices():
     """Shares of 384 tokens, the last of them padding: documents begin inside and reach across."""
     (tokens, _, begin), _ = pack(PACKINGS["padding between"])
     expected = read_jit(make_model(), tokens, begin)
-    on_mesh = models.on_mesh(make_model(), context=4, tensor=2)
+    on_mesh = small_models.on_mesh(make_model(), context=4, tensor=2)
     for found, wanted in zip(read_jit(on_mesh, tokens, begin), expected, strict=True):
         real = begin[0] >= 0
         np.testing.assert_allclose(found[0][real], wanted[0][real], 0, LOGITS)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from oracle import golden
 
 from v4jax.checkpoint.names import block_path
 from v4jax.model.context import make_context
 from v4jax.model.stack import full_sequence
-
-from . import loaded
 
 # Two float32 implementations of one module, on inputs of size 1 and outputs up to 10 (measured
 # 4e-6). Transformers forms rotations in float32 too, so the angles do not differ.
@@ -24,9 +23,9 @@ CONFIG = MADE["config"]
 
 @pytest.fixture(scope="module")
 def model():
-    assert loaded.golden_file("flash")["seed"] == MADE["seed"]
-    assert loaded.golden_file("flash")["config"] == CONFIG
-    return loaded.golden_model("flash")
+    assert small_models.golden_file("flash")["seed"] == MADE["seed"]
+    assert small_models.golden_file("flash")["config"] == CONFIG
+    return small_models.golden_model("flash")
 
 
 def block(model, number):
@@ -58,15 +57,15 @@ def run_piece(model, piece, x=None, streams=None, low_rank=None, ids=None):
         return dict(post=mix.post, mix=mix.residual, collapsed=collapsed)
     if piece in ("router", "hash_router"):
         ids = jnp.zeros(x.shape[1], jnp.int32) if ids is None else ids[0]
-        chosen, weights = module.moe.router(x[0], ids)
+        chosen, weights, _ = module.moe.router(x[0], ids)
         order = jnp.argsort(chosen, axis=-1)
         return {
             "experts": jnp.take_along_axis(chosen, order, -1)[None],
             "weights": jnp.take_along_axis(weights, order, -1)[None],
         }
-    if piece == "moe":
-        return dict(out=module.moe(x, jnp.zeros(x.shape[:2], jnp.int32)))
     context, memory = layer_call(model, number, x.shape[1])
+    if piece == "moe":
+        return dict(out=module.moe(x, context))
     if piece.endswith("_attention"):
         return dict(rows=module.attention(x, context, memory)[0][:, golden.ATTENTION_ROWS])
     if piece.endswith("_compressor"):

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from oracle import checkpoints, quantizers
 from oracle import released_numpy as transcription
 
-from v4jax.model.transformer import read_drafts, read_logits
+from v4jax.model.passes import read_drafts, read_logits
 from v4jax.model.weights import variables
 from v4jax.quant import ScaledArray
 
-from . import loaded
 from .test_golden_logits import extend_in_chunks
 from .test_pieces import block, layer_call, read_table
 
@@ -97,7 +97,7 @@ def tensors():
 @pytest.fixture(scope="module", params=NUMERICS)
 def both(request, tensors):
     """(our model, the transcription) with the same numerics and the same stored weights."""
-    ours = loaded.load(tensors, CONFIG, request.param)
+    ours = small_models.load_tensors(tensors, CONFIG, request.param)
     return ours, Transcription(tensors, CONFIG, NUMERICS[request.param])
 
 
@@ -134,10 +134,10 @@ def our_pieces(model, x, low_rank, streams, ids):
             outputs["index_keys"] = read_table(attention.indexer.compressor(x, memory)[0])
     first = block(model, 0)
     outputs["linear"] = first.attention._linear(low_rank, first.attention.query_up)
-    outputs["hash_moe"] = first.moe(x, ids)
-    outputs["moe"] = block(model, 3).moe(x, ids)
     context, memory = layer_call(model, 0, TOKENS)
     context = dataclasses.replace(context, tokens=ids)
+    outputs["hash_moe"] = first.moe(x, context)
+    outputs["moe"] = block(model, 3).moe(x, context)
     outputs |= our_layer(first, streams, context, memory)
     outputs["logits"] = read_logits(model, streams)
     outputs["drafts"] = read_drafts(model, streams, ids)
@@ -154,7 +154,7 @@ def our_layer(layer, streams, context, memory):
     steps["layer_attention"] = streams
     x, mix = layer.moe_hyper(streams)
     steps["layer_experts_input"] = x
-    output = layer.moe(layer.moe_norm(x), context.tokens, context.real)
+    output = layer.moe(layer.moe_norm(x), context)
     steps["layer"] = layer.moe_hyper.expand(output, streams, mix)
     return steps
 
@@ -239,7 +239,7 @@ def test_pieces(both, inputs):
 
 def test_whole_model(tensors):
     """In chunks through the FP8 and FP4 cache, against the transcription without a cache."""
-    model = loaded.load(tensors, CONFIG, "released")
+    model = small_models.load_tensors(tensors, CONFIG, "released")
     ids = np.random.RandomState(0).randint(0, CONFIG["vocab_size"], 300)
     logits_tv = extend_in_chunks(model, ids, (128, 1, 100, 71), 128)
     expected = Transcription(tensors, CONFIG, NUMERICS["released"]).logits(ids)

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from oracle import checkpoints, released_numpy
 
 from v4jax.config import LayerKind, Rope
 from v4jax.config.model import YarnScaling
 from v4jax.kernels.rotation import rotate
 from v4jax.model.rope import frequencies, rotation
-
-from . import loaded
 
 PLAIN = Rope(10000.0, None, 64)
 YARN = Rope(160000.0, YarnScaling(), 64)
@@ -54,7 +53,7 @@ def test_frequencies_of_other_sizes(dims):
 
 def test_each_layer_has_the_rope_of_its_kind():
     """Window layers and MTP plain with θ = 10⁴; compressed layers YaRN with θ = 1.6·10⁵."""
-    config = loaded.golden_model("flash").config
+    config = small_models.golden_model("flash").config
     for layer in (*config.layers, *config.mtp_layers):
         plain = layer.kind is LayerKind.WINDOW
         assert layer.rope.theta == (10000 if plain else 160000)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 
 from v4jax.model.router import softplus
 
-from . import loaded
 from .test_pieces import block
 
 FLOAT32 = 1e-6
@@ -17,7 +17,7 @@ GOLDEN = {-5: 0.08194723, -1: 0.55969788, 0: 0.83255461, 1: 1.14597630, 5: 2.237
 
 @pytest.fixture(scope="module")
 def model():
-    return loaded.golden_model("flash")
+    return small_models.golden_model("flash")
 
 
 def inputs(model, tokens=40):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model import loaded
+import small_models
 
 from v4jax.checkpoint import names
 from v4jax.config.run import LossConfig
@@ -49,7 +49,7 @@ def tensors():
 @functools.cache
 def ours():
     """Returns the loss, and the gradient of every tensor by its released name."""
-    model = loaded.load(tensors(), FLASH_LIKE)
+    model = small_models.load_tensors(tensors(), FLASH_LIKE)
     batch = Batch(jnp.asarray(ids()[None], jnp.int32), jnp.ones((1, TOKENS)))
 
     @jax.jit

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from model import loaded
+import small_models
 from model.test_golden_logits import extend_in_chunks
 from model.test_pieces import run_piece
 
@@ -93,7 +93,7 @@ def check_logits(logits, theirs):
 def test_flash_like():
     tensors = tensors_of(FLASH_LIKE)
     theirs = hf.build(checkpoints.dequantize(tensors), FLASH_LIKE)
-    check_logits(logits_of(loaded.load(tensors, FLASH_LIKE)), theirs)
+    check_logits(logits_of(small_models.load_tensors(tensors, FLASH_LIKE)), theirs)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def both():
     """(our model, transformers' model) of the Flash-like configuration."""
     tensors = tensors_of(FLASH_LIKE, 21)
     return (
-        loaded.load(tensors, FLASH_LIKE),
+        small_models.load_tensors(tensors, FLASH_LIKE),
         hf.build(checkpoints.dequantize(tensors), FLASH_LIKE),
     )
 
@@ -130,7 +130,7 @@ def test_pieces(both, piece):
 def pro_like():
     """(our model, transformers' model, our logits) of float32 weights."""
     tensors = checkpoints.dequantize(tensors_of(PRO_LIKE))
-    ours = loaded.load(tensors, PRO_LIKE)
+    ours = small_models.load_tensors(tensors, PRO_LIKE)
     return ours, hf.build(tensors, PRO_LIKE), logits_of(ours)
 
 

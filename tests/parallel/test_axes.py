@@ -1,4 +1,4 @@
-"""Who holds which part of every parameter: golden text per regime, readable in a diff.
+"""Who holds which part of every parameter: golden text, readable in a diff.
 
 python -m tests.parallel.test_axes      # writes the golden files anew
 """
@@ -15,18 +15,18 @@ from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import BFLOAT16, RELEASED
 from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
-from v4jax.parallel import Layout, place
+from v4jax.parallel import Layout, annotate_shardings
 from v4jax.parallel.axes import MESH_AXES
-from v4jax.parallel.weights import is_variable, spec_of
+from v4jax.parallel.weight_sharding import is_variable, spec_of
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "shardings"
 
-# name: (regime, mesh sizes in the order of the axes, numerics, storage)
+# name: (mesh sizes in the order of the axes, numerics, storage)
 CASES = {
-    "flash_prefill_expert16": ("prefill", (1, 16, 1, 1), RELEASED, "released"),
-    "flash_decode_data2_expert4_tensor2": ("decode", (2, 4, 1, 2), RELEASED, "released"),
-    "flash_train_data16_expert8": ("train", (16, 8, 1, 1), BFLOAT16, "bfloat16"),
-    "flash_train_data2_expert4_context2": ("train", (2, 4, 2, 1), RELEASED, "released"),
+    "flash_prefill_expert16": ((1, 16, 1, 1), RELEASED, "released"),
+    "flash_decode_data2_expert4_tensor2": ((2, 4, 1, 2), RELEASED, "released"),
+    "flash_train_data16_expert8": ((16, 8, 1, 1), BFLOAT16, "bfloat16"),
+    "flash_train_data2_expert4_context2": ((2, 4, 2, 1), RELEASED, "released"),
 }
 
 
@@ -37,9 +37,11 @@ def flash(numerics, storage):
 
 def describe(case: str) -> str:
     """Returns one line per parameter: path, shape, and by what each split axis is split."""
-    regime, sizes, numerics, storage = CASES[case]
+    sizes, numerics, storage = CASES[case]
+    step = case.split("_")[1]
     mesh = AbstractMesh(sizes, MESH_AXES)
-    placed = place(flash(numerics, storage), Layout(mesh, regime))
+    layout = Layout(mesh, "train" if step == "train" else "serve")
+    placed = annotate_shardings(flash(numerics, storage), layout)
     header = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines, whole, here = [], 0, 0
     for path, variable in jax.tree_util.tree_leaves_with_path(placed, is_leaf=is_variable):
@@ -55,7 +57,7 @@ def describe(case: str) -> str:
         nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(value))
         whole, here = whole + nbytes, here + nbytes / shares
     total = f"{whole / 2**30:.2f} GiB, {here / 2**30:.2f} GiB per device"
-    return "\n".join([f"{regime}: {header}: {total}", *lines]) + "\n"
+    return "\n".join([f"{step}: {header}: {total}", *lines]) + "\n"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +69,7 @@ def test_blocks_of_scales_are_never_cut():
     """The tiny model's quantized widths are smaller than a block: tensor cannot split them."""
     model = abstract_transformer(load_model_config("tiny"), RELEASED, storage="released")
     with pytest.raises(ConfigError) as error:
-        place(model, Layout(AbstractMesh((1, 1, 1, 2), MESH_AXES), "prefill"))
+        annotate_shardings(model, Layout(AbstractMesh((1, 1, 1, 2), MESH_AXES)))
     assert "mesh.tensor = 2 does not divide axis 'heads'" in str(error.value)
     assert "in whole blocks of 128; sizes that would do: [1]" in str(error.value)
 

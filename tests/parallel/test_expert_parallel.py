@@ -12,10 +12,9 @@ from jax.sharding import PartitionSpec as P
 from v4jax.errors import ConfigError
 from v4jax.kernels import dispatch, grouped_matmul
 from v4jax.kernels.scaled_matmul import round_activations
-from v4jax.parallel import Dispatch, Layout, make_mesh
+from v4jax.parallel import Axes, ExpertExchange, Layout, make_mesh
 from v4jax.parallel.axes import MESH_AXES
 from v4jax.parallel.expert_parallel import buffer_rows, route
-from v4jax.parallel.layout import activate
 from v4jax.planning import ahead_of_time
 from v4jax.quant import quantize_weight
 
@@ -59,17 +58,17 @@ def one_device(fmt):
 
 
 @functools.cache
-def on_devices(fmt="float32", regime="prefill", **dispatch):
+def on_devices(fmt="float32", tokens="split", **exchange):
     """Returns the same function on eight devices, each with an eighth of the tokens.
 
-    In the regime "decode" the four devices along `expert` have the same tokens.
+    Where tokens are "whole", the four devices along `expert` have the same ones.
     """
-    layout = Layout(make_mesh(data=2, expert=4), "prefill", Dispatch(**dispatch))
-    split = P(("data", "expert")) if regime == "prefill" else P("data")
+    layout = Layout(make_mesh(data=2, expert=4), "serve", ExpertExchange(**exchange))
+    split = P(("data", "expert")) if tokens == "split" else P("data")
 
     def run(weights, x, ids, routing, real):
-        with activate(layout, regime, per_device=True):
-            return route(compute, weights, x, ids, routing, real, EXPERTS)
+        axes = Axes(layout, tokens)
+        return route(axes, compute, weights, x, ids, routing, real, EXPERTS)
 
     mapped = jax.shard_map(
         run,
@@ -89,7 +88,7 @@ TRANSPORTS = {
     "all_to_all, small buffers": dict(slack=0.25),
     "all_to_all, FP4 experts": dict(fmt="fp4"),
     "gather": dict(transport="gather"),
-    "gather where tokens are everywhere": dict(regime="decode"),
+    "gather where tokens are everywhere": dict(tokens="whole"),
 }
 
 
@@ -140,7 +139,7 @@ def test_gradients_with_further_rounds():
 
 def test_transport_that_needs_other_tokens():
     with pytest.raises(ConfigError) as error:
-        on_devices(regime="decode", transport="all_to_all")(X, LOADS["even"], ROUTING, ALL)
+        on_devices(tokens="whole", transport="all_to_all")(X, LOADS["even"], ROUTING, ALL)
     assert "needs devices with different tokens, but here those along ('expert',)" in str(
         error.value
     )
@@ -152,7 +151,7 @@ def test_ragged_compiles(payload):
     """The ragged transport, around the experts' TPU kernels on FP4 weights, for four chips."""
     devices = np.array(ahead_of_time.describe("v6e:2x2").devices).reshape(1, 4, 1, 1)
     mesh = Mesh(devices, MESH_AXES)
-    layout = Layout(mesh, "prefill", Dispatch(transport="ragged", payload=payload))
+    layout = Layout(mesh, "serve", ExpertExchange(transport="ragged", payload=payload))
     abstract = jax.eval_shape(
         lambda: [
             quantize_weight(jnp.zeros(shape), "fp4")
@@ -173,8 +172,7 @@ def test_ragged_compiles(payload):
     ]
 
     def run(weights, x, ids, routing, real):
-        with activate(layout, "prefill", per_device=True):
-            return route(compute, weights, x, ids, routing, real, EXPERTS)
+        return route(Axes(layout), compute, weights, x, ids, routing, real, EXPERTS)
 
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from v4jax.config.loading import load_model_config
 from v4jax.config.run import MeshConfig, parse_mesh
 from v4jax.errors import ConfigError
-from v4jax.parallel import Layout, activate, check_mesh, make_mesh, mesh, shard
-from v4jax.parallel.axes import MESH_AXES, RULES
+from v4jax.parallel import Layout, check_mesh, make_mesh, mesh, replicate
+from v4jax.parallel.axes import ARRAY_RULES, MESH_AXES, WEIGHT_RULES
 from v4jax.parallel.mesh import arrange_devices, choose_mesh, default_sizes
 
 
@@ -62,7 +62,7 @@ def test_default_sizes_use_all_devices_and_divide_the_model(case):
     config = load_model_config(name)
     sizes = default_sizes(config, devices)
     assert sizes == expected
-    check_mesh(abstract_mesh(**sizes), config, "prefill")
+    check_mesh(abstract_mesh(**sizes), config, "serve")
 
 
 SLICES = {
@@ -163,11 +163,11 @@ def test_bad_mesh(case):
 
 BAD_FIT = {
     "groups of heads": (
-        "v4_flash", "decode", dict(tensor=16),
+        "v4_flash", "serve", dict(tensor=16),
         "mesh.tensor = 16 does not divide model.o_groups = 8; sizes that would do: [1, 2, 4, 8]",
     ),
     "experts over two axes": (
-        "v4_flash", "prefill", dict(data=3, expert=4),
+        "v4_flash", "serve", dict(data=3, expert=4),
         "mesh.data = 3 · mesh.expert = 4 does not divide model.n_routed_experts = 256; "
         "sizes that would do: [1, 2, 4, 8, 16, 32, 64, 128, 256]",
     ),
@@ -180,51 +180,40 @@ BAD_FIT = {
 
 @pytest.mark.parametrize("case", BAD_FIT)
 def test_mesh_does_not_divide_the_model(case):
-    name, regime, sizes, message = BAD_FIT[case]
+    name, weight_layout, sizes, message = BAD_FIT[case]
     with pytest.raises(ConfigError) as error:
-        check_mesh(abstract_mesh(**sizes), load_model_config(name), regime)
+        check_mesh(abstract_mesh(**sizes), load_model_config(name), weight_layout)
     assert message in str(error.value)
 
 
 GOOD_FIT = {
-    "16 chips read Flash": ("v4_flash", "prefill", dict(expert=16)),
-    "64 chips serve Pro": ("v4_pro", "decode", dict(data=2, expert=16, tensor=2)),
+    "16 chips read Flash": ("v4_flash", "serve", dict(expert=16)),
+    "64 chips serve Pro": ("v4_pro", "serve", dict(data=2, expert=16, tensor=2)),
     "128 chips train Flash": ("v4_flash", "train", dict(data=16, expert=8)),
 }
 
 
 @pytest.mark.parametrize("case", GOOD_FIT)
 def test_mesh_divides_the_model(case):
-    name, regime, sizes = GOOD_FIT[case]
-    check_mesh(abstract_mesh(**sizes), load_model_config(name), regime)
+    name, weight_layout, sizes = GOOD_FIT[case]
+    check_mesh(abstract_mesh(**sizes), load_model_config(name), weight_layout)
 
 
 def test_rules_name_axes_in_mesh_order():
     """Collectives over several axes number devices in mesh order, so rules must too."""
-    for rules in RULES.values():
-        for axes in (*rules.weights.values(), *rules.arrays.values()):
+    for rules in (*WEIGHT_RULES.values(), *ARRAY_RULES.values()):
+        for axes in rules.values():
             places = [MESH_AXES.index(axis) for axis in axes]
             assert places == sorted(places), axes
 
 
-def test_prefill_and_decode_share_weights_and_cache():
-    prefill, decode = RULES["prefill"], RULES["decode"]
-    assert prefill.weights == decode.weights
+def test_prefill_and_decode_share_one_cache():
     for axis in ("batch", "entries"):
-        assert prefill.arrays[axis] == decode.arrays[axis]
+        assert ARRAY_RULES["split"][axis] == ARRAY_RULES["whole"][axis]
 
 
-def test_pins():
-    """Outside of per-device code arrays are pinned by name; axes that do not divide stay whole."""
+def test_replicate():
     layout = Layout(make_mesh(data=2, expert=2, context=2))
-    pinned = jax.jit(lambda x: shard(x, "batch", "tokens", "embed"))
-    assert pinned(np.ones((2, 8, 3))).sharding.is_fully_replicated  # without a mesh
-
-    @jax.jit
-    def run(x):
-        with activate(layout, "prefill"):
-            return shard(x, "batch", "tokens", "embed")
-
-    spec = P("data", ("expert", "context"))
-    assert run(np.ones((2, 8, 3))).sharding.is_equivalent_to(NamedSharding(layout.mesh, spec), 3)
-    assert run(np.ones((3, 8, 3))).sharding.shard_shape((3, 8, 3)) == (3, 2, 3)
+    x = jax.device_put(np.ones((2, 8)), NamedSharding(layout.mesh, P("data", "expert")))
+    assert replicate(x, None) is x
+    assert jax.jit(lambda x: replicate(x, layout))(x).sharding.is_fully_replicated

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import PAIRS, make_model, on_mesh
 
 from v4jax.errors import CacheError, ConfigError
 
 from .golden import check_collectives, skip_other_versions
-from .models import CONFIG, model, on_mesh
 
 # Logits have deviation 1.5; sums of float32 in another order differ by up to 3e-5 (measured).
 TOLERANCE = 1e-4
@@ -72,14 +72,14 @@ def feed(made, batch, calls=CALLS):
 
 @functools.cache
 def on_one_device(batch):
-    return feed(model(), batch)
+    return feed(make_model(PAIRS), batch)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_prefill_and_decode(sizes):
     batch = batch_of(sizes)
     want, want_cache = on_one_device(batch)
-    got, cache = feed(on_mesh(model(), **sizes), batch)
+    got, cache = feed(on_mesh(make_model(PAIRS), **sizes), batch)
     for call, (a, b) in enumerate(zip(got, want, strict=True)):
         for slot in range(batch):
             np.testing.assert_allclose(
@@ -97,18 +97,18 @@ def test_prefill_and_decode(sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("regime, width", [("prefill", 1024), ("decode", 1)])
-def test_collectives(regime, width, sizes):
+@pytest.mark.parametrize("step, width", [("prefill", 1024), ("decode", 1)])
+def test_collectives(step, width, sizes):
     skip_other_versions()
-    batch, made = batch_of(sizes), on_mesh(model(), **sizes)
+    batch, made = batch_of(sizes), on_mesh(make_model(PAIRS), **sizes)
 
     @jax.jit
-    def step(made, tokens, cache, lengths):
+    def extend(made, tokens, cache, lengths):
         return made.extend(tokens, cache, lengths, logits="last", trusted=True)
 
     tokens, lengths = jnp.zeros((batch, width), jnp.int32), jnp.full(batch, width, jnp.int32)
-    compiled = step.lower(made, tokens, made.init_cache(batch, 1900), lengths).compile()
-    check_collectives(compiled.as_text(), f"{regime}_{'_'.join(sizes)}")
+    compiled = extend.lower(made, tokens, made.init_cache(batch, 1900), lengths).compile()
+    check_collectives(compiled.as_text(), f"{step}_{'_'.join(sizes)}")
 
 
 def loss_and_logits(made, tokens):
@@ -119,9 +119,9 @@ def loss_and_logits(made, tokens):
 
 
 @functools.cache
-def differentiate(sizes, regime):
+def differentiate(sizes):
     """Returns loss, logits and the gradient of every float parameter, as NumPy."""
-    made = on_mesh(model(), regime, **dict(sizes)) if sizes else model()
+    made = on_mesh(make_model(PAIRS), "train", **dict(sizes)) if sizes else make_model(PAIRS)
     tokens = jnp.asarray(IDS[:2, :400])  # padded to whole shares
     trained, rest = split_floats(made)
 
@@ -158,8 +158,8 @@ GRADIENT_MESHES = [
 
 @pytest.mark.parametrize("sizes", GRADIENT_MESHES, ids=str)
 def test_sequence_and_gradients(sizes):
-    want_loss, want_logits, want = differentiate((), "train")
-    loss, logits, got = differentiate(tuple(sizes.items()), "train")
+    want_loss, want_logits, want = differentiate(())
+    loss, logits, got = differentiate(tuple(sizes.items()))
     np.testing.assert_allclose(logits, want_logits, atol=TOLERANCE)
     assert loss == pytest.approx(want_loss, abs=1e-5)
     assert got.keys() == want.keys()
@@ -174,16 +174,16 @@ def test_sequence_and_gradients(sizes):
 def test_drafts():
     """The MTP block's pairs of streams and next tokens, of which the last has none."""
     tokens = IDS[:2, :400]
-    want = model().predict_ahead(tokens)
-    got = on_mesh(model(), "train", expert=2, context=2, tensor=2).predict_ahead(tokens)
+    want = make_model(PAIRS).predict_ahead(tokens)
+    got = on_mesh(make_model(PAIRS), "train", expert=2, context=2, tensor=2).predict_ahead(tokens)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
-def test_arrays_lie_in_shares():
-    """No device has more than its share of weights and cache."""
-    made = on_mesh(model(), expert=2, context=2, tensor=2)
+def test_arrays_are_split():
+    """No device has more than its shard of weights and cache."""
+    made = on_mesh(make_model(PAIRS), expert=2, context=2, tensor=2)
     gate_up = made.stack.period[0].moe.experts.gate_up.get_value()
-    e, f = CONFIG.n_routed_experts, CONFIG.moe_intermediate_size
+    e, f = PAIRS.n_routed_experts, PAIRS.moe_intermediate_size
     assert gate_up.addressable_shards[0].data.shape[1:4] == (e // 2, 2, f // 2)
     cache = made.init_cache(2, 1900)
     entries = cache.stored["csa"]["values"]
@@ -197,7 +197,7 @@ MISUSE = {
         "mesh.data = 2 does not divide a batch of 3; use a multiple of 2",
     ),
     "cache of one device": (
-        lambda m: m.extend(IDS[:2, :4], model().init_cache(2, 99)), CacheError,
+        lambda m: m.extend(IDS[:2, :4], make_model(PAIRS).init_cache(2, 99)), CacheError,
         "the cache belongs to another model or to other numerics",
     ),
 }  # fmt: skip
@@ -207,5 +207,5 @@ MISUSE = {
 def test_misuse(case):
     call, kind, message = MISUSE[case]
     with pytest.raises(kind) as error:
-        call(on_mesh(model(), data=2, expert=2, context=2))
+        call(on_mesh(make_model(PAIRS), data=2, expert=2, context=2))
     assert message in str(error.value)

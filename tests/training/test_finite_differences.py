@@ -119,7 +119,7 @@ def test_router(kind):
         ids = np.asarray(router.table[...])[tokens]
 
     def ours(x):
-        _, weights = write_weights(router, {"weight": x["weight"]})(x["x"], jnp.asarray(tokens))
+        _, weights, _ = write_weights(router, {"weight": x["weight"]})(x["x"], jnp.asarray(tokens))
         return (weights * pull).sum()
 
     def plain(x):

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 
 from v4jax.cache.formats import index_format
 from v4jax.config.numerics import FLOAT32
 from v4jax.config.run import LossConfig
 from v4jax.kernels.table import EntryTable
 from v4jax.model.weights import read_weights, write_weights
+from v4jax.parallel import ONE_DEVICE
 from v4jax.training import indexer_loss
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.indexer_loss import compare_selected, compare_visible
 from v4jax.training.losses import compute_losses, count_totals
-
-from . import tiny
 
 B, T, H, C, I, X, W, RATIO, TOPK = 2, 21, 3, 8, 4, 6, 5, 4, 2
 # Sums of some hundred products of size 1 in float32, in another order.
@@ -33,7 +33,7 @@ BEGIN = np.where(np.arange(T) < 8, 0, 8)[None].repeat(B, 0)
 
 
 def table(rows):
-    stored_as = index_format(tiny.CSA, FLOAT32).unpacked
+    stored_as = index_format(small_models.CSA, FLOAT32).unpacked
     return EntryTable(stored_as.encode(rows[None]), jnp.int32(0), stored_as)
 
 
@@ -91,10 +91,11 @@ def compare(mode, index_queries, head_weights, keys):
     case = example()
     arrays = case.queries, case.log_mass, table(case.entries), index_queries, head_weights
     if mode == "selected":
-        return compare_selected(*arrays, table(keys), case.selected)
+        return compare_selected(ONE_DEVICE, *arrays, table(keys), case.selected)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     return compare_visible(
-        *arrays, table(keys), positions, jnp.asarray(BEGIN // RATIO), ratio=RATIO, count=TOPK
+        *(ONE_DEVICE, *arrays, table(keys), positions, jnp.asarray(BEGIN // RATIO)),
+        **{"ratio": RATIO, "count": TOPK},
     )
 
 
@@ -157,11 +158,13 @@ def test_attention_gets_no_gradient(mode):
     def divergence(queries, log_mass, entries):
         arrays = queries, log_mass, table(entries), case.index_queries, case.head_weights
         if mode == "selected":
-            return compare_selected(*arrays, table(case.keys), case.selected).divergence.sum()
+            return compare_selected(
+                ONE_DEVICE, *arrays, table(case.keys), case.selected
+            ).divergence.sum()
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         options = {"ratio": RATIO, "count": TOPK}
         first = jnp.zeros_like(positions)
-        found = compare_visible(*arrays, table(case.keys), positions, first, **options)
+        found = compare_visible(ONE_DEVICE, *arrays, table(case.keys), positions, first, **options)
         return found.divergence.sum() + found.recall.sum()
 
     slopes = jax.grad(divergence, argnums=(0, 1, 2))(case.queries, case.log_mass, case.entries)
@@ -179,8 +182,8 @@ def gradients(of):
 
 @functools.cache
 def _differentiate():
-    model = tiny.float_model(tiny.CSA)
-    batch = Batch(jnp.asarray(tiny.IDS[:1]), jnp.ones((1, tiny.IDS.shape[1])))
+    model = small_models.make_model(small_models.CSA)
+    batch = Batch(jnp.asarray(small_models.IDS[:1]), jnp.ones((1, small_models.IDS.shape[1])))
 
     def run(weights):
         totals = count_totals(batch, model.config)

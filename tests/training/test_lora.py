@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 from jax.sharding import PartitionSpec as P
 
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
-from v4jax.model.weights import read_weights, whole, write_weights
+from v4jax.model.weights import materialize, read_weights, write_weights
 from v4jax.parallel import Layout, make_mesh
-from v4jax.parallel.shard import WEIGHTS, on_shards, sum_over
-from v4jax.parallel.weights import is_variable, move
+from v4jax.parallel.shard import WEIGHTS, on_shards
+from v4jax.parallel.weight_sharding import is_variable, put_sharded
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.batch import Batch
 from v4jax.training.export import export
@@ -33,8 +34,6 @@ from v4jax.training.state import (
 from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
 
-from . import tiny
-
 LORA = LoraConfig(rank=4, alpha=8.0)
 # Logits have deviation 1.5; the merged weights are rounded as the expanded ones are.
 MERGED_TOLERANCE = 1e-5
@@ -42,7 +41,7 @@ MERGED_TOLERANCE = 1e-5
 
 @functools.cache
 def base():
-    return tiny.released_model(tiny.WINDOWS)
+    return small_models.make_model(small_models.WINDOWS, stored_as="released")
 
 
 @functools.cache
@@ -116,8 +115,8 @@ def test_merged_equals_unmerged():
     """One weight is float32 as the activations are; others stay as they are stored."""
     model = adapted()
     merged = merge(model)
-    logits = model(tiny.IDS)
-    np.testing.assert_allclose(merged(tiny.IDS), logits, atol=MERGED_TOLERANCE)
+    logits = model(small_models.IDS)
+    np.testing.assert_allclose(merged(small_models.IDS), logits, atol=MERGED_TOLERANCE)
     assert np.abs(logits).std() > 0.5
     for name, value in read_weights(model).items():
         now = read_weights(merged)[name]
@@ -200,7 +199,7 @@ def test_a_step_moves_what_is_trained():
     frozen, weights, biases = mixed(adapted(), "fp8")
     optimizer = optax.sgd(1.0)
     state = init_state(frozen, weights, biases, optimizer)
-    batch = Batch(jnp.asarray(tiny.IDS)[None], jnp.ones((1, *tiny.IDS.shape)), None)
+    batch = Batch(jnp.asarray(small_models.IDS)[None], jnp.ones((1, *small_models.IDS.shape)), None)
     step = jax.jit(build_step(LossConfig(mtp_weight=0.0), optimizer, Mode(), clip_norm=1.0))
     after, metrics = step(frozen, state, batch)
     assert state.biases == {} and np.isfinite(metrics["grad_norm"])
@@ -223,7 +222,7 @@ def test_a_mesh_expands_and_differentiates_the_same():
     The experts lie over `expert`, their widths of whole FP4 blocks over `data`.
     """
     layout = Layout(make_mesh(data=2, expert=2, context=2), "train")
-    placed = move(base(), layout)
+    placed = put_sharded(base(), layout)
     placed.layout = layout
     placed = add_adapters(placed, LORA)
     found = {}
@@ -238,13 +237,14 @@ def test_a_mesh_expands_and_differentiates_the_same():
         sharding = weights[name + ".lora_up"].sharding
         weights[name + ".lora_up"] = jax.device_put(jnp.asarray(up), sharding)
 
-        def add_cubes(experts):
-            values = (v.get_value() for v in jax.tree.leaves(whole(experts), is_leaf=is_variable))
-            return sum_over(sum((value**3).sum() for value in values), "experts")
+        def add_cubes(axes, experts):
+            found = jax.tree.leaves(materialize(axes, experts), is_leaf=is_variable)
+            values = (variable.get_value() for variable in found)
+            return axes.psum(sum((value**3).sum() for value in values), "experts")
 
         def run(weights, frozen=frozen, biases=biases):
             joined = join_model(frozen, TrainState(0, weights, biases, None, 0))
-            sharded = on_shards(add_cubes, frozen.layout, "train", (WEIGHTS,), P())
+            sharded = on_shards(add_cubes, frozen.layout, "split", (WEIGHTS,), P())
             return sharded(joined.stack.period[0].moe.experts)
 
         found[model.layout] = jax.jit(jax.value_and_grad(run))(weights)

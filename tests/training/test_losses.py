@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from v4jax.config.loading import load_model_config
-from v4jax.model.context import Context
+from v4jax.model.context import make_context
 from v4jax.training import losses
 from v4jax.training.batch import PADDING, Batch
 from v4jax.training.forward import measure_router
@@ -151,7 +151,11 @@ def routing(begin):
     scores = random.uniform(0.1, 2, (begin.size, EXPERTS)).astype(np.float32)
     zeros, end = jnp.zeros(shape[0], jnp.int32), jnp.full(shape[0], shape[1], jnp.int32)
     tokens, begin = jnp.zeros(shape, jnp.int32), jnp.asarray(begin)
-    return jnp.asarray(ids), jnp.asarray(scores), Context(tokens, zeros, end, {}, begin)
+    return (
+        jnp.asarray(ids),
+        jnp.asarray(scores),
+        make_context(tokens, zeros, end, set(), document_begin=begin),
+    )
 
 
 def test_balance_is_the_formula_of_every_document():

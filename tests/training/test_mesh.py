@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from parallel.golden import check_collectives, skip_other_versions
-from parallel.models import CONFIG, model, on_mesh
+from small_models import PAIRS, make_model, on_mesh
 
 from v4jax.config.run import LossConfig, OptimizerConfig
 from v4jax.model.weights import read_weights
@@ -52,8 +52,8 @@ def batches():
 @functools.cache
 def run(sizes):
     """Returns the state before and after a step, its metrics, and its text after compilation."""
-    made = on_mesh(model(), "train", **dict(sizes)) if sizes else model()
-    optimizer = build_optimizer(OPTIMIZER, CONFIG, 10)
+    made = on_mesh(make_model(PAIRS), "train", **dict(sizes)) if sizes else make_model(PAIRS)
+    optimizer = build_optimizer(OPTIMIZER, PAIRS, 10)
     frozen, weights, biases = split_model(made, read_weights(made))
     state = init_state(frozen, weights, biases, optimizer)
     step = jax.jit(build_step(LossConfig(), optimizer, Mode(remat="none", distill=True), 1.0))
@@ -134,7 +134,7 @@ def test_muon_on_a_mesh():
     }
     whole = {k: random.standard_normal(s).astype(np.float32) for k, (s, _) in arrays.items()}
     split = {k: jax.device_put(x, NamedSharding(mesh, arrays[k][1])) for k, x in whole.items()}
-    run = jax.jit(lambda x: orthogonalize(x, CONFIG, 0.18))
+    run = jax.jit(lambda x: orthogonalize(x, PAIRS, 0.18))
     found, wanted = run(split), run(jax.tree.map(jnp.asarray, whole))
     for name, update in wanted.items():
         np.testing.assert_allclose(found[name], update, 0, 1e-3, err_msg=name)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from small_models import CSA, WINDOWS
 
 from v4jax.cli.plan import training_program
 from v4jax.config import ModelConfig, get_numerics
@@ -12,8 +13,6 @@ from v4jax.costs import chips
 from v4jax.model import take_inventory
 from v4jax.parallel import Layout
 from v4jax.planning import compile, memory, workload
-
-from .tiny import CSA, WINDOWS
 
 
 def plan(config: ModelConfig, topology: str, mesh: str, training: str):

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parallel.models import CONFIG, model, on_mesh
+from small_models import PAIRS, make_model, on_mesh
 
 from v4jax.config.run import OptimizerConfig
 from v4jax.model.weights import read_weights
@@ -69,8 +69,8 @@ def batch():
 
 @functools.cache
 def written(sizes):
-    made = on_mesh(model(), "train", **dict(sizes)) if sizes else model()
-    optimizer = build_optimizer(OptimizerConfig(kind="adamw", warmup_steps=1), CONFIG, 10)
+    made = on_mesh(make_model(PAIRS), "train", **dict(sizes)) if sizes else make_model(PAIRS)
+    optimizer = build_optimizer(OptimizerConfig(kind="adamw", warmup_steps=1), PAIRS, 10)
     frozen, weights, biases = split_model(made, read_weights(made))
     state = init_state(frozen, weights, biases, optimizer)
     options = {"samples": 2, "tokens": 6, "layout": made.layout}
@@ -79,7 +79,7 @@ def written(sizes):
 
 def test_samples_are_greedy_answers():
     """As `extend` writes them, from the document alone."""
-    made = model()
+    made = make_model(PAIRS)
     before = batch().tokens.copy()
     for sample, (row, start) in zip(written(()), [(0, 130), (1, 150)], strict=True):
         prompt = batch().tokens[row, :start]

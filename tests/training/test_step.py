@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 
 from v4jax.config.run import LossConfig
 from v4jax.model.weights import read_weights
@@ -19,8 +20,6 @@ from v4jax.training.batch import PADDING, Batch
 from v4jax.training.forward import Mode
 from v4jax.training.state import init_state, split_model
 from v4jax.training.step import build_step, move_biases
-
-from . import tiny
 
 CLIP = 0.5
 LOSS = LossConfig(balance_weight=0.1, bias_speed=0.25)
@@ -36,7 +35,7 @@ FLOAT32 = 2e-6
 def begin_state():
     """Returns the frozen model and the state before the first step."""
     frozen, weights, biases = split_model(
-        model := tiny.float_model(tiny.WINDOWS), read_weights(model)
+        model := small_models.make_model(small_models.WINDOWS), read_weights(model)
     )
     return frozen, init_state(frozen, weights, biases, KEEP_GRADIENTS)
 
@@ -136,9 +135,9 @@ def test_biases_move_toward_an_even_load():
     (_, before), (state, metrics) = begin_state(), of_two_rows()
     name = "stack.period.0.moe.router.bias"
     load = np.asarray(metrics["load"]["stack.period.0"])
-    assert load.shape == (2, tiny.WINDOWS.n_routed_experts)
+    assert load.shape == (2, small_models.WINDOWS.n_routed_experts)
     # Every real token of both rows, and no padding.
-    real = (rows()[2] >= 0).sum() * tiny.WINDOWS.num_experts_per_tok
+    real = (rows()[2] >= 0).sum() * small_models.WINDOWS.num_experts_per_tok
     np.testing.assert_array_equal(load.sum(1), [real, real])
     moved = np.asarray(state.biases[name]) - np.asarray(before.biases[name])
     np.testing.assert_array_equal(moved, 0.25 * np.sign(load.mean(1, keepdims=True) - load))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 
 from v4jax.checkpoint import read_model
 from v4jax.config import get_numerics
@@ -14,43 +15,41 @@ from v4jax.config.run import LoraConfig, LossConfig, OptimizerConfig, TrainConfi
 from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
 from v4jax.model.weights import read_weights, write_weights
-from v4jax.parallel import Layout, make_mesh, place
-from v4jax.parallel.weights import move
+from v4jax.parallel import Layout, annotate_shardings, make_mesh
+from v4jax.parallel.weight_sharding import put_sharded
 from v4jax.quant import LowRank, Master, ScaledArray, quantize_weight
 from v4jax.training.export import export
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.state import abstract_state, finish, init_state, join_model, split_model
 from v4jax.training.trainable import split_trained
 
-from . import tiny
-
 
 def config_of(**changes):
     return TrainConfig("model", "output", None, **changes)  # data is not read here
 
 
-def abstract(config=tiny.CSA, numerics="float32"):
+def abstract(config=small_models.CSA, numerics="float32"):
     return abstract_transformer(config, get_numerics(numerics), storage="released")
 
 
 TWO_MTP = dataclasses.replace(
-    tiny.CSA,
+    small_models.CSA,
     num_nextn_predict_layers=2,
     compress_ratios=(4, 4, 0, 0),
-    layer_types=(*tiny.CSA.layer_types, tiny.CSA.layer_types[-1]),
+    layer_types=(*small_models.CSA.layer_types, small_models.CSA.layer_types[-1]),
 )
 SILENT = LossConfig(mtp_weight=0.0, late_mtp_weight=0.0)
 # (model, changes of the run, prefixes of blocks with a part that is not trained).
 POLICIES = {
-    "indexer frozen": (tiny.CSA, {}, {"stack.period.0.attention.indexer"}),
-    "indexer distilled": (tiny.CSA, {"indexer": "distill"}, set()),
+    "indexer frozen": (small_models.CSA, {}, {"stack.period.0.attention.indexer"}),
+    "indexer distilled": (small_models.CSA, {"indexer": "distill"}, set()),
     "no loss reaches the MTP block": (
-        tiny.CSA,
+        small_models.CSA,
         {"loss": SILENT, "indexer": "distill"},
         {"mtp.0"},
     ),
     "an MTP loss in the end": (
-        tiny.CSA,
+        small_models.CSA,
         {"loss": LossConfig(mtp_weight=0.0), "indexer": "distill"},
         set(),
     ),
@@ -116,7 +115,7 @@ def test_lora_trains_adapters_only():
 
 def test_masters_of_stored_weights():
     """Training all of a released model starts from what its stored weights hold."""
-    model = tiny.released_model(tiny.WINDOWS, "bfloat16")
+    model = small_models.make_model(small_models.WINDOWS, "bfloat16", stored_as="released")
     names = [name for name in read_weights(model) if "attention" in name]
     frozen, weights, biases = split_model(model, names)
     state = init_state(frozen, weights, biases, optax.sgd(1.0))
@@ -137,7 +136,7 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
     The start is plain, so that the frozen indexer has to be rounded as well.
     """
     numerics = get_numerics("released")
-    model = tiny.float_model(tiny.CSA, "released")
+    model = small_models.make_model(small_models.CSA, "released")
     config = config_of(quantization_aware=True, numerics="released")
     frozen, weights, biases = split_trained(model, config)
     held = read_weights(frozen.outline)
@@ -147,12 +146,12 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
     indexer = held["stack.period.0.attention.indexer.query_up"]
     assert isinstance(indexer, ScaledArray) and indexer.block == (128, 128)
     state = init_state(frozen, weights, biases, optax.sgd(1.0))
-    logits = join_model(frozen, state)(tiny.IDS)
+    logits = join_model(frozen, state)(small_models.IDS)
     capsys.readouterr()
     export(finish(frozen, state), tmp_path / "out")
     assert "warning" not in capsys.readouterr().err  # nothing is rounded any more
     again = read_model(tmp_path / "out", numerics)
-    np.testing.assert_array_equal(again(tiny.IDS), logits)
+    np.testing.assert_array_equal(again(small_models.IDS), logits)
     assert 0.5 < np.std(logits) < 5
     # MTP, biases and what is float32 come back, too.
     found, biases = read_weights(again), read_weights(again, buffers=True)
@@ -167,12 +166,12 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
 def test_frozen_weights_are_rounded_where_they_lie():
     """On a mesh, too: a tile of 128×128 is on one device, whatever lay split before."""
     layout = Layout(make_mesh(data=8), "train")
-    model = move(tiny.float_model(tiny.CSA), layout)
+    model = put_sharded(small_models.make_model(small_models.CSA), layout)
     model.layout = layout
     frozen, _, _ = split_trained(model, config_of(quantization_aware=True))
     name = "stack.period.0.attention.indexer.query_up"
     value = ScaledArray(frozen.arrays[name], frozen.arrays[f"{name}.scales"], (128, 128))
-    plain = read_weights(tiny.float_model(tiny.CSA))[name]
+    plain = read_weights(small_models.make_model(small_models.CSA))[name]
     expected = quantize_weight(plain, "fp8")
     assert value.values.sharding.is_fully_replicated
     np.testing.assert_array_equal(value.dequantize(), expected.dequantize())
@@ -180,13 +179,13 @@ def test_frozen_weights_are_rounded_where_they_lie():
 
 def test_a_mesh_that_splits_tiles_is_refused():
     """Half of a 128×128 tile would be rounded by another scale."""
-    model = abstract(tiny.WINDOWS)
+    model = abstract(small_models.WINDOWS)
     layout = Layout(make_mesh(data=4, tensor=2), "train")
     plain = {
         name: jax.ShapeDtypeStruct(value.shape, jnp.float32)
         for name, value in read_weights(model).items()
     }
-    model = place(write_weights(model, plain), layout)
+    model = annotate_shardings(write_weights(model, plain), layout)
     model.layout = layout
     split_trained(model, config_of(optimizer=OptimizerConfig()))
     with pytest.raises(ConfigError, match=r"mesh\.tensor = 2 does not divide axis 'heads'"):

@@ -20,17 +20,17 @@ class CompressorRows(NamedTuple):
     first_window [b]: index of the first own window.
     completed [b]: how many of the windows are complete; the rest pool padding and must not become
       entries.
-    begin [b, w]: where rows hold several documents, the index of the first window of each own
-      window's document (or stretch, where positions are left out); nothing before it is pooled.
-    positions [b, w]: of each own window's first token; goes with `begin`.
+    positions [b, w]: of each own window's first token, in its document.
+    begin [b, w]: where rows hold several documents or leave positions out, the index of the first
+      window that may be pooled with each own window.
     """
 
     values: Float[Array, "b s z"]
     gates: Float[Array, "b s z"]
     first_window: Int[Array, "b"]
     completed: Int[Array, "b"]
+    positions: Int[Array, "b w"]
     begin: Int[Array, "b w"] | None = None
-    positions: Int[Array, "b w"] | None = None
 
 
 @runtime_checkable

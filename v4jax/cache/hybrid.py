@@ -27,9 +27,9 @@ from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.errors import CacheError
 from v4jax.kernels import table
 from v4jax.kernels.table import EntryTable
+from v4jax.parallel import ONE_DEVICE, Axes
 from v4jax.parallel.context_parallel import rows_before
-from v4jax.parallel.shard import first_here, gather, shares
-from v4jax.parallel.weights import name_of
+from v4jax.parallel.weight_sharding import name_of
 from v4jax.quant import EntryFormat
 from v4jax.shapes import ceil_div, round_up
 
@@ -120,7 +120,7 @@ class HybridCache:
         shardings = jax.tree.map(lambda x: x.sharding, self) if on_mesh else None
         return jax.jit(_repeat, static_argnums=1, out_shardings=shardings)(self, count)
 
-    def check_fits(self, config: ModelConfig, numerics: Numerics, entry_shares: int = 1) -> None:
+    def check_fits(self, config: ModelConfig, numerics: Numerics, entry_shards: int = 1) -> None:
         """Raises unless these are the arrays that `init_cache` makes for the model.
 
         Raises:
@@ -135,7 +135,7 @@ class HybridCache:
                 "the cache that the call returned, or leave donate=True away"
             )
         capacity = min(self.capacity, config.max_position_embeddings)
-        sizes = self.batch, capacity, entry_shares
+        sizes = self.batch, capacity, entry_shards
         wanted, wanted_structure = _wanted_leaves(config, numerics, *sizes)
         shapes = [(x.shape, x.dtype) for x in leaves]
         if structure != wanted_structure or shapes != wanted:
@@ -209,12 +209,13 @@ def cache_axes(cache: HybridCache) -> HybridCache:
 
 
 def init_cache(
-    config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int, entry_shares: int = 1
+    config: ModelConfig, numerics: Numerics, batch: int, max_tokens: int, entry_shards: int = 1
 ) -> HybridCache:
     """Returns empty caches for `batch` sequences of up to `max_tokens` tokens.
 
     Args:
-      entry_shares: devices that share the entries of a sequence; room is rounded up accordingly.
+      entry_shards: devices over which the entries of a sequence are split; the room is rounded
+        up to a multiple.
 
     Raises:
       CacheError: `batch` or `max_tokens` is out of range.
@@ -238,7 +239,7 @@ def init_cache(
         if not layers:
             continue
         count, layer = len(layers), layers[0]
-        capacity = round_up(max(max_tokens // layer.ratio, 1), entry_shares)
+        capacity = round_up(max(max_tokens // layer.ratio, 1), entry_shards)
         rows, series = (2 * layer.ratio, 2) if layer.overlaps else (layer.ratio, 1)
         stored[name] = entries.zeros(count, batch, capacity)
         unfinished[name] = jnp.zeros((count, batch, rows, 2, series * config.head_dim), jnp.float32)
@@ -250,7 +251,7 @@ def init_cache(
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerView:
+class LayerCache:
     """One layer's view of a `HybridCache` during a call; implements `LayerMemory`.
 
     `layer_index` counts all layers, `kind_index` the layers of this kind; both may be traced
@@ -263,19 +264,24 @@ class LayerView:
     kind_index: jax.Array
     start: jax.Array
     end: jax.Array
+    axes: Axes = ONE_DEVICE
 
     def append_window(self, key_values):
         """See `LayerMemory.append_window`."""
         stored_as, rings = self.cache.entry_format, self.cache.stored[WINDOW]
         new = stored_as.encode(key_values)
         history = jax.tree.map(
-            lambda r, fresh: rows_before(fresh, ring.ordered(r, self.layer_index, self.start)),
+            lambda r, fresh: rows_before(
+                self.axes, fresh, ring.ordered(r, self.layer_index, self.start)
+            ),
             rings,
             new,
         )
         rows = jax.tree.map(lambda old, fresh: jnp.concatenate([old, fresh], axis=1), history, new)
         rings = jax.tree.map(
-            lambda r, fresh: ring.append(r, self.layer_index, fresh, self.start, self.end),
+            lambda r, fresh: ring.append(
+                self.axes, r, self.layer_index, fresh, self.start, self.end
+            ),
             rings,
             new,
         )
@@ -286,7 +292,7 @@ class LayerView:
         name, ratio, tokens = self._name(which), self.layer.ratio, values.shape[1]
         rings = self.cache.unfinished[name]
         new = jnp.stack([values, gates], axis=2).astype(jnp.float32)
-        history = rows_before(new, ring.ordered(rings, self.kind_index, self.start))
+        history = rows_before(self.axes, new, ring.ordered(rings, self.kind_index, self.start))
         # The rows of all windows touched begin where the unfinished window does (with overlap, one
         # window before) and end with the last window that the call can complete.
         before = ratio if self.layer.overlaps else 0
@@ -299,42 +305,49 @@ class LayerView:
         first_b = history.shape[1] - before - phase_b
         rows = jax.vmap(lambda r, f: jax.lax.dynamic_slice_in_dim(r, f, size))(rows, first_b)
         first_window = self.start // ratio
-        end = self.end if shares("tokens") == 1 else jnp.minimum(self.end, self.start + tokens)
+        end = self.end
+        if self.axes.size("tokens") > 1:
+            end = jnp.minimum(end, self.start + tokens)
         result = CompressorRows(
-            rows[:, :, 0], rows[:, :, 1], first_window, end // ratio - first_window
+            rows[:, :, 0],
+            rows[:, :, 1],
+            first_window,
+            completed=end // ratio - first_window,
+            positions=(first_window[:, None] + jnp.arange(windows)) * ratio,
         )
-        rings = ring.append(rings, self.kind_index, new, self.start, self.end)
+        rings = ring.append(self.axes, rings, self.kind_index, new, self.start, self.end)
         cache = dataclasses.replace(self.cache, unfinished={**self.cache.unfinished, name: rings})
         return result, dataclasses.replace(self, cache=cache)
 
     def append_entries(self, which, vectors, rows):
         """See `LayerMemory.append_entries`; unfinished windows are left out.
 
-        Every device gets the entries of all shares of the tokens, and keeps those whose place lies
-        in its share of the cache. Shares are whole windows, so all of them follow each other.
+        Every device gets the entries of all shards of the tokens, and keeps those whose place is in
+        its shard of the cache. Shards are whole windows; all entries are therefore contiguous.
         """
         name = self._name(which)
         stored_as = self.cache.index_format if which == "index" else self.cache.entry_format
         capacity = next(iter(self.cache.stored[name].values())).shape[2]  # on this device
-        first = gather(rows.first_window[:, None], "tokens", 1)[:, 0]
-        completed = gather(jnp.maximum(rows.completed, 0)[:, None], "tokens", 1).sum(1)
+        gather = functools.partial(self.axes.all_gather, name="tokens", axis=1)
+        first = gather(rows.first_window[:, None])[:, 0]
+        completed = gather(jnp.maximum(rows.completed, 0)[:, None]).sum(1)
         stored = table.write(
             self.cache.stored[name],
             self.kind_index,
-            jax.tree.map(lambda new: gather(new, "tokens", 1), stored_as.encode(vectors)),
-            first - first_here("entries", capacity),
+            jax.tree.map(gather, stored_as.encode(vectors)),
+            first - self.axes.offset("entries", capacity),
             completed,
         )
         return self._table(stored, stored_as), self._store(name, stored)
 
     def _table(self, stored, stored_as) -> EntryTable:
         """Returns the entries that attention reads: all, or in decoding those of this device."""
-        if shares("entries") == shares("read_entries"):
+        if self.axes.size("entries") == self.axes.size("read_entries"):
             return EntryTable(stored, self.kind_index, stored_as)
 
         def read(array):
             layer = jax.lax.dynamic_index_in_dim(array, self.kind_index, keepdims=True)
-            return gather(layer, "entries", 2)
+            return self.axes.all_gather(layer, "entries", 2)
 
         return EntryTable(jax.tree.map(read, stored), jnp.int32(0), stored_as)
 
@@ -343,6 +356,6 @@ class LayerView:
             return INDEX
         return CSA if self.layer.kind is LayerKind.CSA else HCA
 
-    def _store(self, name, stored) -> "LayerView":
+    def _store(self, name, stored) -> "LayerCache":
         cache = dataclasses.replace(self.cache, stored={**self.cache.stored, name: stored})
         return dataclasses.replace(self, cache=cache)

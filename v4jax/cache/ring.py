@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from v4jax.parallel.context_parallel import call_start, take_owned
-from v4jax.parallel.shard import shares
+from v4jax.parallel import Axes
+from v4jax.parallel.context_parallel import take_owned
 
 
 def append(
+    axes: Axes,
     rings: jax.Array,
     layer: Int[Array, ""],
     rows: jax.Array,
@@ -23,7 +24,7 @@ def append(
 
     Args:
       rows: [b, t, …], the row of position start+i at place i; rows from end−start on are padding.
-        Where a sequence lies on several devices, they are this device's share and `start` the
+        Where a sequence lies on several devices, they are this device's shard and `start` the
         position of its first; every device ends up with the whole ring.
     """
     size, tokens = rings.shape[2], rows.shape[1]
@@ -33,12 +34,13 @@ def append(
         return rings.at[layer, batch, place_b].set(rows[:, 0].astype(rings.dtype), mode="drop")
     old = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
     last_b = end[:, None] - 1
+    call_b = start - axes.offset("tokens", tokens)  # position of the first token of all shards
     position_bs = last_b - (last_b - jnp.arange(size)) % size  # newest position of each place
-    fresh_bs = position_bs >= call_start(start, tokens)[:, None]
+    fresh_bs = position_bs >= call_b[:, None]
     source_bs = position_bs - start[:, None]
     new = take_rows(rows, jnp.clip(source_bs, 0, tokens - 1)).astype(rings.dtype)
-    if shares("tokens") > 1:
-        new = take_owned(new, fresh_bs & (source_bs >= 0) & (source_bs < tokens))
+    if axes.size("tokens") > 1:
+        new = take_owned(axes, new, fresh_bs & (source_bs >= 0) & (source_bs < tokens))
     fresh = fresh_bs.reshape(*fresh_bs.shape, *(1,) * (new.ndim - 2))
     return jax.lax.dynamic_update_index_in_dim(rings, jnp.where(fresh, new, old), layer, axis=0)
 

@@ -34,7 +34,7 @@ from v4jax.files import RemotePath, to_path
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
 from v4jax.parallel.global_arrays import take
-from v4jax.parallel.weights import spec_of, split_parts
+from v4jax.parallel.weight_sharding import spec_of, split_parts
 from v4jax.quant import LowRank
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

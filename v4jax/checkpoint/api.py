@@ -14,8 +14,8 @@ from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import RemotePath, is_remote, to_path
 from v4jax.model import Transformer
-from v4jax.parallel import Dispatch, Layout, Regime, check_mesh
-from v4jax.parallel.weights import born
+from v4jax.parallel import ExpertExchange, Layout, WeightLayout, check_mesh
+from v4jax.parallel.weight_sharding import init_sharded
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
 
@@ -26,8 +26,8 @@ def load(
     *,
     seed: int | None = None,
     mesh: Mesh | None = None,
-    regime: Regime = "prefill",
-    dispatch: Dispatch | None = None,
+    weight_layout: WeightLayout = "serve",
+    exchange: ExpertExchange | None = None,
 ) -> Transformer:
     """Returns a model: read from a checkpoint folder, or of a packaged name.
 
@@ -40,9 +40,9 @@ def load(
       seed: makes random weights, also for a name with trained ones; None: 0 where there are none.
         A folder ignores it. On a mesh the same seed gives other weights.
       mesh: devices to lie on (`parallel.make_mesh`); None: the default device.
-      regime: "prefill" and "decode" serve (their weights lie alike); "train" splits weights further
-        and gathers them where they are used. See `parallel/axes.py`.
-      dispatch: how tokens travel to their experts; None: `parallel.Dispatch()`.
+      weight_layout: "serve", or "train", which splits weights further and gathers them where they
+        are used. See `parallel/axes.py`.
+      exchange: how tokens travel to their experts; None: `parallel.ExpertExchange()`.
 
     Raises:
       ConfigError: the name, the numerics or the configuration is bad, or the mesh does not divide
@@ -60,7 +60,7 @@ def load(
     if seed is None and name_or_folder in pretrained_names():
         name_or_folder = PRETRAINED / name_or_folder
     path = to_path(name_or_folder)
-    layout = None if mesh is None else Layout(mesh, regime, dispatch or Dispatch())
+    layout = None if mesh is None else Layout(mesh, weight_layout, exchange or ExpertExchange())
     try:
         is_folder = path.is_dir()
     except OSError as error:  # of a bucket
@@ -71,7 +71,7 @@ def load(
         return read_model(path, numerics, layout=layout)
     config = load_model_config(name_or_folder)
     if layout is not None:
-        check_mesh(layout.mesh, config, layout.regime)
+        check_mesh(layout.mesh, config, layout.weight_layout)
 
     def build() -> Transformer:
         rngs = nnx.Rngs(seed or 0)
@@ -88,7 +88,7 @@ def load(
     )
     if layout is None:
         return build()
-    model = born(build, layout)
+    model = init_sharded(build, layout)
     model.layout = layout
     return model
 

@@ -2,10 +2,10 @@
 
 Everything that can be wrong with names, shapes, dtypes and files is found from the headers, before
 a model exists. Then one array after the other is read by several threads and put on its device. On
-a mesh that goes share by share: a host reads from the files what its own devices hold, and nothing
-twice (`parallel/weights.host_boxes`). Beside accelerators host memory therefore peaks at one share,
-or at the neighbouring shares of one host that differ in their columns only; on the CPU, JAX takes
-over the memory itself, so that it peaks at the model.
+a mesh that goes shard by shard: a host reads from the files what its own devices hold, and nothing
+twice (`weight_sharding.host_boxes`). With accelerators host memory therefore peaks at one shard, or
+at the neighbouring shards of one host that differ in their columns only. On the CPU JAX takes over
+the memory itself, and it peaks at the model.
 
 Packed FP4, FP8 and their scales stay as they are. What the model keeps in float32 is widened from
 bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.
@@ -28,8 +28,8 @@ from v4jax.config import Numerics, get_numerics
 from v4jax.errors import CheckpointError
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.model.weights import variables
-from v4jax.parallel import Layout, check_mesh, place
-from v4jax.parallel.weights import Box, host_boxes, put_shares
+from v4jax.parallel import Layout, annotate_shardings, check_mesh
+from v4jax.parallel.weight_sharding import Box, host_boxes, read_sharded
 
 READ_THREADS = 8
 ALIGNMENT_BYTES = 64  # JAX takes over a host array on the CPU only if it is aligned so
@@ -58,10 +58,10 @@ def read_model(
     opened = open_folder(folder)
     model, sources = _plan_model(opened, numerics)
     if layout is not None:
-        check_mesh(layout.mesh, model.config, layout.regime)
+        check_mesh(layout.mesh, model.config, layout.weight_layout)
         for path, variable in variables(model).items():
             variable.set_value(sources[path].abstract)
-        model = place(model, layout)
+        model = annotate_shardings(model, layout)
         model.layout = layout
     held = variables(model)
     reader = _Reader(sources, held, put or _put_here, layout)
@@ -126,7 +126,7 @@ class _Reader:
             (whole,) = self._boxes(path, array)
             return jax.block_until_ready(self.put(path, self._read(array, whole)))
         read = functools.partial(self._read, array)
-        return put_shares(read, array.shape, self.variables[path], self.layout)
+        return read_sharded(read, array.shape, self.variables[path], self.layout)
 
     def _boxes(self, path: str, array: Stacked) -> list[Box]:
         if self.layout is None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.errors import CheckpointError
-from v4jax.parallel.weights import name_of
+from v4jax.parallel.weight_sharding import name_of
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

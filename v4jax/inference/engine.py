@@ -24,7 +24,7 @@ from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import init_sampler, sample
 from v4jax.inference.steps import Cache, decode, prefill
 from v4jax.parallel.mesh import divisors
-from v4jax.parallel.shard import batch_shares
+from v4jax.parallel.shard import batch_shards
 from v4jax.shapes import round_up
 from v4jax.tokenizer import Vocabulary, load_tokenizer
 
@@ -127,7 +127,7 @@ class Engine:
                 f"{config.max_position_embeddings:,}, got {options.max_tokens:,}"
             )
         # Along `data`, questions are split; every part has read the whole document.
-        self._parts = batch_shares(model.layout)
+        self._parts = batch_shards(model.layout)
         options.check_data(self._parts)
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.compile_seconds = 0.0
@@ -261,7 +261,7 @@ class Engine:
         """Runs one step that appends nothing."""
         cache = self.model.init_cache(self._parts, capacity).repeat(slots // self._parts)
         tokens_bt = jnp.zeros((slots, tokens), jnp.int32)
-        logits_bv, _ = self.model.held().extend(
+        logits_bv, _ = self.model.flatten().extend(
             tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
         )
         eos_token, layout = self.model.config.eos_token_id, self.model.layout

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from v4jax.inference.request import SamplingOptions
-from v4jax.parallel import Layout, activate, shard
+from v4jax.parallel import Layout, replicate
 
 _COLDEST = 1e-6  # smallest temperature; below it sampling is greedy in float32
 
@@ -62,17 +62,14 @@ def sample(
       The tokens; which sequences go on after them (no EOS, and tokens remaining); the new state.
       Ignore the values of sequences that had ended before.
     """
-    with activate(layout):
-        logits_bv = shard(logits_bv, None, None)
-        state = jax.tree.map(lambda x: shard(x, None), state)
+    logits_bv, state = replicate((logits_bv, state), layout)
     # Sorting a vocabulary costs far more than an argmax, and most jobs are greedy.
     tokens = jax.lax.cond(
         jnp.any((state.temperature > 0) & (state.remaining > 0)), _draw, _greedy, logits_bv, state
     )
     remaining = jnp.where(tokens == eos_token, 0, jnp.maximum(state.remaining - 1, 0))
     state = state._replace(step=state.step + 1, remaining=remaining)
-    with activate(layout):
-        return jax.tree.map(lambda x: shard(x, None), (tokens, remaining > 0, state))
+    return replicate((tokens, remaining > 0, state), layout)
 
 
 def _greedy(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:

@@ -43,7 +43,7 @@ def prefill(
     slots = cache.lengths.shape[0]
     counts = np.zeros(slots, np.int64)
     counts[: len(sequences)] = [len(sequence) for sequence in sequences]
-    last_bv, model = None, model.held()
+    last_bv, model = None, model.flatten()
     for start in range(0, int(counts.max()), chunk_tokens):
         tokens_bt = np.zeros((slots, chunk_tokens), np.int32)
         lengths = np.clip(counts - start, 0, chunk_tokens).astype(np.int32)
@@ -91,7 +91,7 @@ def decode(
                 f"a sequence of {used} tokens and an answer of up to {room} do not fit a cache "
                 f"made for {cache.capacity}; make it larger or lower max_new_tokens"
             )
-    layout, model = model.layout, model.held()
+    layout, model = model.layout, model.flatten()
     while any(left):
         tokens, active, state = sample(logits_bv, state, eos_token=eos_token, layout=layout)
         if max(left) > 1:  # the model never reads the last token of an answer

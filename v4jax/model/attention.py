@@ -4,17 +4,16 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from v4jax.cache import LayerMemory, split_entries
+from v4jax.cache import LayerMemory
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import contract, expand, matmul
-from v4jax.model import observe
+from v4jax.model import attend
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.indexer import Indexer
 from v4jax.model.norm import RMSNorm, rescale_stepwise
 from v4jax.model.parameters import Declare
-from v4jax.parallel.shard import sum_over
 from v4jax.quant import ScaledArray
 
 
@@ -76,29 +75,28 @@ class Attention(nnx.Module):
         if self.layer.kind is not LayerKind.WINDOW:
             with jax.named_scope("compressor"):
                 entries, memory = self.compressor(x, memory)
-        arguments = queries_bthc, recent_bsc, self.sink[...], context.start, context.end
-        options = {
-            "window": self.config.sliding_window,
-            "entries": entries,
-            "begin": context.begin,
-            "stretch": context.stretch,
-        }
+        arguments = context, queries_bthc, recent_bsc, self.sink[...]
+        options = {"window": self.config.sliding_window, "entries": entries}
         if self.layer.kind is LayerKind.CSA and not context.dense:
             with jax.named_scope("sparse_attention"):
-                attended_bthc, log_mass_bth = split_entries.attend_selected(
+                attended_bthc, log_mass_bth = attend.attend_selected(
                     *arguments, selected=selected, **options
                 )
         else:
-            repeats = context.repeats if self.layer.kind is LayerKind.HCA else None
+            weight = context.entry_weight if self.layer.kind is LayerKind.HCA else None
             with jax.named_scope("dense_attention"):
-                attended_bthc, log_mass_bth = split_entries.attend_all(
-                    *arguments, ratio=self.layer.ratio, repeats=repeats, **options
+                attended_bthc, log_mass_bth = attend.attend_all(
+                    *arguments, ratio=self.layer.ratio, entry_weight=weight, **options
                 )
-        observe.record(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
-        return self._project_output(rotate(attended_bthc, *angles, inverse=True)), memory
+        context.show(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
+        output = self._project_output(rotate(attended_bthc, *angles, inverse=True))
+        return context.axes.psum(output, "heads"), memory
 
     def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
-        """Projects each group of heads to a low rank, then all groups to the model width."""
+        """Projects each group of heads to a low rank, then all groups to the model width.
+
+        Where heads are split, this is the part of one device.
+        """
         width, rank = self.config.group_width, self.config.o_lora_rank
         grouped = attended_bthc.reshape(*attended_bthc.shape[:2], -1, width)
         weight = self.output_down.get_value()
@@ -106,8 +104,7 @@ class Attention(nnx.Module):
             weight = expand(weight, grouped.dtype)
         weight_grk = weight.astype(grouped.dtype).reshape(-1, rank, width)
         low_btgr = contract("btgk,grk->btgr", grouped, weight_grk)
-        output = self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)
-        return sum_over(output, "heads")
+        return self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)
 
     def _linear(self, x, param):
         return matmul(x, param.get_value(), quantize_activations=self.numerics.quantize_activations)

@@ -41,6 +41,6 @@ class Block(nnx.Module):
         streams = self.attention_hyper.expand(output, streams, mix)
         x, mix = self.moe_hyper(streams)
         with jax.named_scope("moe"):
-            output = self.moe(self.moe_norm(x), context.tokens, context.real)
+            output = self.moe(self.moe_norm(x), context)
             output = checkpoint_name(output, "moe_output")
         return self.moe_hyper.expand(output, streams, mix), memory

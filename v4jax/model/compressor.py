@@ -1,6 +1,5 @@
 """The compressor: turns every window of tokens into one entry (or one index key)."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,8 +18,8 @@ from v4jax.quant.formats import round_to
 class Compressor(nnx.Module):
     """Projects tokens to values and gates, pools each window, normalizes and rotates the entry.
 
-    Everything up to the pooled vector is float32, whatever the numerics. An entry stands at the
-    position of its own window's first token within its document.
+    Everything up to the pooled vector is float32, whatever the numerics. The position of an
+    entry is that of its own window's first token within its document.
 
     Source: spec B.7 (HCA), B.8 (CSA: two series, windows overlap).
     """
@@ -53,9 +52,5 @@ class Compressor(nnx.Module):
             begin=rows.begin,
         )
         normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
-        positions = rows.positions
-        if positions is None:
-            windows = rows.first_window[:, None] + jnp.arange(pooled_bwc.shape[1])
-            positions = windows * self.layer.ratio
-        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, positions))
+        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, rows.positions))
         return memory.append_entries(self.which, entries_bwc, rows)

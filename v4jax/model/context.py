@@ -1,6 +1,7 @@
 """What every layer of one call needs to know besides its input."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,42 +9,65 @@ from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.config import Rope
 from v4jax.model.rope import rotation
+from v4jax.parallel import ONE_DEVICE, Axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """One call: its tokens, where they stand, and the rotations of these positions.
+    """One call: its tokens, their positions, the devices that share it, and who observes it.
+
+    A row of the call is one sequence, or several documents one after the other.
 
     tokens [b, t]: hash routing needs the ids.
-    start [b]: position of the first token (where a sequence lies on several devices, of this
-      device's first).
-    end [b]: position after the last real one of the call.
-    rotations: rope → (cosine, sine) [b, t, channels], computed once for all layers.
-    begin [b, t]: where rows hold several documents, the row index of the first token of each
-      token's document, negative for padding; start and end then count from the row's first token,
-      rotations from the document's.
-    stretch [b, t]: where positions are left out inside documents, the row index of the first token
-      after the last such gap; windows begin there. None: where documents do.
-    skipped [b, t]: positions left out before each token; goes with `stretch`.
+    start [b]: index of the first token in its row (of this device's first token, where a row is
+      split over devices).
+    end [b]: index after the last real token of the call.
+    positions [b, t]: of each token in its document.
+    rotations: rope → (cosine, sine) [b, t, channels] of the positions, computed once for all
+      layers.
+    document_begin [b, t]: index in the row of the first token of each token's document, negative
+      for padding. None: each row is one document.
+    window_begin [b, t]: index in the row of the first token that each token's window may hold,
+      where positions are left out inside documents. None: windows begin with the document.
+    entry_weight [b, t]: how often each HCA entry counts for a query; goes with `window_begin`.
+      None: once.
     dense: CSA layers attend to every visible entry, as in training before selection is introduced.
-    repeats [b, t]: how often each HCA entry counts for a query; goes with `stretch`; None: once.
+    axes: the logical axes that are split over devices.
+    seen: where a caller observes, the dictionary that `show` fills.
     """
 
     tokens: Int[Array, "b t"]
     start: Int[Array, "b"]
     end: Int[Array, "b"]
+    positions: Int[Array, "b t"]
     rotations: dict[Rope, tuple[jax.Array, jax.Array]]
-    begin: Int[Array, "b t"] | None = None
-    stretch: Int[Array, "b t"] | None = None
-    skipped: Int[Array, "b t"] | None = None
+    document_begin: Int[Array, "b t"] | None = None
+    window_begin: Int[Array, "b t"] | None = None
+    entry_weight: Float[Array, "b t"] | None = None
     dense: bool = False
-    repeats: Float[Array, "b t"] | None = None
+    axes: Axes = ONE_DEVICE
+    seen: dict[str, Any] | None = None
 
     @property
     def real(self) -> Bool[Array, "b t"]:
         """Which tokens are no padding."""
         inside = self.start[:, None] + jnp.arange(self.tokens.shape[1]) < self.end[:, None]
-        return inside if self.begin is None else inside & (self.begin >= 0)
+        return inside if self.document_begin is None else inside & (self.document_begin >= 0)
+
+    def observe(self) -> tuple["Context", dict[str, Any]]:
+        """Returns a context for one layer, and the dictionary in which the layer shows its values.
+
+        >>> observed, seen = context.observe()
+        >>> streams, memory = block(streams, observed, memory)
+        >>> load = count(seen["router_ids"])
+        """
+        seen: dict[str, Any] = {}
+        return dataclasses.replace(self, seen=seen), seen
+
+    def show(self, **values: Any) -> None:
+        """Gives values to the caller that observes; without one, nothing is kept."""
+        if self.seen is not None:
+            self.seen.update(values)
 
 
 def make_context(
@@ -52,24 +76,21 @@ def make_context(
     end: Array,
     ropes: set[Rope],
     *,
-    begin: Array | None = None,
-    stretch: Array | None = None,
-    skipped: Array | None = None,
-    dense: bool = False,
-    count_gaps: bool = False,
+    positions: Array | None = None,
+    document_begin: Array | None = None,
+    **fields: Any,
 ) -> Context:
-    """Returns the context of a call on tokens at positions start, start+1, …
+    """Returns the context of a call.
 
     Args:
-      count_gaps: HCA entries count for the skipped positions too.
+      positions: None: consecutive ones, counted from `document_begin` or else from the row's begin.
+      fields: the other fields of `Context`.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    if begin is not None:
-        positions = positions - jnp.maximum(begin, 0)
-    repeats = None
-    if skipped is not None:
-        if count_gaps:
-            repeats = 1 + skipped / (positions + 1)
-        positions = positions + skipped
+    if positions is None:
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        if document_begin is not None:
+            positions = positions - jnp.maximum(document_begin, 0)
     rotations = {rope: rotation(rope, positions) for rope in ropes}
-    return Context(tokens, start, end, rotations, begin, stretch, skipped, dense, repeats)
+    return Context(
+        tokens, start, end, positions, rotations, document_begin=document_begin, **fields
+    )

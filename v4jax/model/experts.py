@@ -1,10 +1,11 @@
 """The experts' weights: routed ones, stacked, and the shared one that every token passes."""
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from v4jax.config import ModelConfig, Numerics
 from v4jax.kernels import grouped_matmul
+from v4jax.model.context import Context
 from v4jax.model.parameters import Declare
 from v4jax.parallel.expert_parallel import route
 
@@ -27,9 +28,12 @@ class Experts(nnx.Module):
         x: Float[Array, "t d"],
         ids: Int[Array, "t k"],
         weights: Float[Array, "t k"],
-        real: Bool[Array, "t"] | None = None,
+        context: Context,
     ) -> Float[Array, "t d"]:
-        """Returns the weighted sum of the chosen experts' outputs, float32."""
+        """Returns the weighted sum of the chosen experts' outputs, float32.
+
+        Tokens that are padding do not travel to other devices.
+        """
 
         def compute(parameters, x, ids, weights):
             return grouped_matmul.apply_experts(
@@ -42,7 +46,8 @@ class Experts(nnx.Module):
             )
 
         parameters = self.gate_up.get_value(), self.down.get_value()
-        return route(compute, parameters, x, ids, weights, real, self.config.n_routed_experts)
+        real, experts = context.real.reshape(-1), self.config.n_routed_experts
+        return route(context.axes, compute, parameters, x, ids, weights, real, experts)
 
 
 class SharedExpert(nnx.Module):

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from v4jax.cache import LayerMemory, split_entries
+from v4jax.cache import LayerMemory
 from v4jax.cache.formats import index_format
 from v4jax.config import Layer, ModelConfig, Numerics
 from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import matmul
-from v4jax.model import observe
+from v4jax.model import attend
 from v4jax.model.compressor import Compressor
 from v4jax.model.context import Context
 from v4jax.model.parameters import Declare
@@ -59,17 +59,15 @@ class Indexer(nnx.Module):
         weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)
         weights_bti = round_to(weights_bti * (width**-0.5 * heads**-0.5), x.dtype)
         keys, memory = self.compressor(x, memory)
-        selected = split_entries.select(
+        selected = attend.select(
+            context,
             queries_btix,
             weights_bti,
             keys,
-            context.start,
-            context.end,
             ratio=self.layer.ratio,
             count=self.config.index_topk,
-            begin=context.begin,
         )
-        observe.record(
+        context.show(
             index_queries=queries_btix,
             index_weights=weights_bti,
             index_keys=keys,

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from v4jax.errors import ConfigError
-from v4jax.model import observe
 from v4jax.model.context import make_context
+from v4jax.model.passes import open_streams
 from v4jax.model.stack import full_sequence
-from v4jax.model.transformer import Transformer, open_streams
+from v4jax.model.transformer import Transformer
 
 
 def view_layers(
     model: Transformer, tokens: Int[Array, "b t"], *, dense: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns what each main layer shows by `observe.record`, first layer first.
+    """Returns what each main layer shows by `Context.show`, first layer first.
 
     Attention shows `queries`, `log_mass` and `entries`; the indexer `index_queries`,
     `index_weights`, `index_keys` and `selected`; the router `router_ids` and `router_scores`.
@@ -50,12 +50,12 @@ def _run(model: Transformer, tokens, dense: bool) -> dict[str, dict[str, Any]]:
     start, end = jnp.zeros(batch, jnp.int32), jnp.full(batch, count, jnp.int32)
     ropes = {layer.rope for layer in stack.config.layers}
     context = make_context(tokens, start, end, ropes, dense=dense)
-    streams = open_streams(model.embed, tokens, stack)
+    streams = open_streams(context.axes, model.embed, tokens, stack)
 
     def run_layer(block, streams, layer):
         memory = full_sequence(stack.config, stack.numerics, layer, context)
-        with observe.collecting() as seen:
-            streams, _ = block(streams, context, memory)
+        observed, seen = context.observe()
+        streams, _ = block(streams, observed, memory)
         return streams, seen
 
     return stack.run(streams, run_layer)[1]

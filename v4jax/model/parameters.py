@@ -101,7 +101,7 @@ def draw_normal(key: jax.Array, shape: tuple[int, ...], deviation: float):
     """Returns normal values in float32, from NumPy where the key is concrete.
 
     JAX would compile one program per shape, 80 of them for the smallest model. Under a
-    transformation (arrays born on a pod, abstract shapes) the values come from JAX and differ.
+    transformation (arrays made on a pod, abstract shapes) the values come from JAX and differ.
     """
     if isinstance(key, jax.core.Tracer):
         return jax.random.normal(key, shape, jnp.float32) * deviation

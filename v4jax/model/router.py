@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import ModelConfig, RouterKind
 from v4jax.kernels.scaled_matmul import matmul_float32
-from v4jax.model import observe
 from v4jax.model.parameters import Declare
 
 SOFTPLUS_LINEAR = 20.0  # above, softplus(x) is x (the published code's threshold)
@@ -41,17 +40,17 @@ class Router(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "t d"], tokens: Int[Array, "t"]
-    ) -> tuple[Int[Array, "t k"], Float[Array, "t k"]]:
-        """Returns the ids of the chosen experts and their weights."""
+    ) -> tuple[Int[Array, "t k"], Float[Array, "t k"], Float[Array, "t e"]]:
+        """Returns the ids of the chosen experts, their weights, and the scores of all experts."""
         scores_te = jnp.sqrt(softplus(matmul_float32(x, self.weight[...])))
         if self.kind is RouterKind.HASH:
             ids_tk = self.table[...][tokens]
         else:
             ids_tk = jax.lax.top_k(scores_te + self.bias[...], self.config.num_experts_per_tok)[1]
-        observe.record(router_ids=ids_tk, router_scores=scores_te)
         chosen_tk = jnp.take_along_axis(scores_te, ids_tk, axis=-1)
         total = chosen_tk.sum(axis=-1, keepdims=True)
-        return ids_tk, chosen_tk / total * self.config.routed_scaling_factor
+        weights_tk = chosen_tk / total * self.config.routed_scaling_factor
+        return ids_tk, weights_tk, scores_te
 
 
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -10,15 +10,14 @@ from jaxtyping import Array, Float
 
 from v4jax.cache import FullSequence, HybridCache
 from v4jax.cache.formats import entry_format, index_format
-from v4jax.cache.hybrid import LayerView
+from v4jax.cache.hybrid import LayerCache
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.kernels.stacked import Stacked
 from v4jax.model.block import Block
 from v4jax.model.context import Context
 from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
-from v4jax.model.weights import whole
-from v4jax.parallel.weights import used_as_stored
+from v4jax.model.weights import materialize, used_as_stored
 
 
 class Stack(nnx.Module):
@@ -49,7 +48,7 @@ class Stack(nnx.Module):
 
         def run(block, streams, layer):
             memory = full_sequence(self.config, self.numerics, layer, context)
-            return whole(block)(streams, context, memory)[0], None
+            return materialize(context.axes, block)(streams, context, memory)[0], None
 
         return self.run(streams, run)[0]
 
@@ -73,19 +72,20 @@ class Stack(nnx.Module):
         def run(block, carry, layer, layer_index):
             streams, cache = carry
             kind_index = kind_position(self.config.layers, layer.kind, layer_index)
-            view = LayerView(cache, layer, layer_index, kind_index, context.start, context.end)
-            streams, view = whole(block)(streams, context, view)
-            return (streams, view.cache), None
+            rows = context.start, context.end, context.axes
+            memory = LayerCache(cache, layer, layer_index, kind_index, *rows)
+            streams, memory = materialize(context.axes, block)(streams, context, memory)
+            return (streams, memory.cache), None
 
-        slice_experts = not used_as_stored(self.period)
+        slice_experts = not used_as_stored(context.axes, self.period)
         return self._run(run, (streams, cache), slice_experts=slice_experts)[0]
 
     def _run(self, run: Callable, carry, *, slice_experts: bool):
         """Folds `run(block, carry, layer, layer_index)`, which also reports, over all layers.
 
         With `slice_experts` the scan slices every parameter of its step, which is what gradients
-        and weights that `whole` changes want; without, routed experts stay in their stack and are
-        indexed where they are used.
+        and weights that `materialize` changes want. Without it, routed experts stay in their stack
+        and are indexed where they are used.
         """
         plan, layers, reports = self.config.stack_plan, self.config.layers, {}
         for i, block in enumerate(self.prefix):
@@ -142,7 +142,8 @@ def full_sequence(
         index_format(config, numerics),
         context.start,
         context.end,
-        context.begin,
-        context.stretch,
-        context.skipped,
+        context.positions,
+        context.document_begin,
+        context.window_begin,
+        context.axes,
     )

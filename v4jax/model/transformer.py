@@ -1,38 +1,26 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
-import dataclasses
-from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from v4jax.cache import HybridCache, init_cache
 from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
 from v4jax.errors import CacheError, ConfigError, ShapeError
-from v4jax.kernels.scaled_matmul import matmul_float32
-from v4jax.model.context import make_context
+from v4jax.model import passes
+from v4jax.model.flat import FlatTransformer
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
-from v4jax.model.stack import Stack, full_sequence
-from v4jax.model.weights import whole
-from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call, take_token
+from v4jax.model.stack import Stack
 from v4jax.parallel.global_arrays import values_of
-from v4jax.parallel.shard import (
-    WEIGHTS,
-    check_batch,
-    entry_shares,
-    look_up,
-    make_arrays,
-    on_shards,
-)
+from v4jax.parallel.shard import check_batch, entry_shards, make_arrays
 from v4jax.shapes import as_integers, check_shape
 
 
@@ -73,7 +61,7 @@ class Transformer(nnx.Module):
         Raises:
           ShapeError: tokens are no integers [batch, tokens], empty, or outside the vocabulary.
         """
-        return _forward(self, self._check_tokens(tokens))
+        return passes.forward(self, self._check_tokens(tokens))
 
     def predict_ahead(self, tokens: Int[Array, "b t"]) -> Float[Array, "b u v"]:
         """Returns the first MTP block's logits [b, t−1, v]: row u predicts token u+2.
@@ -90,7 +78,7 @@ class Transformer(nnx.Module):
             )
         if tokens.shape[1] < 2:
             raise ShapeError(f"tokens must hold at least 2 tokens for MTP, got {tokens.shape[1]}")
-        return _forward_mtp(self, tokens)
+        return passes.forward_drafts(self, tokens)
 
     def init_cache(self, batch: int, max_tokens: int) -> HybridCache:
         """Returns empty caches for `batch` sequences of up to `max_tokens` tokens each.
@@ -98,7 +86,7 @@ class Transformer(nnx.Module):
         Raises:
           CacheError: a size is out of range.
         """
-        sizes = batch, max_tokens, entry_shares(self.layout)
+        sizes = batch, max_tokens, entry_shards(self.layout)
         check_batch(self.layout, batch)
         return make_arrays(
             lambda: init_cache(self.config, self.numerics, *sizes), cache_axes, self.layout
@@ -125,14 +113,14 @@ class Transformer(nnx.Module):
             first token where there is none: discard it).
           donate: reuses the buffers of `cache`, which must not be used afterwards; for loops.
           trusted: leaves the values of tokens and lengths unchecked. Checking them waits for the
-            device; a loop that made them itself can so dispatch ahead.
+            device; a loop that produced them can dispatch the next step early.
 
         Raises:
           ShapeError: an argument has the wrong shape, dtype or values.
           CacheError: a sequence would exceed its capacity, or the cache belongs to another model.
         """
         tokens, lengths = self.check_extend(tokens, cache, lengths, logits, trusted)
-        step = _extend_donating if donate else _extend
+        step = passes.extend_donating if donate else passes.extend
         return step(self, tokens, cache, lengths, logits)
 
     def check_extend(self, tokens, cache, lengths, logits, trusted: bool) -> tuple[Array, Array]:
@@ -151,7 +139,7 @@ class Transformer(nnx.Module):
                 f"tokens have batch {batch} but the cache holds {cache.batch} sequences; "
                 f"make it with init_cache({batch}, …)"
             )
-        cache.check_fits(self.config, self.numerics, entry_shares(self.layout))
+        cache.check_fits(self.config, self.numerics, entry_shards(self.layout))
         lengths = np.full(batch, count, np.int32) if lengths is None else lengths
         lengths = as_integers("lengths", lengths)
         check_shape("lengths", lengths, (batch,))
@@ -159,16 +147,14 @@ class Transformer(nnx.Module):
             self._check_room(cache, lengths, count)
         return tokens, jnp.asarray(lengths, jnp.int32)
 
-    def held(self) -> "HeldTransformer":  # noqa: F821
+    def flatten(self) -> FlatTransformer:
         """Returns the model as it is now, for loops over `extend`.
 
-        >>> extend = model.held().extend
+        >>> extend = model.flatten().extend
         >>> while ...:
         ...     logits, cache = extend(tokens, cache, logits="last", donate=True)
         """
-        from v4jax.model.held import HeldTransformer
-
-        return HeldTransformer(self)
+        return FlatTransformer(self)
 
     def _check_tokens(self, tokens, trusted: bool = False) -> Array:
         tokens = as_integers("tokens", tokens)
@@ -208,107 +194,3 @@ def abstract_transformer(
 ) -> Transformer:
     """Returns the model with shapes in place of arrays: nothing is allocated."""
     return Transformer(config, numerics, storage=storage, rngs=None)
-
-
-@jax.jit
-def _forward(model: Transformer, tokens):
-    streams, _ = run_layers(model, tokens)
-    return read_logits(model, streams)
-
-
-@jax.jit
-def _forward_mtp(model: Transformer, tokens):
-    streams, _ = run_layers(model, tokens)
-    return read_drafts(model, streams, tokens)
-
-
-def extend_step(model: Transformer, tokens, cache: HybridCache, lengths, logits):
-    """What `Transformer.extend` and `HeldTransformer.extend` compile; arguments are checked."""
-    start, end = cache.lengths, cache.lengths + lengths
-    streams, cache = run_layers(model, tokens, start, end, cache)
-    if logits == "last":
-        last_b = jnp.maximum(lengths - 1, 0)
-        regime = divide_tokens(model.layout, streams.shape[1])
-        inputs = (P("batch", "tokens"), P("batch"))
-        streams = on_shards(take_token, model.layout, regime, inputs, P("batch"))(streams, last_b)
-        return read_logits(model, streams[:, None])[:, 0], cache
-    return read_logits(model, streams), cache
-
-
-_extend = partial(jax.jit, static_argnames="logits")(extend_step)
-_extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(extend_step)
-
-
-def run_layers(model: Transformer, tokens, start=None, end=None, cache: HybridCache | None = None):
-    """Returns the streams after the last layer, and the extended cache (None without one)."""
-    batch, count = tokens.shape
-    start = jnp.zeros(batch, jnp.int32) if start is None else start
-    end = start + count if end is None else end
-    call = plan_call(model.layout, model.config, batch, count, decodes=cache is not None)
-    axes = None if cache is None else cache_axes(cache)
-    inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
-    run = on_shards(_run_layers, model.layout, call.regime, inputs, (P("batch", "tokens"), axes))
-    streams, cache = run((model.embed, model.stack), call.pad(tokens), start, end, cache)
-    if cache is None:
-        return call.cut(streams), None
-    return call.cut(streams), dataclasses.replace(cache, lengths=end.astype(jnp.int32))
-
-
-def _run_layers(weights, tokens, start, end, cache):
-    embedding, stack = weights
-    start = own_start(start, tokens.shape[1])
-    context = make_context(tokens, start, end, {layer.rope for layer in stack.config.layers})
-    streams = open_streams(embedding, tokens, stack)
-    if cache is None:
-        return stack(streams, context), None
-    return stack.extend(streams, context, cache)
-
-
-def embed(embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
-    """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
-    return look_up(whole(embedding)[...], tokens).astype(numerics.activation_dtype)
-
-
-def open_streams(embedding: nnx.Param, tokens, stack: Stack) -> Float[Array, "b t n d"]:
-    """Returns the residual streams before the first layer: the embeddings, once for each."""
-    x = embed(embedding, tokens, stack.numerics)
-    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
-
-
-def read_logits(model: Transformer, streams) -> Float[Array, "b t v"]:
-    """Returns float32 logits of streams (spec B.15)."""
-    regime = divide_tokens(model.layout, streams.shape[1])
-    inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens", "vocab")
-    read = on_shards(_read_logits, model.layout, regime, inputs, outputs)
-    return read((model.collapse, model.norm, model.head), streams)
-
-
-def _read_logits(weights, streams):
-    collapse, norm, head = whole(weights)
-    return matmul_float32(norm(collapse(streams)), head[...])
-
-
-def read_drafts(model: Transformer, streams, tokens) -> Float[Array, "b u v"]:
-    """Returns the first MTP block's logits of streams and tokens at positions 0 … t−1 (spec B.15).
-
-    Row u pairs the streams of token u with token u+1; the last streams have no pair.
-    """
-    following, streams = tokens[:, 1:], streams[:, :-1]
-    batch, count = following.shape
-    call = plan_call(model.layout, model.config, batch, count, decodes=False)
-    inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
-    outputs = P("batch", "tokens", "vocab")
-    read = on_shards(_read_drafts, model.layout, call.regime, inputs, outputs)
-    end = jnp.full(batch, count, jnp.int32)
-    weights = (model.embed, model.mtp[0], model.head)
-    return call.cut(read(weights, call.pad(streams), call.pad(following), end))
-
-
-def _read_drafts(weights, streams, following, end):
-    embedding, mtp, head = weights
-    mtp, head, layer = whole(mtp), whole(head), mtp.layer
-    start = own_start(jnp.zeros_like(end), following.shape[1])
-    context = make_context(following, start, end, {layer.rope})
-    memory = full_sequence(mtp.config, mtp.numerics, layer, context)
-    normed, _, _ = mtp(streams, embed(embedding, following, mtp.numerics), context, memory)
-    return matmul_float32(normed, head[...])

@@ -12,15 +12,33 @@ from flax import nnx
 
 from v4jax.kernels.scaled_matmul import expand
 from v4jax.model.parameters import Buffer
-from v4jax.parallel import weights
-from v4jax.parallel.weights import is_variable, name_of
+from v4jax.parallel import Axes
+from v4jax.parallel.weight_sharding import gather_weights, gathers_storage, is_variable, name_of
+from v4jax.quant import Recipe
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def whole(module: Module) -> Module:
-    """Returns the module with its weights as a layer uses them (`parallel.weights.whole`)."""
-    return weights.whole(module, expand)
+def materialize(axes: Axes, module: Module) -> Module:
+    """Returns the module with its weights as a layer uses them; call it right before the layer.
+
+    In per-device code a weight that is split for storage is gathered; its gradient is summed and
+    scattered back to its shards. A recipe is expanded, with or without a mesh.
+    """
+    if used_as_stored(axes, module):
+        return module
+
+    def expand_recipe(variable):
+        value = variable.get_value()
+        return variable.copy(value=value.expand(expand) if isinstance(value, Recipe) else value)
+
+    return jax.tree.map(expand_recipe, gather_weights(axes, module), is_leaf=is_variable)
+
+
+def used_as_stored(axes: Axes, module: nnx.Module) -> bool:
+    """Whether `materialize` returns the module as it is."""
+    values = (variable.get_value() for variable in variables(module).values())
+    return not (gathers_storage(axes) or any(isinstance(value, Recipe) for value in values))
 
 
 def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -41,8 +59,8 @@ def read_weights(module: nnx.Module, *, buffers: bool = False) -> dict[str, Any]
 def write_weights(module: Module, values: Mapping[str, Any]) -> Module:
     """Returns the module with these values in place of its own; the others stay.
 
-    A value may be anything with the shape of the weight that `whole` makes an array of, or None for
-    a weight that is given elsewhere.
+    A value may be anything with the shape of the weight that `materialize` makes an array of, or
+    None for a weight that is given elsewhere.
     """
 
     def put(path, variable):

@@ -1,27 +1,27 @@
-"""The model on many devices: the mesh, who holds what, and how shares meet.
+"""The model on many devices: the mesh, who holds what, and how shards are combined.
 
-Read `axes.py` first (one rule table per regime), then `layout.py` and `shard.py` (running the code
-of one device on all of them), `expert_parallel.py` and `context_parallel.py`. `shard_map` and
-collectives are used nowhere else.
+Read `axes.py` first (the rule tables), then `layout.py` and `shard.py` (running the code of one
+device on all of them), `expert_parallel.py` and `context_parallel.py`. `shard_map` and collectives
+are used nowhere else.
 """
 
-from v4jax.parallel.axes import RULES, Regime
-from v4jax.parallel.layout import Dispatch, Layout, activate, active
+from v4jax.parallel.axes import Tokens, WeightLayout
+from v4jax.parallel.layout import ONE_DEVICE, Axes, ExpertExchange, Layout
 from v4jax.parallel.mesh import check_mesh, make_mesh
-from v4jax.parallel.shard import WEIGHTS, on_shards, shard
-from v4jax.parallel.weights import place
+from v4jax.parallel.shard import WEIGHTS, on_shards, replicate
+from v4jax.parallel.weight_sharding import annotate_shardings
 
 __all__ = [
-    "RULES",
+    "ONE_DEVICE",
     "WEIGHTS",
-    "Dispatch",
+    "Axes",
+    "ExpertExchange",
     "Layout",
-    "Regime",
-    "activate",
-    "active",
+    "Tokens",
+    "WeightLayout",
+    "annotate_shardings",
     "check_mesh",
     "make_mesh",
     "on_shards",
-    "place",
-    "shard",
+    "replicate",
 ]

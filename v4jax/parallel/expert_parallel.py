@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.errors import ConfigError
-from v4jax.parallel.layout import Dispatch, active, split_axes
+from v4jax.parallel.layout import Axes, ExpertExchange, Layout
 from v4jax.quant import formats
 from v4jax.ranks import rank
 from v4jax.shapes import ceil_div, round_up
@@ -39,6 +39,7 @@ MOST_ROWS = 16384
 
 
 def route(
+    axes: Axes,
     compute: Compute,
     parameters: Any,
     x: Float[Array, "t d"],
@@ -56,27 +57,26 @@ def route(
       real: false marks padding, which goes nowhere; None: all are real.
       experts: of all devices together.
     """
-    axes = split_axes("experts")
-    if not axes:
+    owners = axes.mesh_axes("experts")
+    if not owners:
         return compute(parameters, x, ids, weights)
-    now = active()
-    own_tokens = {*split_axes("batch"), *split_axes("tokens")}
-    distinct = tuple(axis for axis in axes if axis in own_tokens)
-    repeated = tuple(axis for axis in axes if axis not in own_tokens)
+    own_tokens = {*axes.mesh_axes("batch"), *axes.mesh_axes("tokens")}
+    distinct = tuple(axis for axis in owners if axis in own_tokens)
+    repeated = tuple(axis for axis in owners if axis not in own_tokens)
     if real is not None:
         ids = jnp.where(real[:, None], ids, experts)
-    local = experts // now.layout.size(axes)
-    dispatch = now.layout.dispatch
-    if dispatch.transport == "gather" or (repeated and dispatch.transport == "auto"):
-        first = jax.lax.axis_index(axes) * local
+    local = experts // axes.size("experts")
+    exchange = axes.layout.exchange
+    if exchange.transport == "gather" or (repeated and exchange.transport == "auto"):
+        first = axes.offset("experts", local)
         compute = functools.partial(compute, parameters)
         return _gather(compute, x, ids, weights, first, local, distinct, repeated)
     if repeated:
         raise ConfigError(
-            f"mesh.dispatch.transport = {dispatch.transport!r} needs devices with different "
+            f"exchange.transport = {exchange.transport!r} needs devices with different "
             f"tokens, but here those along {repeated} have the same; use 'auto'"
         )
-    return _exchange(compute, (parameters, x, weights), ids, local, axes, dispatch)
+    return _exchange(compute, (parameters, x, weights), ids, local, axes.layout, owners)
 
 
 def _gather(compute, x, ids, weights, first, local, distinct, repeated):
@@ -99,12 +99,12 @@ def _gather(compute, x, ids, weights, first, local, distinct, repeated):
     return output_td
 
 
-class _Plan(NamedTuple):
+class _Destinations(NamedTuple):
     """Where each assignment (token, choice) of this device goes.
 
-    owner [a]: device, `devices` for none. rank [a]: its place among those of the same owner, of
-    none meaningless.
-    load: assignments for the fullest pair of devices, the same number everywhere.
+    owner [a]: device, `devices` for none. rank [a]: its place among those of the same owner;
+    meaningless without an owner. load: assignments for the fullest pair of devices, the same number
+    everywhere.
     """
 
     owner: jax.Array
@@ -112,30 +112,42 @@ class _Plan(NamedTuple):
     load: jax.Array
 
 
-def _exchange(compute, operands, ids, local, axes, dispatch: Dispatch):
+def _exchange(compute, operands, ids, local, layout: Layout, axes):
     """Sends rows to the owners of their experts, in rounds of bounded buffers, and back.
 
     Args:
       operands: parameters, x [t, d], weights [t, k]: all that gets gradients.
+      axes: mesh axes of the experts.
     """
-    devices = active().layout.size(axes)
-    bound = buffer_rows(*ids.shape, devices, dispatch.slack)
-    plan = _plan(ids.reshape(-1) // local, devices)
-    run = functools.partial(_run_round, compute, local, axes, devices, dispatch, bound)
+    devices, exchange = layout.size(axes), layout.exchange
+    bound = buffer_rows(*ids.shape, devices, exchange.slack)
+    destinations = _find_destinations(ids.reshape(-1) // local, devices, layout)
+    run = functools.partial(_run_round, compute, local, axes, devices, exchange, bound)
     if bound >= ids.size:
-        return run(operands, ids, plan, jnp.int32(0))
-    return _run_rounds(run, operands, ids, plan, ceil_div(plan.load, bound))
+        return run(operands, ids, destinations, jnp.int32(0))
+    return _run_rounds(run, operands, ids, destinations, ceil_div(destinations.load, bound))
 
 
-def _run_round(compute, local, axes, devices, dispatch, bound, operands, ids, plan, number):
-    """Returns what the assignments of one round add; no layout need be active."""
+def _run_round(
+    compute,
+    local,
+    axes,
+    devices,
+    exchange: ExpertExchange,
+    bound,
+    operands,
+    ids,
+    destinations,
+    number,
+):
+    """Returns what the assignments of one round add."""
     (parameters, x, weights), chosen = operands, ids.shape[1]
-    place_a = plan.rank - number * bound
-    sent_a = (place_a >= 0) & (place_a < bound) & (plan.owner < devices)
+    place_a = destinations.rank - number * bound
+    sent_a = (place_a >= 0) & (place_a < bound) & (destinations.owner < devices)
     every_a = jnp.arange(ids.size, dtype=jnp.int32)
     slots = devices * bound
     # What is not sent has a slot of its own behind the last one.
-    slot_a = jnp.where(sent_a, plan.owner * bound + place_a, slots + every_a)
+    slot_a = jnp.where(sent_a, destinations.owner * bound + place_a, slots + every_a)
     source_s = jnp.full(slots, -1, jnp.int32)
     source_s = source_s.at[slot_a].set(every_a, mode="drop", unique_indices=True)
     used_s = source_s >= 0
@@ -145,12 +157,12 @@ def _run_round(compute, local, axes, devices, dispatch, bound, operands, ids, pl
     # A buffer is filled from its front, so counts say which rows are real.
     counts = used_s.reshape(devices, bound).sum(axis=1, dtype=jnp.int32)
     arriving = jax.lax.all_to_all(counts, axes, 0, 0, tiled=True)
-    send = functools.partial(_send, axes, dispatch.transport, bound)
+    send = functools.partial(_send, axes, exchange.transport, bound)
     ids_s, weights_s1 = (
         jax.lax.all_to_all(array, axes, 0, 0, tiled=True) for array in (ids_s, weights_s1)
     )
-    if dispatch.payload == "fp8":
-        rows_sd = _send_fp8(axes, dispatch.transport, bound, rows_sd, counts, arriving)
+    if exchange.payload == "fp8":
+        rows_sd = _send_fp8(axes, exchange.transport, bound, rows_sd, counts, arriving)
     else:
         rows_sd = send(rows_sd, counts, arriving)
     output_sd = compute(parameters, rows_sd, ids_s[:, None], weights_s1)
@@ -216,8 +228,8 @@ _sum_slots.defvjp(_keep_places(_sum_slots), _gradient_by(_fill_slots))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_rounds(run, operands, ids, plan, rounds):
-    """Returns the sum of run(operands, ids, plan, n) for n = 0 … rounds−1.
+def _run_rounds(run, operands, ids, destinations, rounds):
+    """Returns the sum of run(operands, ids, destinations, n) for n = 0 … rounds−1.
 
     A loop, so that kernels are compiled once, whichever rounds there are. Rounds keep nothing for
     the backward pass, which computes them again one by one.
@@ -225,7 +237,7 @@ def _run_rounds(run, operands, ids, plan, rounds):
     _, x, _ = operands
     start = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.fori_loop(
-        0, rounds, lambda number, sums: sums + run(operands, ids, plan, number), start
+        0, rounds, lambda number, sums: sums + run(operands, ids, destinations, number), start
     )
 
 
@@ -234,12 +246,12 @@ def _run_rounds_forward(run, *arguments):
 
 
 def _run_rounds_backward(run, kept, gradient):
-    operands, ids, plan, rounds = kept
+    operands, ids, destinations, rounds = kept
     leaves, structure = jax.tree.flatten(operands)
     trains = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
     def add(number, sums):
-        _, pull = jax.vjp(lambda operands: run(operands, ids, plan, number), operands)
+        _, pull = jax.vjp(lambda operands: run(operands, ids, destinations, number), operands)
         grads = itertools.compress(jax.tree.leaves(pull(gradient)[0]), trains)
         return [total + grad for total, grad in zip(sums, grads, strict=True)]
 
@@ -269,12 +281,12 @@ def even_rounds(assignments: int) -> int:
     return ceil_div(assignments, MOST_ROWS)
 
 
-def _plan(owner_a, devices: int) -> _Plan:
+def _find_destinations(owner_a, devices: int, layout: Layout) -> _Destinations:
     owner_a = jnp.minimum(owner_a, devices).astype(jnp.int32)
     rank_a, load_o = rank(owner_a, devices)
     # Every device of the mesh must agree on the rounds, as they all take part in them.
-    load = jax.lax.pmax(load_o.max(), active().layout.mesh.axis_names)
-    return _Plan(owner_a, rank_a, load)
+    load = jax.lax.pmax(load_o.max(), layout.mesh.axis_names)
+    return _Destinations(owner_a, rank_a, load)
 
 
 def _send(axes, transport, bound, rows, counts, arriving):

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from v4jax.config import ModelConfig
 from v4jax.config.run import MeshConfig
 from v4jax.errors import ConfigError
-from v4jax.parallel.axes import MESH_AXES, RULES, Regime
+from v4jax.parallel.axes import MESH_AXES, WEIGHT_RULES, WeightLayout
 
 
 def make_mesh(
@@ -73,7 +73,7 @@ def choose_mesh(asked: MeshConfig | None, config: ModelConfig) -> Mesh | None:
         return None
     joined = dict(asked.slices) or _lay_slices(asked.sizes, slices)
     mesh = make_mesh(**asked.sizes, slices=joined)
-    check_mesh(mesh, config, "prefill")
+    check_mesh(mesh, config, "serve")
     return mesh
 
 
@@ -148,13 +148,13 @@ def arrange_devices(
     return np.block(blocks.tolist())
 
 
-def check_mesh(mesh: Mesh, config: ModelConfig, regime: Regime) -> None:
-    """Raises unless the mesh divides what the model splits in a regime.
+def check_mesh(mesh: Mesh, config: ModelConfig, weight_layout: WeightLayout) -> None:
+    """Raises unless the mesh divides what the model splits with this layout of weights.
 
     Raises:
       ConfigError: it does not; the message names axis, size and the sizes that would do.
     """
-    weights = RULES[regime].weights
+    rules = WEIGHT_RULES[weight_layout]
     for logical, field in (
         ("heads", "o_groups"),  # a device holds whole output groups, and so whole heads
         ("heads", "num_attention_heads"),
@@ -163,7 +163,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig, regime: Regime) -> None:
         ("vocab", "vocab_size"),
         ("embed", "hidden_size"),
     ):
-        check_divides(mesh, weights.get(logical, ()), f"model.{field}", getattr(config, field))
+        check_divides(mesh, rules.get(logical, ()), f"model.{field}", getattr(config, field))
 
 
 def check_divides(

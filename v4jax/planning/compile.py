@@ -12,19 +12,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from v4jax import log
 from v4jax.cache import init_cache
 from v4jax.cache.hybrid import cache_axes
 from v4jax.errors import UnsupportedError
 from v4jax.kernels import dispatch
-from v4jax.model import abstract_transformer, transformer
+from v4jax.model import abstract_transformer, passes
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.mesh import make_mesh
 from v4jax.parallel.program import Program, with_shardings
-from v4jax.parallel.shard import entry_shares
-from v4jax.parallel.weights import place, weight_shardings
+from v4jax.parallel.shard import entry_shards
+from v4jax.parallel.weight_sharding import annotate_shardings, weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import Collective, count_collectives
 from v4jax.planning.memory import DeviceBytes
@@ -78,7 +77,7 @@ def compile_step(
     if work.topology.slices > 1:
         raise UnsupportedError("--compile takes one slice; leave --slices away")
     devices = ahead_of_time.describe(work.topology.name).devices
-    layout = Layout(make_mesh(**work.sizes, devices=devices), work.regime)
+    layout = dataclasses.replace(work.layout, mesh=make_mesh(**work.sizes, devices=devices))
     start, cpu_start = time.perf_counter(), time.process_time()
     with log.phase("plan", f"compiling for {work.topology.name}") as phase:
         with dispatch.compiling_for("tpu", devices[0].device_kind):
@@ -104,25 +103,25 @@ def serving_program(work: Workload, layout: Layout) -> Program:
     """Returns the step of decode or prefill: abstract first, then shardings."""
     assert work.regime != "train", work.regime
     config, numerics = work.config, work.numerics
-    model = place(abstract_transformer(config, numerics, storage=work.storage), layout)
+    model = abstract_transformer(config, numerics, storage=work.storage)
+    model = annotate_shardings(model, layout)
     model.layout = layout
     model = with_shardings(model, weight_shardings(model, layout))
-    sizes = work.batch, work.context, entry_shares(layout)
+    sizes = work.batch, work.context, entry_shards(layout)
     cache = jax.eval_shape(lambda: init_cache(config, numerics, *sizes))
 
-    def sharding(*names: str | None, regime: str = "prefill") -> NamedSharding:
-        axes = (layout.array_axes(regime, name) or None for name in names)
-        return NamedSharding(layout.mesh, P(*axes))
+    def sharding(*names: str | None) -> NamedSharding:
+        return NamedSharding(layout.mesh, layout.array_spec(*names, tokens=work.tokens))
 
     cache = with_shardings(cache, jax.tree.map(lambda names: sharding(*names), cache_axes(cache)))
     tokens = jax.ShapeDtypeStruct(
         (work.batch, work.chunk),
         jnp.int32,
-        sharding=sharding("batch", "tokens", regime=work.regime),
+        sharding=sharding("batch", "tokens"),
     )
     lengths = jax.ShapeDtypeStruct((work.batch,), jnp.int32, sharding=sharding("batch"))
     # The very function that `Transformer.extend(…, donate=True)` calls after checking arguments.
-    return transformer._extend_donating, (model, tokens, cache, lengths, "last")
+    return passes.extend_donating, (model, tokens, cache, lengths, "last")
 
 
 def as_text(compiled: Compiled, held: DeviceBytes) -> str:

@@ -15,19 +15,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from v4jax.cache import init_cache
-from v4jax.cache.hybrid import LayerView, cache_axes
+from v4jax.cache.hybrid import LayerCache, cache_axes
 from v4jax.config import Layer, ModelConfig, Numerics
 from v4jax.kernels import dispatch
 from v4jax.model.block import Block
 from v4jax.model.context import make_context
 from v4jax.model.parameters import Declare
 from v4jax.model.stack import full_sequence
-from v4jax.model.weights import whole
-from v4jax.parallel.context_parallel import own_start
+from v4jax.model.weights import materialize
+from v4jax.parallel.axes import Tokens
 from v4jax.parallel.expert_parallel import even_rounds
 from v4jax.parallel.layout import Layout
-from v4jax.parallel.shard import WEIGHTS, entry_shares, on_shards
-from v4jax.parallel.weights import place
+from v4jax.parallel.shard import WEIGHTS, entry_shards, on_shards
+from v4jax.parallel.weight_sharding import annotate_shardings
 from v4jax.planning.liveness import peak_bytes
 from v4jax.planning.workload import Workload, abstract_mesh
 
@@ -95,60 +95,61 @@ def _trace(
     context: int,
     platform: str,
 ) -> tuple[int, tuple[tuple[Message, int], ...]]:
-    layout = Layout(abstract_mesh(dict(mesh)), regime)
+    trains, split = regime == "train", "whole" if regime == "decode" else "split"
+    layout = Layout(abstract_mesh(dict(mesh)), "train" if trains else "serve")
 
     def build():
         return Block(Declare(config, storage, nnx.Rngs(0)), config, layer, numerics)
 
-    block = place(nnx.eval_shape(build), layout)
+    block = annotate_shardings(nnx.eval_shape(build), layout)
     width = (batch, tokens, config.hc_mult, config.hidden_size)
     streams = jax.ShapeDtypeStruct(width, jnp.dtype(numerics.activation_dtype))
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     with dispatch.compiling_for(platform):
-        if regime == "train":
+        if trains:
             program = _training(layout, layer, numerics, frozen)
             traced = jax.make_jaxpr(program)(block, streams, ids)
         else:
             start = jax.ShapeDtypeStruct((batch,), jnp.int32)
-            shares = entry_shares(layout)
-            cache = jax.eval_shape(lambda: init_cache(config, numerics, batch, context, shares))
-            program = _extending(layout, regime, layer, cache)
+            shards = entry_shards(layout)
+            cache = jax.eval_shape(lambda: init_cache(config, numerics, batch, context, shards))
+            program = _extending(layout, split, layer, cache)
             traced = jax.make_jaxpr(program)(block, streams, ids, start, cache)
     messages = collections.Counter()
-    axes = (layout.array_axes(regime, name) for name in ("batch", "tokens"))
+    axes = (layout.array_axes(name, split) for name in ("batch", "tokens"))
     devices = math.prod(map(layout.size, axes))
     rounds = even_rounds(batch * tokens // devices * config.num_experts_per_tok)
     _collect(traced.jaxpr, layout, 1, rounds, messages)
     return peak_bytes(traced), tuple(messages.items())
 
 
-def _extending(layout: Layout, regime: str, layer: Layer, cache):
-    def run(block, streams, ids, start, cache):
-        end = start + ids.shape[1] * (layout.size(layout.array_axes(regime, "tokens")))
-        first = own_start(start, ids.shape[1])
-        context = make_context(ids, first, end, {layer.rope})
-        view = LayerView(cache, layer, jnp.int32(0), jnp.int32(0), first, end)
-        streams, view = whole(block)(streams, context, view)
-        return streams, view.cache
+def _extending(layout: Layout, split: Tokens, layer: Layer, cache):
+    def run(axes, block, streams, ids, start, cache):
+        end = start + ids.shape[1] * axes.size("tokens")
+        first = start + axes.offset("tokens", ids.shape[1])
+        context = make_context(ids, first, end, {layer.rope}, axes=axes)
+        memory = LayerCache(cache, layer, jnp.int32(0), jnp.int32(0), first, end, axes)
+        streams, memory = materialize(axes, block)(streams, context, memory)
+        return streams, memory.cache
 
     tokens, axes = P("batch", "tokens"), cache_axes(cache)
     inputs = (WEIGHTS, tokens, tokens, P("batch"), axes)
-    return on_shards(run, layout, regime, inputs, (tokens, axes))
+    return on_shards(run, layout, split, inputs, (tokens, axes))
 
 
 def _training(layout: Layout, layer: Layer, numerics: Numerics, frozen: bool):
     """Returns a program of one layer's forward and backward pass, as if its input were kept."""
     tokens = P("batch", "tokens")
 
-    def run(block, streams, ids):
+    def run(axes, block, streams, ids):
         config = block.attention.config
-        start = own_start(jnp.zeros(ids.shape[0], jnp.int32), ids.shape[1])
+        start = jnp.zeros(ids.shape[0], jnp.int32) + axes.offset("tokens", ids.shape[1])
         end = start + ids.shape[1]
-        context = make_context(ids, start, end, {layer.rope})
+        context = make_context(ids, start, end, {layer.rope}, axes=axes)
         memory = full_sequence(config, numerics, layer, context)
-        return whole(block)(streams, context, memory)[0]
+        return materialize(axes, block)(streams, context, memory)[0]
 
-    forward = on_shards(run, layout, "train", (WEIGHTS, tokens, tokens), tokens)
+    forward = on_shards(run, layout, "split", (WEIGHTS, tokens, tokens), tokens)
 
     def gradients(block, streams, ids):
         if frozen:

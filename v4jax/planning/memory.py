@@ -1,7 +1,7 @@
 """Bytes of one device by kind: weights, cache, gradients and optimizer, activations.
 
 Every array is asked of the code that makes it, and split by the rules that split it there
-(`parallel.weights.weight_spec`, `parallel.axes.RULES`). Activations are an estimate from traced
+(`parallel.weight_sharding.weight_spec`, `parallel.axes`). Activations are an estimate from traced
 layers (`layer_trace.py`); `v4jax plan --compile` asks the compiler instead.
 """
 
@@ -17,7 +17,7 @@ from v4jax.cache import init_cache
 from v4jax.config.run import LoraConfig
 from v4jax.costs.inventory import CacheArray, Weight, list_cache
 from v4jax.model import take_inventory
-from v4jax.parallel.weights import weight_spec
+from v4jax.parallel.weight_sharding import weight_spec
 from v4jax.planning.layer_trace import trace_layers
 from v4jax.planning.workload import Workload
 from v4jax.quant import ScaledArray

@@ -98,8 +98,8 @@ def _parts(work: Workload, component: str) -> float:
     sequences = work.parts("batch") * work.parts("tokens")
     if component == "routed experts":
         # Devices that share experts and have distinct tokens serve each other's.
-        axes = {*work.layout.array_axes(work.regime, "batch")}
-        axes |= {*work.layout.array_axes(work.regime, "tokens")}
+        axes = {*work.layout.array_axes("batch", work.tokens)}
+        axes |= {*work.layout.array_axes("tokens", work.tokens)}
         experts = work.layout.weight_axes("experts")
         repeated = tuple(axis for axis in experts if axis not in axes)
         return sequences * work.layout.size(repeated) * work.weight_parts("expert_width")

@@ -3,17 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from jax.sharding import AbstractMesh, AxisType
 
 from v4jax.config import ModelConfig, Numerics
 from v4jax.costs.chips import Topology
 from v4jax.errors import ConfigError
-from v4jax.parallel.axes import MESH_AXES, Regime
+from v4jax.parallel.axes import MESH_AXES, Tokens
 from v4jax.parallel.context_parallel import token_unit
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.mesh import check_mesh, divisors
 
+Regime = Literal["train", "prefill", "decode"]
 TRAININGS = ("adamw", "muon", "lora")
 _CHUNK = 1024  # tokens of a prefill chunk per device, unless asked otherwise
 _LORA_RANK = 16
@@ -23,10 +25,10 @@ _LORA_RANK = 16
 class Workload:
     """One plan's question. Build it with `build_workload`, which checks it.
 
-    context: tokens of a sequence, prompt and answer together. batch: sequences of a step, over all
-    devices. chunk: tokens of each sequence that one step reads (1 in decode, all in training).
-    training: which parameters get gradients and what the optimizer keeps. offload: what a training
-    step keeps in the host's memory, as `train.offload`.
+    regime: what a step does. context: tokens of a sequence, prompt and answer together. batch:
+    sequences of a step, over all devices. chunk: tokens of each sequence that one step reads (1 in
+    decode, all in training). training: which parameters get gradients and what the optimizer keeps.
+    offload: what a training step keeps in the host's memory, as `train.offload`.
     """
 
     config: ModelConfig
@@ -43,8 +45,14 @@ class Workload:
 
     @property
     def layout(self) -> Layout:
-        """The mesh without devices, and the rules of the regime."""
-        return Layout(abstract_mesh(dict(self.mesh)), self.regime)
+        """The mesh without devices, and how weights lie on it."""
+        weights = "train" if self.regime == "train" else "serve"
+        return Layout(abstract_mesh(dict(self.mesh)), weights)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Whether the tokens of a step are split over devices."""
+        return "whole" if self.regime == "decode" else "split"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -79,7 +87,7 @@ class Workload:
 
     def parts(self, name: str) -> int:
         """Returns over how many devices an axis of a call's arrays is split."""
-        return self.layout.size(self.layout.array_axes(self.regime, name))
+        return self.layout.size(self.layout.array_axes(name, self.tokens))
 
     def weight_parts(self, name: str) -> int:
         """Returns over how many devices an axis of the weights is split."""
@@ -163,7 +171,7 @@ def build_workload(
         )
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
-    check_mesh(abstract_mesh(sizes), config, regime)
+    check_mesh(abstract_mesh(sizes), config, "train" if regime == "train" else "serve")
     work = Workload(
         *(config, numerics, topology, tuple(sizes.items()), regime, context, batch),
         *(1, training, lora_rank, offload),

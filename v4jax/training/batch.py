@@ -38,7 +38,7 @@ class Batch:
 
 def batch_sharding(layout: Layout, rank: int) -> NamedSharding:
     """Returns how the arrays [..., b, t] of batches are split: rows and tokens."""
-    axes = (layout.array_axes("train", name) or None for name in ("batch", "tokens"))
+    axes = (layout.array_axes(name) or None for name in ("batch", "tokens"))
     return NamedSharding(layout.mesh, P(*(None,) * (rank - 2), *axes))
 
 

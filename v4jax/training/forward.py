@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig, RouterKind
 from v4jax.kernels.table import DOCUMENT_UNIT
-from v4jax.model import observe
+from v4jax.model import Transformer
 from v4jax.model.context import make_context
+from v4jax.model.passes import embed, open_streams
 from v4jax.model.stack import full_sequence
-from v4jax.model.transformer import Transformer, embed, open_streams
-from v4jax.model.weights import whole
-from v4jax.parallel.context_parallel import divide_tokens, own_start, plan_call
-from v4jax.parallel.shard import WEIGHTS, on_shards, shares, sum_over
+from v4jax.model.weights import materialize
+from v4jax.parallel.context_parallel import divide_tokens, plan_call
+from v4jax.parallel.shard import WEIGHTS, on_shards
 from v4jax.training.indexer_loss import compare_selected, compare_visible
 
 
@@ -67,29 +67,29 @@ def run_rows(
       begin, skipped: see `training.Batch`; None: each row is one document, without gaps.
     """
     batch, count = tokens.shape
-    call = plan_call(model.layout, model.config, batch, count, decodes=False)
+    call = plan_call(model.layout, model.config, batch, count, extends=False)
     rows = P("batch", "tokens")
-    inputs = (WEIGHTS, rows, rows, rows, P("batch"))
-    run = functools.partial(_run_rows, mode)
-    run = on_shards(run, model.layout, call.regime, inputs, (rows, P()))
+    inputs = (WEIGHTS, rows, P("batch"), rows)
+    body = functools.partial(_run_rows, mode=mode)
+    run = on_shards(body, model.layout, call.tokens, inputs, (rows, P()))
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.stack
-    places = _pad_begin(call, begin), _find_gaps(call, begin, skipped)
-    streams, reports = run(weights, call.pad(tokens), *places, end)
+    places = _find_places(call, begin, skipped)
+    streams, reports = run(weights, call.pad(tokens), end, places)
     return call.cut(streams), reports
 
 
-def _run_rows(mode, weights, tokens, begin, gaps, end):
+def _run_rows(axes, weights, tokens, end, places, mode):
     embedding, stack = weights
     ropes = {layer.rope for layer in stack.config.layers}
-    context = _make_context(tokens, begin, gaps, end, ropes, mode)
-    streams = open_streams(embedding, tokens, stack)
+    context = _make_context(axes, tokens, end, places, ropes, mode)
+    streams = open_streams(axes, embedding, tokens, stack)
 
     def run_layer(block, streams, layer):
         def run(block, streams):
             memory = full_sequence(stack.config, stack.numerics, layer, context)
-            with observe.collecting() as seen:
-                streams, _ = whole(block)(streams, context, memory)
+            observed, seen = context.observe()
+            streams, _ = materialize(axes, block)(streams, observed, memory)
             return streams, measure(seen, stack.config, layer, context, mode)
 
         return rematerialize(run, mode)(block, streams)
@@ -99,14 +99,14 @@ def _run_rows(mode, weights, tokens, begin, gaps, end):
 
 def read_normed(model: Transformer, streams: Float[Array, "b t n d"]) -> Float[Array, "b t d"]:
     """Returns what the head takes: the collapsed and normalized streams (spec B.15)."""
-    regime = divide_tokens(model.layout, streams.shape[1])
+    split = divide_tokens(model.layout, streams.shape[1])
     inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens")
 
-    def read(weights, streams):
-        collapse, norm = whole(weights)
+    def read(axes, weights, streams):
+        collapse, norm = materialize(axes, weights)
         return norm(collapse(streams))
 
-    return on_shards(read, model.layout, regime, inputs, outputs)(
+    return on_shards(read, model.layout, split, inputs, outputs)(
         (model.collapse, model.norm), streams
     )
 
@@ -129,54 +129,71 @@ def run_drafts(
     paired = None
     if begin is not None:
         paired = jnp.where(jnp.roll(begin, -1, axis=1) == begin, begin, -1)
-    call = plan_call(model.layout, model.config, batch, count, decodes=False)
+    call = plan_call(model.layout, model.config, batch, count, extends=False)
     rows = P("batch", "tokens")
     run = on_shards(
-        functools.partial(_run_drafts, mode),
+        functools.partial(_run_drafts, mode=mode),
         model.layout,
-        call.regime,
-        (WEIGHTS, rows, rows, rows, rows, rows, P("batch")),
+        call.tokens,
+        (WEIGHTS, rows, rows, P("batch"), rows, rows),
         (rows, P()),
     )
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.mtp[0]
-    places = _pad_begin(call, begin), _pad_begin(call, paired), _find_gaps(call, begin, skipped)
-    normed, report = run(weights, call.pad(streams), call.pad(following), *places, end)
+    places = _find_places(call, begin, skipped), _pad_begin(call, paired)
+    normed, report = run(weights, call.pad(streams), call.pad(following), end, *places)
     return call.cut(normed), {"mtp.0.block": report}
 
 
-def _run_drafts(mode, weights, streams, following, begin, paired, gaps, end):
+def _run_drafts(axes, weights, streams, following, end, places, paired, mode):
     embedding, mtp = weights
     layer = mtp.layer
-    context = _make_context(following, begin, gaps, end, {layer.rope}, mode)
-    counted = dataclasses.replace(context, begin=paired, end=end - 1)
-    embedded = embed(embedding, following, mtp.numerics)
+    context = _make_context(axes, following, end, places, {layer.rope}, mode)
+    counted = dataclasses.replace(context, document_begin=paired, end=end - 1)
+    embedded = embed(axes, embedding, following, mtp.numerics)
 
     def run(mtp, streams, embedded):
         memory = full_sequence(mtp.config, mtp.numerics, layer, context)
-        with observe.collecting() as seen:
-            normed, _, _ = whole(mtp)(streams, embedded, context, memory)
+        observed, seen = context.observe()
+        normed, _, _ = materialize(axes, mtp)(streams, embedded, observed, memory)
         return normed, measure(seen, mtp.config, layer, counted, mode)
 
     return rematerialize(run, mode)(mtp, streams, embedded)
 
 
-def _make_context(tokens, begin, gaps, end, ropes, mode):
-    start = own_start(jnp.zeros_like(end), tokens.shape[1])
-    stretch, skipped = (None, None) if gaps is None else (gaps[..., 0], gaps[..., 1])
-    gaps = {"stretch": stretch, "skipped": skipped, "count_gaps": mode.count_gaps}
-    return make_context(tokens, start, end, ropes, begin=begin, dense=mode.dense, **gaps)
-
-
-def _find_gaps(call, begin, skipped):
-    """Returns stretch and skipped positions of every token [b, t, 2]; None without gaps."""
+def _find_places(call, begin, skipped) -> dict[str, Array]:
+    """Returns the fields of `Context` that say where tokens are; those without a value left out."""
+    if begin is None:
+        assert skipped is None
+        return {}
     if skipped is None:
-        return None
-    assert begin is not None
+        return {"document_begin": _pad_begin(call, begin)}
     row = jnp.arange(skipped.shape[1])
     changes = (jnp.roll(skipped, 1, axis=1) != skipped) | (jnp.roll(begin, 1, axis=1) != begin)
-    stretch = jax.lax.cummax(jnp.where(changes, row, 0), axis=1)
-    return call.pad(jnp.stack([stretch, skipped], axis=-1))
+    window_begin = jax.lax.cummax(jnp.where(changes, row, 0), axis=1)
+    return {
+        "document_begin": _pad_begin(call, begin),
+        "window_begin": call.pad(window_begin),
+        "positions": call.pad(row - jnp.maximum(begin, 0) + skipped),
+    }
+
+
+def _make_context(axes, tokens, end, places, ropes, mode):
+    start = jnp.zeros_like(end) + axes.offset("tokens", tokens.shape[1])
+    fields = {"dense": mode.dense, "axes": axes} | places
+    if mode.count_gaps and "window_begin" in places:
+        fields["entry_weight"] = weigh_entries(start, places["document_begin"], places["positions"])
+    return make_context(tokens, start, end, ropes, **fields)
+
+
+def weigh_entries(start, document_begin, positions) -> Float[Array, "b t"]:
+    """Returns how often an HCA entry counts so that all of them stand for skipped positions too.
+
+    A token at position p of its document that has n tokens of it up to itself in the row counts
+    entries (p + 1) / n times. The arguments are fields of `Context`.
+    """
+    rows = start[:, None] + jnp.arange(positions.shape[1])
+    return (positions + 1) / (rows - jnp.maximum(document_begin, 0) + 1)
 
 
 def _pad_begin(call, begin):
@@ -230,30 +247,30 @@ def measure_router(ids_tk, scores_te, experts: int, context) -> dict:
     # A document is known by its first unit of the row; a row that is one document by unit 0.
     units = 1
     document_bt = jnp.zeros((batch, tokens), jnp.int32)
-    if context.begin is not None:
-        units = -(-tokens * shares("tokens") // DOCUMENT_UNIT)
-        document_bt = jnp.maximum(context.begin, 0) // DOCUMENT_UNIT
+    if context.document_begin is not None:
+        units = -(-tokens * context.axes.size("tokens") // DOCUMENT_UNIT)
+        document_bt = jnp.maximum(context.document_begin, 0) // DOCUMENT_UNIT
 
     def per_document(values_bte):
         add = functools.partial(jax.ops.segment_sum, num_segments=units)
-        return sum_over(jax.vmap(add)(values_bte, document_bt), "tokens")
+        return context.axes.psum(jax.vmap(add)(values_bte, document_bt), "tokens")
 
     count_bse = per_document(jax.lax.stop_gradient(chosen_bte))
     share_bse = per_document(shares_bte)
     tokens_bs = jnp.maximum(count_bse.sum(axis=-1) / ids_btk.shape[-1], 1.0)
     balance = (count_bse * share_bse).sum(axis=-1) / tokens_bs * (experts / ids_btk.shape[-1])
     return {
-        "load": sum_over(count_bse.sum(axis=(0, 1)), "batch"),
-        "balance": sum_over(balance.sum(), "batch"),
+        "load": context.axes.psum(count_bse.sum(axis=(0, 1)), "batch"),
+        "balance": context.axes.psum(balance.sum(), "batch"),
     }
 
 
 def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict:
     """Returns `divergence`, `recall` and `queries` of a CSA layer's indexer."""
-    arrays = [seen[name] for name in ("queries", "log_mass", "entries")]
+    arrays = [context.axes, *(seen[name] for name in ("queries", "log_mass", "entries"))]
     arrays += [seen[name] for name in ("index_queries", "index_weights", "index_keys")]
     rows_bt = context.start[:, None] + jnp.arange(context.tokens.shape[1])
-    begin_bt = jnp.zeros_like(rows_bt) if context.begin is None else context.begin
+    begin_bt = jnp.zeros_like(rows_bt) if context.document_begin is None else context.document_begin
     if mode.dense:
         found = compare_visible(
             *arrays,
@@ -267,7 +284,8 @@ def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode)
     sees_bt = context.real & (rows_bt + 1 - begin_bt >= layer.ratio)
 
     def add(values_bt):
-        return sum_over(sum_over(jnp.where(sees_bt, values_bt, 0.0).sum(), "tokens"), "batch")
+        total = jnp.where(sees_bt, values_bt, 0.0).sum()
+        return context.axes.psum(context.axes.psum(total, "tokens"), "batch")
 
     return {
         "divergence": add(found.divergence),

@@ -23,7 +23,7 @@ from v4jax.kernels.indexer.reference import score, score_taken
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
-from v4jax.parallel.shard import sum_over
+from v4jax.parallel import Axes
 
 # Products of one tile: heads × entries, or gathered channels; 8 MiB in float32.
 TILE_ELEMENTS = 1 << 21
@@ -42,6 +42,7 @@ class Comparison(NamedTuple):
 
 
 def compare_selected(
+    axes: Axes,
     queries: Float[Array, "b t h c"],
     log_mass: Float[Array, "b t h"],
     entries: EntryTable,
@@ -58,7 +59,7 @@ def compare_selected(
     def compare_tile(_, queries, log_mass, index_queries, head_weights, selected):
         seen = selected >= 0
         scores = _attention_scores("bqhc,bqkc->bqhk", queries, entries.take(selected))
-        teacher = _teacher(scores, log_mass, seen)
+        teacher = _teacher(axes, scores, log_mass, seen)
         student = jnp.where(seen, score_taken(index_queries, head_weights, keys, selected), MASKED)
         divergence = _divergence(teacher, student, seen)
         return jnp.stack([divergence, seen.any(axis=-1).astype(jnp.float32)], axis=-1)
@@ -71,6 +72,7 @@ def compare_selected(
 
 
 def compare_visible(
+    axes: Axes,
     queries: Float[Array, "b t h c"],
     log_mass: Float[Array, "b t h"],
     entries: EntryTable,
@@ -98,7 +100,7 @@ def compare_visible(
         seen = (ids_w >= first[..., None]) & (ids_w < visible_bq[..., None])
         rows = entries.block(jnp.int32(0), entries.capacity)
         scores = _attention_scores("bqhc,bkc->bqhk", queries, rows)
-        teacher = _teacher(scores, log_mass, seen)
+        teacher = _teacher(axes, scores, log_mass, seen)
         student = score(index_queries, head_weights, keys.block(jnp.int32(0), keys.capacity))
         student = jnp.where(seen, student, MASKED)
         best = jax.lax.top_k(jax.lax.stop_gradient(student), chosen)[1]
@@ -117,10 +119,10 @@ def _attention_scores(products: str, queries, keys):
     return jnp.einsum(products, queries, keys, **precise) * scale
 
 
-def _teacher(scores_bqhk, log_mass_bqh, seen_bqk):
+def _teacher(axes, scores_bqhk, log_mass_bqh, seen_bqk):
     """Returns p[t, w], 0 everywhere where a query sees no entry."""
     logits = jnp.where(seen_bqk[:, :, None], scores_bqhk - log_mass_bqh[..., None], MASKED)
-    mass_bqk = sum_over(jnp.exp(logits).sum(axis=2), "heads")
+    mass_bqk = axes.psum(jnp.exp(logits).sum(axis=2), "heads")
     mass_bqk = jnp.where(seen_bqk, mass_bqk, 0.0)
     return mass_bqk / jnp.maximum(mass_bqk.sum(axis=-1, keepdims=True), TINY)
 

@@ -24,7 +24,7 @@ from v4jax.config.run import LoraConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
-from v4jax.parallel.weights import spec_of, split_parts
+from v4jax.parallel.weight_sharding import spec_of, split_parts
 from v4jax.quant import LowRank, ScaledArray, quantize_weight
 
 

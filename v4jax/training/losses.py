@@ -16,9 +16,9 @@ from v4jax.config.run import LossConfig
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.tiles import map_query_tiles, sized
 from v4jax.model import Transformer
-from v4jax.model.weights import whole, write_weights
+from v4jax.model.weights import materialize, write_weights
 from v4jax.parallel.context_parallel import divide_tokens
-from v4jax.parallel.shard import WEIGHTS, max_over, on_shards, share_index, shares, sum_over
+from v4jax.parallel.shard import WEIGHTS, on_shards
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
@@ -170,26 +170,26 @@ def score_targets(
     Logits are made for a tile of tokens at a time, and again in the backward pass; with a split
     vocabulary each device makes its own share of them.
     """
-    regime = divide_tokens(model.layout, normed.shape[1])
+    split = divide_tokens(model.layout, normed.shape[1])
     rows = P("batch", "tokens")
-    run = on_shards(_score_targets, model.layout, regime, (WEIGHTS, rows, rows), (rows, rows))
+    run = on_shards(_score_targets, model.layout, split, (WEIGHTS, rows, rows), (rows, rows))
     return run(model.head, normed, targets)
 
 
-def _score_targets(head, normed, targets):
-    weight_vd = whole(head)[...]
+def _score_targets(axes, head, normed, targets):
+    weight_vd = materialize(axes, head)[...]
     wide_vd = weight_vd.astype(jnp.float32)  # for the sum of the tiles' gradients
-    first = share_index("vocab") * weight_vd.shape[0] if shares("vocab") > 1 else 0
+    first = axes.offset("vocab", weight_vd.shape[0])
 
     def score_tile(_, normed, targets):
         logits = matmul_float32(normed, weight_vd, wide_vd)
-        largest = max_over(jax.lax.stop_gradient(logits.max(axis=-1)), "vocab")
-        mass = sum_over(jnp.exp(logits - largest[..., None]).sum(axis=-1), "vocab")
+        largest = axes.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), "vocab")
+        mass = axes.psum(jnp.exp(logits - largest[..., None]).sum(axis=-1), "vocab")
         local = targets - first
         here = (local >= 0) & (local < logits.shape[-1])
         local = jnp.clip(local, 0, logits.shape[-1] - 1)
         picked = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
-        picked = sum_over(jnp.where(here, picked, 0.0), "vocab")
+        picked = axes.psum(jnp.where(here, picked, 0.0), "vocab")
         right = (jax.lax.stop_gradient(picked) >= largest).astype(jnp.float32)
         return jnp.stack([jnp.log(mass) + largest - picked, right], axis=-1)
 

@@ -15,7 +15,7 @@ from v4jax.model import abstract_transformer
 from v4jax.model.parameters import Storage
 from v4jax.parallel.layout import Layout
 from v4jax.parallel.program import Program, with_shardings
-from v4jax.parallel.weights import place
+from v4jax.parallel.weight_sharding import annotate_shardings
 from v4jax.training.batch import Batch, batch_sharding
 from v4jax.training.forward import Mode
 from v4jax.training.optimizer import build_optimizer
@@ -44,14 +44,14 @@ def abstract_arguments(
 
     Args:
       config: the run; its model and its mesh are the arguments beside it.
-      layout: of the regime "train".
+      layout: with `weight_layout` "train".
       storage: how the weights that are not trained are kept.
 
     Raises:
       ConfigError: a mesh axis does not divide what the code computes on.
     """
     numerics = get_numerics(config.numerics)
-    abstract = place(abstract_transformer(model, numerics, storage=storage), layout)
+    abstract = annotate_shardings(abstract_transformer(model, numerics, storage=storage), layout)
     abstract.layout = layout
     frozen, weights, biases = split_trained(abstract, config)
     shardings = {k: v for k, v in frozen.shardings().items() if k in frozen.arrays}

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from v4jax.model import Transformer
-from v4jax.model.transformer import read_logits
+from v4jax.model.passes import read_logits
 from v4jax.parallel import Layout
 from v4jax.tokenizer.vocabulary import Vocabulary
 from v4jax.training.batch import PADDING, Batch, put_batch, row_shares

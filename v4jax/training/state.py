@@ -23,7 +23,7 @@ from v4jax.config import ModelConfig
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
 from v4jax.parallel import Layout
-from v4jax.parallel.weights import name_of, weight_shardings, weight_spec
+from v4jax.parallel.weight_sharding import name_of, weight_shardings, weight_spec
 from v4jax.quant import LowRank, Master, ScaledArray
 
 # What an array's name appends to its weight's, by its path inside the weight's value.

@@ -9,7 +9,7 @@ from v4jax.config import TrainConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
-from v4jax.parallel.weights import move, place
+from v4jax.parallel.weight_sharding import annotate_shardings, put_sharded
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.lora import add_adapters
 from v4jax.training.state import Frozen, split_model, store
@@ -53,7 +53,9 @@ def round_weights(model: Transformer, formats: Mapping[str, str]) -> Transformer
     if model.layout is None or not rounded:
         return model
     # Anew, because no tile may be split.
-    return place(model, model.layout) if abstract else move(model, model.layout)
+    if abstract:
+        return annotate_shardings(model, model.layout)
+    return put_sharded(model, model.layout)
 
 
 def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:

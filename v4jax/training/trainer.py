@@ -320,7 +320,7 @@ def load_model(config: TrainConfig) -> Transformer:
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
     seed = None if _has_weights(config) else config.seed
-    return api.load(config.model, config.numerics, seed=seed, mesh=mesh, regime="train")
+    return api.load(config.model, config.numerics, seed=seed, mesh=mesh, weight_layout="train")
 
 
 def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:

@@ -72,7 +72,7 @@ _attend.defvjp(_attend_forward, reference.attend_backward)
 def gathers_one_by_one(tokens: int, count: int, capacity: int, window: int) -> bool:
     """Returns whether few queries read less of the table than all its entries.
 
-    Without a window the table is a share of a sequence's entries (`cache.split_entries`), and few
+    Without a window the table is a share of a sequence's entries (`model.attend`), and few
     of those selected are in it.
     """
     cheap = window == 0 or tokens * count * REWRITTEN_ROWS <= capacity

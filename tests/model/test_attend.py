@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from v4jax.cache.split_entries import keep_best
+from v4jax.model.attend import keep_best
 from v4jax.parallel import Layout, make_mesh
 from v4jax.parallel.shard import on_shards
 
@@ -23,9 +23,9 @@ CASES = {
 @pytest.mark.parametrize("own, count", [(64, 64), (30, 50), (6, 96)])
 def test_the_best_of_all_devices(own, count):
     """All devices' marks side by side are those of one stable sort of all candidates."""
-    layout = Layout(make_mesh(expert=4, context=2), "decode")
-    axes = P("batch", None, "read_entries")
-    keep = jax.jit(on_shards(lambda x: keep_best(x, count), layout, "decode", (axes,), axes))
+    layout = Layout(make_mesh(expert=4, context=2))
+    spec = P("batch", None, "read_entries")
+    keep = jax.jit(on_shards(lambda a, x: keep_best(a, x, count), layout, "whole", (spec,), spec))
     for name, draw in CASES.items():
         scores = draw(np.random.RandomState(count), (2, 3, DEVICES * own)).astype(np.float32)
         best = np.argsort(-scores, axis=-1, kind="stable")[..., :count]

@@ -1,7 +1,7 @@
-"""Weights on a mesh: specs from logical axes, arrays put or born in place; `whole` where used.
+"""Weights on a mesh: specs from logical axes, arrays made or put in place, gathered where used.
 
-`place` needs shapes only, so it works on an abstract model: abstract first, then shardings, then
-arrays born in place.
+`annotate_shardings` needs shapes only and works on an abstract model: first the abstract model,
+then its shardings, then arrays made on the devices that hold them.
 """
 
 import dataclasses
@@ -14,11 +14,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v4jax.parallel.axes import COMPUTED_ON, RULES
-from v4jax.parallel.layout import Layout, active
+from v4jax.parallel.axes import COMPUTED_ON, WEIGHT_RULES
+from v4jax.parallel.layout import Axes, Layout
 from v4jax.parallel.mesh import check_divides
-from v4jax.quant import LowRank, Recipe
-from v4jax.quant.recipes import Decode
+from v4jax.quant import LowRank
 
 Module = TypeVar("Module")
 Box = tuple[slice, ...]  # a part of an array: a slice with start and stop for each axis
@@ -34,8 +33,8 @@ def name_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def place(module: Module, layout: Layout) -> Module:
-    """Returns the module, its arrays unmoved, with the spec of every variable as its metadata.
+def annotate_shardings(module: Module, layout: Layout) -> Module:
+    """Returns the module with the spec of every variable in its metadata; no array moves.
 
     Raises:
       ConfigError: a mesh axis does not divide what the code computes on; the message names it, its
@@ -59,7 +58,7 @@ def weight_spec(path: str, value, axes: tuple[str, ...], layout: Layout) -> P:
     block = getattr(value, "block", None)  # of values with block scales
     blocks = (1,) * (len(axes) - 2) + block if block else (1,) * len(axes)
     names = [name for name in axes if name != "layers"]
-    rules, free, spec = RULES[layout.regime].weights, set(layout.mesh.axis_names), []
+    rules, free, spec = WEIGHT_RULES[layout.weight_layout], set(layout.mesh.axis_names), []
     for name, size, block in zip(axes, value.shape, blocks, strict=True):
         wanted = [a for a in rules.get(name, ()) if a in free and layout.mesh.shape[a] > 1]
         if name in COMPUTED_ON:
@@ -76,7 +75,7 @@ def weight_spec(path: str, value, axes: tuple[str, ...], layout: Layout) -> P:
 
 
 def spec_of(variable: nnx.Variable) -> P:
-    """Returns the spec that `place` gave a variable; whole without one."""
+    """Returns the spec that `annotate_shardings` gave a variable; whole without one."""
     return variable.get_metadata().get("spec", P())
 
 
@@ -116,34 +115,41 @@ def weight_shardings(module, layout: Layout):
     return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), weight_specs(module))
 
 
-def move(module: Module, layout: Layout) -> Module:
-    """Returns a module whose arrays are copied to their shares; for models one host can hold."""
-    placed = place(module, layout)
-    return jax.tree.map(jax.device_put, placed, weight_shardings(placed, layout))
+def put_sharded(module: Module, layout: Layout) -> Module:
+    """Returns a module whose arrays are copied to their shards; for models one host can hold."""
+    annotated = annotate_shardings(module, layout)
+    return jax.tree.map(jax.device_put, annotated, weight_shardings(annotated, layout))
 
 
-def put_shares(
+def init_sharded(build: Callable[[], Module], layout: Layout) -> Module:
+    """Returns build(), each array made on the devices that hold it; no device has it whole."""
+    abstract = annotate_shardings(jax.eval_shape(build), layout)
+    shardings = weight_shardings(abstract, layout)
+    return jax.jit(lambda: annotate_shardings(build(), layout), out_shardings=shardings)()
+
+
+def read_sharded(
     read: Callable[[Box], np.ndarray],
     shape: tuple[int, ...],
     variable: nnx.Variable,
     layout: Layout,
 ) -> jax.Array:
-    """Returns an array of a variable on the mesh, each share put there as soon as it is read.
+    """Returns an array of a variable on the mesh, each shard put there as soon as it is read.
 
     Args:
       read: box of the array, a slice per axis → its values. It is called once for each of
-        `host_boxes`, and the next time when the devices have what came before.
+        `host_boxes`, each time after the devices have received the previous box.
     """
-    sharding, shares = NamedSharding(layout.mesh, spec_of(variable)), {}
+    sharding, shards = NamedSharding(layout.mesh, spec_of(variable)), {}
     order = sharding.addressable_devices_indices_map(shape)
     for box, parts in plan_boxes(order, shape):
         values, first = read(box), box[-1].start
         for (start, stop), devices in parts.items():
-            share = values[..., start - first : stop - first]
-            shares |= {device: jax.device_put(share, device, may_alias=True) for device in devices}
-        jax.block_until_ready([shares[device] for part in parts.values() for device in part])
-        del values, share
-    return jax.make_array_from_single_device_arrays(shape, sharding, [shares[d] for d in order])
+            shard = values[..., start - first : stop - first]
+            shards |= {device: jax.device_put(shard, device, may_alias=True) for device in devices}
+        jax.block_until_ready([shards[device] for part in parts.values() for device in part])
+        del values, shard
+    return jax.make_array_from_single_device_arrays(shape, sharding, [shards[d] for d in order])
 
 
 def host_boxes(shape: tuple[int, ...], variable: nnx.Variable, layout: Layout) -> list[Box]:
@@ -155,10 +161,11 @@ def host_boxes(shape: tuple[int, ...], variable: nnx.Variable, layout: Layout) -
 def plan_boxes(
     indices: Mapping[jax.Device, Box], shape: tuple[int, ...]
 ) -> list[tuple[Box, dict[tuple[int, int], list[jax.Device]]]]:
-    """Returns boxes that together are the shares of `indices`, none of them overlapping.
+    """Returns boxes that together are the shards of `indices`, none of them overlapping.
 
-    Each is one device's share, or neighbouring shares that differ in their columns only: files hold
-    rows, and so no row is read twice. With each box come its column ranges and their devices.
+    Each is one device's shard, or neighbouring shards that differ in their columns only: files hold
+    rows, and in this way no row is read twice. With each box come its column ranges and their
+    devices.
     """
     rows: dict[tuple, dict[tuple[int, int], list]] = {}
     for device, index in indices.items():
@@ -178,47 +185,27 @@ def plan_boxes(
     ]
 
 
-def born(build: Callable[[], Module], layout: Layout) -> Module:
-    """Returns build(), each array made on the devices that hold it: no device has the whole."""
-    abstract = place(jax.eval_shape(build), layout)
-    make = jax.jit(lambda: place(build(), layout), out_shardings=weight_shardings(abstract, layout))
-    return make()
-
-
-def splits_storage() -> bool:
+def gathers_storage(axes: Axes) -> bool:
     """Whether per-device code must gather weights that are split for storage."""
-    now = active()
-    return now is not None and now.per_device and now.layout.trains
+    return axes.layout is not None and axes.layout.trains
 
 
-def used_as_stored(module) -> bool:
-    """Whether `whole` returns the module as it is."""
-    values = (v.get_value() for v in jax.tree.leaves(module, is_leaf=is_variable))
-    return not (splits_storage() or any(isinstance(value, Recipe) for value in values))
+def gather_weights(axes: Axes, module: Module) -> Module:
+    """Returns the module with the weights whole that are split for storage only.
 
-
-def whole(module: Module, decode: Decode) -> Module:
-    """Returns the module with its weights as a layer uses them, right before it does.
-
-    In per-device code a weight that is split for storage is gathered; its gradient is summed and
-    scattered back to its shares. A recipe is expanded, with or without a mesh.
-
-    Args:
-      decode: see `LowRank.expand`.
+    A gathered weight's gradient is summed and scattered back to its shards.
     """
-    if used_as_stored(module):
+    if not gathers_storage(axes):
         return module
 
     def prepare(variable):
-        value = variable.get_value()
-        if splits_storage():
-            axes, spec = P(*variable.get_metadata()["axes"]), spec_of(variable)
-            value = jax.tree.map(gather, value, split_parts(value, axes), split_parts(value, spec))
-        return variable.copy(value=value.expand(decode) if isinstance(value, Recipe) else value)
+        value, names = variable.get_value(), P(*variable.get_metadata()["axes"])
+        parts = split_parts(value, names), split_parts(value, spec_of(variable))
+        return variable.copy(value=jax.tree.map(gather, value, *parts))
 
-    def gather(leaf, axes, spec):
-        dropped = len(axes) - leaf.ndim  # a scan has taken the axis of layers away
-        for axis, (name, split) in enumerate(zip(axes, spec, strict=True)):
+    def gather(leaf, names, spec):
+        dropped = len(names) - leaf.ndim  # a scan has taken the axis of layers away
+        for axis, (name, split) in enumerate(zip(names, spec, strict=True)):
             if split and name not in COMPUTED_ON:
                 # One mesh axis after the other, the innermost first. Asked for all devices of a
                 # slice at once, compilers for TPUs add up whole arrays of zeros instead, and make

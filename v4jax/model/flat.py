@@ -1,24 +1,27 @@
-"""`HeldTransformer`: a model for loops over `extend`."""
+"""`FlatTransformer`: a model for loops over `extend`."""
 
 import functools
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 from jaxtyping import Array, Int
 
 from v4jax.cache import HybridCache
-from v4jax.model.transformer import Transformer, extend_step
+from v4jax.model.passes import extend_step
+
+if TYPE_CHECKING:
+    from v4jax.model.transformer import Transformer
 
 
-class HeldTransformer:
-    """A model taken apart once: its `extend` is the model's, called sooner.
+class FlatTransformer:
+    """A model flattened once into arrays and structure: its `extend` is the model's, called sooner.
 
-    JAX takes the modules of its arguments apart at every call, which is a millisecond of Python, as
+    JAX flattens the modules of its arguments at every call, which is a millisecond of Python, as
     long as a small step. Weights that are changed afterwards are not seen.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: "Transformer"):
         self._model = model
         self._leaves, tree = jax.tree.flatten(model)
         self._structure = _keep_structure(tree)
@@ -35,7 +38,7 @@ class HeldTransformer:
     ) -> tuple[Array, HybridCache]:
         """See `Transformer.extend`."""
         tokens, lengths = self._model.check_extend(tokens, cache, lengths, logits, trusted)
-        step = _extend_held_donating if donate else _extend_held
+        step = _extend_donating if donate else _extend
         return step(self._leaves, tokens, cache, lengths, self._structure, logits)
 
 
@@ -52,11 +55,9 @@ def _keep_structure(tree) -> _Structure:
     return _Structure(tree)
 
 
-def _extend_held_step(leaves, tokens, cache, lengths, structure: _Structure, logits):
+def _extend_step(leaves, tokens, cache, lengths, structure: _Structure, logits):
     return extend_step(jax.tree.unflatten(structure.tree, leaves), tokens, cache, lengths, logits)
 
 
-_extend_held = partial(jax.jit, static_argnames=("structure", "logits"))(_extend_held_step)
-_extend_held_donating = partial(
-    jax.jit, static_argnames=("structure", "logits"), donate_argnames="cache"
-)(_extend_held_step)
+_jit = partial(jax.jit, static_argnames=("structure", "logits"))
+_extend, _extend_donating = _jit(_extend_step), _jit(_extend_step, donate_argnames="cache")

@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from v4jax.kernels import dispatch
 from v4jax.kernels.scaled_matmul import expand_tpu
-from v4jax.model.weights import whole
-from v4jax.parallel import WEIGHTS, Layout, make_mesh, on_shards, place
+from v4jax.model.weights import materialize
+from v4jax.parallel import ONE_DEVICE, WEIGHTS, Layout, annotate_shardings, make_mesh, on_shards
 from v4jax.parallel.program import with_shardings
-from v4jax.parallel.weights import weight_shardings
+from v4jax.parallel.weight_sharding import weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import count_collectives
 from v4jax.quant import LowRank, quantize_weight
@@ -25,8 +25,8 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((4096, 8192), jnp.bfloat16), axes=axes)
 
 
-def sum_squares(module):
-    weight = whole(module).weight.get_value().astype(jnp.float32)
+def sum_squares(axes, module):
+    weight = materialize(axes, module).weight.get_value().astype(jnp.float32)
     return (weight * weight).sum(keepdims=True)[0]
 
 
@@ -44,10 +44,13 @@ def test_adapters_read_their_base_by_the_kernel(kind, shape):
     value = LowRank(base, down, up, 0.5, "bfloat16", rounds_inputs=False)
     module = nnx.Dict(weight=nnx.Param(value, axes=("rank",) * len(shape)))
 
+    def expanded(module):
+        return materialize(ONE_DEVICE, module).weight.get_value()
+
     with dispatch.using(expand="reference"):
-        expected = jax.jit(lambda module: whole(module).weight.get_value())(module)
+        expected = jax.jit(expanded)(module)
     with dispatch.compiling_for("tpu", "TPU v6 lite"):
-        traced = str(jax.make_jaxpr(lambda module: whole(module).weight.get_value())(module))
+        traced = str(jax.make_jaxpr(lambda module: expanded(module))(module))
     assert f"expand_{kind}" in traced
     by_kernel = value.expand(lambda weight, dtype: expand_tpu.expand(weight))
     np.testing.assert_array_equal(by_kernel, expected)
@@ -59,9 +62,9 @@ def test_gathered_and_scattered_on_a_slice(axes):
     """Nothing is added up whole: of a gather over all chips at once the compiler makes that."""
     devices = ahead_of_time.describe("v5p:4x4x8").devices
     layout = Layout(make_mesh(data=4, expert=32, devices=devices), "train")
-    module = place(nnx.eval_shape(lambda: Linear(axes)), layout)
+    module = annotate_shardings(nnx.eval_shape(lambda: Linear(axes)), layout)
     module = with_shardings(module, weight_shardings(module, layout))
-    run = on_shards(sum_squares, layout, "train", (WEIGHTS,), P("batch"))
+    run = on_shards(sum_squares, layout, "split", (WEIGHTS,), P("batch"))
     text = jax.jit(jax.grad(lambda module: run(module).sum())).lower(module).compile().as_text()
     found = {item.kind: item for item in count_collectives(text)}
     assert found["all-gather"].count == found["reduce-scatter"].count == 2

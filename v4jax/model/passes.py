@@ -1,0 +1,141 @@
+"""Passes of the whole model: its layers, its head and its drafts, on one device or on a mesh.
+
+A public function takes whole arrays; on a mesh it runs the private one of the same name on every
+device's shards.
+"""
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from v4jax.cache import HybridCache
+from v4jax.cache.hybrid import cache_axes
+from v4jax.config import Numerics
+from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.model.context import make_context
+from v4jax.model.stack import Stack, full_sequence
+from v4jax.model.weights import materialize
+from v4jax.parallel import WEIGHTS, Axes, on_shards
+from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_token
+from v4jax.parallel.shard import look_up
+
+if TYPE_CHECKING:
+    from v4jax.model.transformer import Transformer
+
+
+@jax.jit
+def forward(model: "Transformer", tokens) -> Float[Array, "b t v"]:
+    """Returns the logits of whole sequences."""
+    streams, _ = run_layers(model, tokens)
+    return read_logits(model, streams)
+
+
+@jax.jit
+def forward_drafts(model: "Transformer", tokens) -> Float[Array, "b u v"]:
+    """Returns the first MTP block's logits of whole sequences."""
+    streams, _ = run_layers(model, tokens)
+    return read_drafts(model, streams, tokens)
+
+
+def extend_step(model: "Transformer", tokens, cache: HybridCache, lengths, logits):
+    """Returns the logits of tokens that follow the cache's, and the new cache; checks nothing."""
+    start, end = cache.lengths, cache.lengths + lengths
+    streams, cache = run_layers(model, tokens, start, end, cache)
+    if logits == "last":
+        last_b = jnp.maximum(lengths - 1, 0)
+        split = divide_tokens(model.layout, streams.shape[1])
+        inputs = (P("batch", "tokens"), P("batch"))
+        streams = on_shards(take_token, model.layout, split, inputs, P("batch"))(streams, last_b)
+        return read_logits(model, streams[:, None])[:, 0], cache
+    return read_logits(model, streams), cache
+
+
+extend = partial(jax.jit, static_argnames="logits")(extend_step)
+extend_donating = partial(jax.jit, static_argnames="logits", donate_argnames="cache")(extend_step)
+
+
+def run_layers(
+    model: "Transformer", tokens, start=None, end=None, cache: HybridCache | None = None
+):
+    """Returns the streams after the last layer, and the extended cache (None without one)."""
+    batch, count = tokens.shape
+    start = jnp.zeros(batch, jnp.int32) if start is None else start
+    end = start + count if end is None else end
+    call = plan_call(model.layout, model.config, batch, count, extends=cache is not None)
+    axes = None if cache is None else cache_axes(cache)
+    inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
+    run = on_shards(_run_layers, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
+    streams, cache = run((model.embed, model.stack), call.pad(tokens), start, end, cache)
+    if cache is None:
+        return call.cut(streams), None
+    return call.cut(streams), dataclasses.replace(cache, lengths=end.astype(jnp.int32))
+
+
+def _run_layers(axes, weights, tokens, start, end, cache):
+    embedding, stack = weights
+    start = start + axes.offset("tokens", tokens.shape[1])
+    ropes = {layer.rope for layer in stack.config.layers}
+    context = make_context(tokens, start, end, ropes, axes=axes)
+    streams = open_streams(axes, embedding, tokens, stack)
+    if cache is None:
+        return stack(streams, context), None
+    return stack.extend(streams, context, cache)
+
+
+def embed(axes: Axes, embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
+    """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
+    return look_up(axes, materialize(axes, embedding)[...], tokens).astype(
+        numerics.activation_dtype
+    )
+
+
+def open_streams(axes: Axes, embedding: nnx.Param, tokens, stack: Stack) -> Float[Array, "b t n d"]:
+    """Returns the residual streams before the first layer: the embeddings, once for each."""
+    x = embed(axes, embedding, tokens, stack.numerics)
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
+
+
+def read_logits(model: "Transformer", streams) -> Float[Array, "b t v"]:
+    """Returns float32 logits of streams (spec B.15)."""
+    split = divide_tokens(model.layout, streams.shape[1])
+    inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens", "vocab")
+    read = on_shards(_read_logits, model.layout, split, inputs, outputs)
+    return read((model.collapse, model.norm, model.head), streams)
+
+
+def _read_logits(axes, weights, streams):
+    collapse, norm, head = materialize(axes, weights)
+    return matmul_float32(norm(collapse(streams)), head[...])
+
+
+def read_drafts(model: "Transformer", streams, tokens) -> Float[Array, "b u v"]:
+    """Returns the first MTP block's logits of streams and tokens at positions 0 … t−1 (spec B.15).
+
+    Row u pairs the streams of token u with token u+1; the last streams have no pair.
+    """
+    following, streams = tokens[:, 1:], streams[:, :-1]
+    batch, count = following.shape
+    call = plan_call(model.layout, model.config, batch, count, extends=False)
+    inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
+    outputs = P("batch", "tokens", "vocab")
+    read = on_shards(_read_drafts, model.layout, call.tokens, inputs, outputs)
+    end = jnp.full(batch, count, jnp.int32)
+    weights = (model.embed, model.mtp[0], model.head)
+    return call.cut(read(weights, call.pad(streams), call.pad(following), end))
+
+
+def _read_drafts(axes, weights, streams, following, end):
+    embedding, mtp, head = weights
+    mtp, head, layer = materialize(axes, mtp), materialize(axes, head), mtp.layer
+    start = jnp.zeros_like(end) + axes.offset("tokens", following.shape[1])
+    context = make_context(following, start, end, {layer.rope}, axes=axes)
+    memory = full_sequence(mtp.config, mtp.numerics, layer, context)
+    embedded = embed(axes, embedding, following, mtp.numerics)
+    normed, _, _ = mtp(streams, embedded, context, memory)
+    return matmul_float32(normed, head[...])
