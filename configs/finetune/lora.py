@@ -2,8 +2,13 @@
 
     v4jax train --config=configs/finetune/lora.py --set=model=/models/v4 --set=output=out/lora
 
-Adapters stand beside attention and every expert; `OUTPUT/adapters` has them in PEFT's layout and
-`OUTPUT/model` merged. As it stands it adapts nano on the example beside this file, on a CPU.
+Attention and every expert get adapters. Without `--set` it adapts nano on the example beside this
+file.
+
+Hardware: two CPU cores for nano; `v4jax plan --regime=train --training=lora` says what other models
+need. Duration: 100 steps of 2,048 tokens, about four minutes if adapting nano is as fast as
+training it (1,000 tokens/s), and the compilation. Expected result: out/lora/adapters in PEFT's
+layout, and out/lora/model with the adapters merged.
 """
 
 import pathlib
