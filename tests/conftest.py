@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 ).strip()
 
+import folder_bucket
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -64,6 +65,14 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture
+def bucket(tmp_path_factory):
+    """The address of an empty bucket in s3://, whose objects are files of a folder."""
+    folder_bucket.install(tmp_path_factory.mktemp("bucket"))
+    yield "s3://bucket"
+    folder_bucket.uninstall()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""A bucket that outlives the process: s3:// as objects in a folder, each written whole or not."""
+"""A bucket that outlives the process: objects of s3:// and gs:// as files of a folder."""
 
 import importlib
 import os
@@ -18,7 +18,7 @@ class FolderBucket(AbstractFileSystem):
     succeeds once for a name, whoever tries at the same time.
     """
 
-    protocol = "s3"
+    protocol = ("s3", "gs")
     cachable = False
     root: pathlib.Path
 
@@ -31,13 +31,14 @@ class FolderBucket(AbstractFileSystem):
 
     def ls(self, path, detail=True, **_options):
         path = self._strip_protocol(path).strip("/")
+        folder = path + "/" if path else ""
         found = {}
         for name in self._objects():
             if name == path:
                 found[name] = self._info(name, "file")
-            elif name.startswith(path + "/"):
-                first, slash, _ = name[len(path) + 1 :].partition("/")
-                child = f"{path}/{first}"
+            elif name.startswith(folder):
+                first, slash, _ = name.removeprefix(folder).partition("/")
+                child = folder + first
                 found[child] = self._info(child, "directory" if slash else "file")
         if not found:
             raise FileNotFoundError(path)
@@ -92,15 +93,17 @@ class _Upload:
 
 
 def install(root: str | os.PathLike) -> None:
-    """Makes s3:// of this process the objects in a folder."""
+    """Makes s3:// and gs:// of this process the objects of a folder."""
     FolderBucket.root = pathlib.Path(root)
     FolderBucket.root.mkdir(exist_ok=True)
-    fsspec.register_implementation("s3", FolderBucket, clobber=True)
+    for scheme in FolderBucket.protocol:
+        fsspec.register_implementation(scheme, FolderBucket, clobber=True)
 
 
 def uninstall() -> None:
-    """Makes s3:// what it was."""
-    importlib.import_module("fsspec.registry")._registry.pop("s3", None)
+    """Makes s3:// and gs:// what they were."""
+    for scheme in FolderBucket.protocol:
+        importlib.import_module("fsspec.registry")._registry.pop(scheme, None)
 
 
 def read(path: str) -> bytes:

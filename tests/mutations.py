@@ -274,7 +274,7 @@ FAULTS = [
     ),
     Fault(
         "a torn line is kept",
-        "inference/answer_log.py",
+        "inference/answer_output.py",
         "os.ftruncate(self.descriptor, end)",
         "pass",
         "tests/inference/test_answer_log.py tests/inference/test_batch.py",

@@ -5,7 +5,7 @@ import json
 import sys
 from types import SimpleNamespace
 
-import fsspec
+import folder_bucket
 import pytest
 
 from v4jax.cli import main, needle_grid
@@ -87,7 +87,7 @@ def test_names():
     assert needle_grid.name_depth(4, 5) == "80–100 %"
 
 
-def test_the_verb_prints_its_grid(fake_model, capsys, tmp_path):
+def test_the_verb_prints_its_grid(fake_model, capsys, tmp_path, bucket):
     answers = tmp_path / "answers.jsonl"
     arguments = ["--model=tiny", "--lengths=512", "--questions=1", "--depths=1", "--json"]
     arguments += ["--mesh=data=1", "--questions_at_once=1", "--chunk_tokens=512"]
@@ -96,13 +96,11 @@ def test_the_verb_prints_its_grid(fake_model, capsys, tmp_path):
     assert (cell["length"], cell["asked"], cell["right"]) == (512, 1, 0)  # its answers are hashes
     [line] = answers.read_text().splitlines()
     assert json.loads(line).keys() == {"length", "name", "code", "answer"}
-    bucket = fsspec.filesystem("memory")
-    arguments += ["--answers=memory://evaluated/a.jsonl", "--plot=memory://evaluated/a.png"]
+    arguments += [f"--answers={bucket}/a.jsonl", f"--plot={bucket}/a.png"]
     assert main.run(["evaluate", *arguments]) == 0
-    assert bucket.find("/evaluated") == ["/evaluated/a.jsonl", "/evaluated/a.png"]
-    assert bucket.cat_file("/evaluated/a.jsonl") == answers.read_bytes()
-    assert bucket.cat_file("/evaluated/a.png").startswith(b"\x89PNG")
-    bucket.rm("/evaluated", recursive=True)
+    assert folder_bucket.names(bucket) == ["a.jsonl", "a.png"]
+    assert folder_bucket.read(f"{bucket}/a.jsonl") == answers.read_bytes()
+    assert folder_bucket.read(f"{bucket}/a.png").startswith(b"\x89PNG")
 
 
 BAD = {

@@ -4,11 +4,12 @@ import importlib
 import json
 import sys
 
-import fsspec
+import folder_bucket
 import pytest
 from inference import fake_model
 
 from v4jax.cli import engine, main
+from v4jax.files import to_path
 
 BATCH = {"model": "nano", "input": "docs.jsonl", "output": "answers.jsonl", "summary": "s.json"}
 CONVERT = {"model": "nano", "output": "folder"}
@@ -54,31 +55,29 @@ def test_library_is_missing(folder, monkeypatch, capsys, verb, flags, name, sche
 
 
 @pytest.mark.parametrize("verb, flags, name", COMMANDS)
-def test_bucket_cannot_be_written(folder, monkeypatch, capsys, verb, flags, name):
+def test_bucket_cannot_be_written(folder, bucket, monkeypatch, capsys, verb, flags, name):
     def refuse(*_arguments, **_options):
         raise RuntimeError("403 Forbidden\nmore")
 
-    monkeypatch.setattr(fsspec.filesystem("memory"), "pipe_file", refuse)
-    assert main.run([verb, *flags_of(flags | {name: "memory://bucket/a"})]) == 2
+    monkeypatch.setattr(folder_bucket.FolderBucket, "pipe_file", refuse)
+    assert main.run([verb, *flags_of(flags | {name: f"{bucket}/a"})]) == 2
     said = capsys.readouterr().err
-    assert "memory://bucket/a" in said and "403 Forbidden" in said and "cannot" in said
+    assert f"{bucket}/a" in said and "403 Forbidden" in said and "cannot" in said
 
 
-def test_batch_and_its_summary(folder, monkeypatch, capsys):
+def test_batch_and_its_summary(folder, bucket, monkeypatch, capsys):
     """All files of a job are in a bucket; its shards' names are as on a disk."""
-    bucket = fsspec.filesystem("memory")
-    bucket.pipe_file("/job/docs.jsonl", (folder / "docs.jsonl").read_bytes() * 2)
+    to_path(f"{bucket}/docs.jsonl").write_bytes((folder / "docs.jsonl").read_bytes() * 2)
     monkeypatch.setattr(engine, "load_model", lambda *_: fake_model.FakeModel())
     monkeypatch.setattr("v4jax.inference.Engine", lambda model, _: fake_model.make_engine(model))
-    names = {name: f"memory://job/{file}" for name, file in BATCH.items() if name != "model"}
+    names = {name: f"{bucket}/{file}" for name, file in BATCH.items() if name != "model"}
     for shard in ("0/2", "1/2"):
         flags = flags_of(names | {"model": "nano", "shard": shard})
         assert main.run(["batch", *flags]) == 0, capsys.readouterr().err
     parts = ("00000-of-00002", "00001-of-00002")
-    answers = [f"/job/answers-{part}.jsonl" for part in parts]
-    summaries = [f"/job/s-{part}.json" for part in parts]
-    assert bucket.find("/job") == [*answers, "/job/docs.jsonl", *summaries]
-    for i, path in enumerate(answers):
-        assert json.loads(bucket.cat_file(path))["line"] == i + 1
-    assert json.loads(bucket.cat_file(summaries[0]))["documents"] == 1
-    bucket.rm("/job", recursive=True)
+    answers = [f"answers-{part}.jsonl" for part in parts]
+    summaries = [f"s-{part}.json" for part in parts]
+    assert folder_bucket.names(bucket) == [*answers, "docs.jsonl", *summaries]
+    for i, name in enumerate(answers):
+        assert json.loads(folder_bucket.read(f"{bucket}/{name}"))["line"] == i + 1
+    assert json.loads(folder_bucket.read(f"{bucket}/{summaries[0]}"))["documents"] == 1

@@ -15,7 +15,6 @@ Source: PEFT's guide to its checkpoint format; module names: spec D.2, D.5.
 import dataclasses
 import json
 import math
-import pathlib
 import re
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from v4jax.checkpoint.new_folder import check_new, new_folder
 from v4jax.checkpoint.safetensors_file import Tensor, read_header, read_tensor
 from v4jax.config.json_keys import did_you_mean
 from v4jax.errors import CheckpointError
-from v4jax.files import RemotePath, to_path
+from v4jax.files import Path, PathLike, to_path
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, variables, write_weights
 from v4jax.parallel.global_arrays import take
@@ -81,7 +80,7 @@ _REQUIRED: dict[str, Any] = {
 
 def write_adapters(
     model: Transformer,
-    folder: str | pathlib.Path | RemotePath,
+    folder: PathLike,
     modules: Literal["released", "transformers"] = "released",
 ) -> None:
     """Writes the adapters of a model, and nothing of its base. Every process of a job calls this.
@@ -125,7 +124,7 @@ def write_adapters(
         phase.note(f"{len(contents) // 2:,} modules of rank {rank}", log.format_bytes(size))
 
 
-def read_adapters(model: Transformer, folder: str | pathlib.Path | RemotePath) -> Transformer:
+def read_adapters(model: Transformer, folder: PathLike) -> Transformer:
     """Returns the model with the adapters of a folder; module names of either kind are understood.
 
     Raises:
@@ -272,7 +271,7 @@ def _config(model: Transformer, rank: int, scale: float, modules: list[str]) -> 
     }
 
 
-def _read_config(folder: pathlib.Path | RemotePath) -> tuple[float, int]:
+def _read_config(folder: Path) -> tuple[float, int]:
     """Returns scale and rank."""
     path = folder / CONFIG_NAME
     try:

@@ -1,7 +1,5 @@
 """`load` and `save`: a model from a folder or a configuration's name, and back to a folder."""
 
-import pathlib
-
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,7 +10,7 @@ from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import CheckpointError, ConfigError
-from v4jax.files import RemotePath, is_remote, to_path
+from v4jax.files import PathLike, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import ExpertExchange, Layout, WeightLayout, check_mesh
 from v4jax.parallel.weight_sharding import init_sharded
@@ -21,7 +19,7 @@ LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurati
 
 
 def load(
-    name_or_folder: str | pathlib.Path | RemotePath,
+    name_or_folder: PathLike,
     numerics: str | Numerics = "float32",
     *,
     seed: int | None = None,
@@ -50,7 +48,7 @@ def load(
       CheckpointError: the folder's files are.
     """
     numerics = get_numerics(numerics)
-    if not isinstance(name_or_folder, str | pathlib.Path | RemotePath):
+    if not isinstance(name_or_folder, PathLike):
         raise ConfigError(
             "load takes a checkpoint folder or the name of a configuration, got "
             f"{type(name_or_folder).__name__}; Transformer(config, …) makes a model of a config"
@@ -93,9 +91,7 @@ def load(
     return model
 
 
-def save(
-    model: Transformer, folder: str | pathlib.Path | RemotePath, format: str = "released"
-) -> None:
+def save(model: Transformer, folder: PathLike, format: str = "released") -> None:
     """Writes a checkpoint folder that `load` reads back, on a disk or in gs:// or s3://.
 
     Every process of a job calls this. A disk is written by process 0.

@@ -5,7 +5,7 @@ of the tensors' bytes has been touched by then, so a bad folder fails within a s
 """
 
 import dataclasses
-import pathlib
+import os
 from typing import Literal
 
 from v4jax.checkpoint import names
@@ -15,7 +15,7 @@ from v4jax.config.from_hf import model_config_from_hf
 from v4jax.config.json_keys import parse_json
 from v4jax.config.loading import read_config_json
 from v4jax.errors import CheckpointError
-from v4jax.files import RemotePath, to_path
+from v4jax.files import Path, PathLike, to_path
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -29,19 +29,19 @@ class Folder:
     indexed: {released name: file} of the index; empty without an index.
     """
 
-    path: pathlib.Path | RemotePath
+    path: Path
     layout: Literal["released", "transformers"]
     config: ModelConfig
     tensors: dict[str, Tensor]
     indexed: dict[str, str]
 
     @property
-    def files(self) -> list[pathlib.Path | RemotePath]:
+    def files(self) -> list[Path]:
         """The shards, in order."""
         return sorted({tensor.file for tensor in self.tensors.values()})
 
 
-def open_folder(path: str | pathlib.Path) -> Folder:
+def open_folder(path: PathLike) -> Folder:
     """Returns what the folder holds, with the configuration made to fit the tensors.
 
     A transformers layout without MTP tensors gives `num_nextn_predict_layers` 0. `expert_dtype`
@@ -93,7 +93,7 @@ def without_mtp(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, str]:
     """Returns {tensor: file} as the index says it; empty where there is none."""
     index = path / INDEX_NAME
     if not index.exists():
@@ -107,7 +107,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         raise CheckpointError(f"{index} is broken: it has no weight_map {{tensor: file}}")
     present: dict[str, bool] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+        if not isinstance(file, str) or os.path.basename(file) != file:
             raise CheckpointError(
                 f"{index}: tensor {name} must lie in a file beside it, got {file!r}"
             )
@@ -118,7 +118,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_headers(path: pathlib.Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
+def _read_headers(path: Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
     """Returns every tensor of the shards by its name in the files, checked against the index."""
     files = [path / file for file in sorted(set(weight_map.values()))]
     files = files or sorted(f for f in path.iterdir() if f.name.endswith(".safetensors"))

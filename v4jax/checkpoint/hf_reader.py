@@ -13,7 +13,6 @@ bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float
 
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +25,7 @@ from v4jax.checkpoint.hf_sources import Source, Stacked, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
 from v4jax.config import Numerics, get_numerics
 from v4jax.errors import CheckpointError
+from v4jax.files import PathLike
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.model.weights import variables
 from v4jax.parallel import Layout, annotate_shardings, check_mesh
@@ -36,7 +36,7 @@ ALIGNMENT_BYTES = 64  # JAX takes over a host array on the CPU only if it is ali
 
 
 def read_model(
-    folder: str | pathlib.Path,
+    folder: PathLike,
     numerics: str | Numerics = "released",
     *,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
@@ -75,7 +75,7 @@ def read_model(
     return model
 
 
-def read_abstract(folder: str | pathlib.Path, numerics: str | Numerics = "released") -> Transformer:
+def read_abstract(folder: PathLike, numerics: str | Numerics = "released") -> Transformer:
     """Returns the model of a folder with shapes in place of arrays, in the formats of its files.
 
     Raises:

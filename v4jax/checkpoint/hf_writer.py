@@ -13,7 +13,6 @@ is complete or absent, on a disk and in a bucket (`new_folder.py`).
 
 import dataclasses
 import json
-import pathlib
 from typing import Literal
 
 import jax
@@ -29,7 +28,7 @@ from v4jax.checkpoint.safetensors_file import Tensor
 from v4jax.config import ModelConfig
 from v4jax.config.to_hf import model_config_to_hf
 from v4jax.errors import CheckpointError
-from v4jax.files import RemotePath, to_path
+from v4jax.files import PathLike, to_path
 from v4jax.model import Transformer
 from v4jax.model.weights import variables
 from v4jax.parallel.global_arrays import take
@@ -60,11 +59,11 @@ class Piece:
 
 def write_model(
     model: Transformer,
-    folder: str | pathlib.Path | RemotePath,
+    folder: PathLike,
     format: Format = "released",
     *,
     shard_bytes: int = SHARD_BYTES,
-    carry_from: str | pathlib.Path | RemotePath | None = None,
+    carry_from: PathLike | None = None,
 ) -> None:
     """Writes config.json, generation_config.json, the safetensors shards and their index.
 
@@ -145,7 +144,7 @@ def plan_shards(pieces: list[list[Piece]], shard_bytes: int) -> list[list[Piece]
 
 
 def _nbytes(piece: Piece) -> int:
-    return Tensor(piece.name, piece.dtype, piece.shape, pathlib.Path(), 0).nbytes
+    return Tensor(piece.name, piece.dtype, piece.shape, to_path(""), 0).nbytes
 
 
 def _describe(place: Place, value, format: Format, config: ModelConfig) -> list[Piece]:
@@ -251,7 +250,7 @@ def _write_tensors(model, format, pieces, files, target) -> None:
             target.write_tensors(name, contents, read)
 
 
-def _read_carried(folder: str | pathlib.Path | RemotePath | None) -> dict[str, bytes]:
+def _read_carried(folder: PathLike | None) -> dict[str, bytes]:
     """Returns the tokenizer files of a folder, on process 0, which writes them."""
     if folder is None or jax.process_index():
         return {}

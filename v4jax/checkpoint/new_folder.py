@@ -16,7 +16,7 @@ end all raise its error.
 
 import abc
 import contextlib
-import pathlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,14 +26,14 @@ import numpy as np
 
 from v4jax.checkpoint.safetensors_file import Tensor, as_bytes, encode_header
 from v4jax.errors import CheckpointError
-from v4jax.files import RemotePath, check_writable, is_remote, remove_all, to_path
+from v4jax.files import BucketPath, Path, PathLike, check_writable, is_remote, remove_all, to_path
 from v4jax.parallel.agreement import gather_json
 
 Contents = Mapping[str, tuple[str, tuple[int, ...]]]  # name → dtype in the file, shape
 Read = Callable[[str, bool], np.ndarray | None]  # name, whether it is needed here → its array
 
 
-def check_new(folder: str | pathlib.Path | RemotePath) -> None:
+def check_new(folder: PathLike) -> None:
     """Raises unless the folder is empty or does not exist; in a bucket, also unless it can be made.
 
     Every process of a job calls this.
@@ -45,14 +45,14 @@ def check_new(folder: str | pathlib.Path | RemotePath) -> None:
     _agree(_find_obstacle(folder))
 
 
-def _find_obstacle(folder: str | pathlib.Path | RemotePath) -> str | None:
+def _find_obstacle(folder: PathLike) -> str | None:
     path = to_path(folder)
     if jax.process_index():
         return None  # what process 0 sees counts
     taken = f"{path} exists and is not empty; remove it or choose another folder"
     try:
-        if isinstance(path, RemotePath):
-            if path.refresh().exists():
+        if is_remote(path):
+            if path.exists():
                 return taken
             check_writable(path / "new")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -70,13 +70,13 @@ def _agree(error: str | None) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | pathlib.Path | RemotePath) -> "Iterator[NewFolder]":
+def new_folder(folder: PathLike) -> "Iterator[NewFolder]":
     """Gives a folder to be filled, which is there when the block succeeds, and vanishes if not.
 
     Raises:
       CheckpointError: it cannot be written; on every process.
     """
-    new = _InBucket(to_path(folder)) if is_remote(folder) else _OnDisk(pathlib.Path(folder))
+    new = (_InBucket if is_remote(folder) else _OnDisk)(to_path(folder))
     completed = False
     try:
         new.attempt(new.begin)
@@ -93,7 +93,7 @@ def new_folder(folder: str | pathlib.Path | RemotePath) -> "Iterator[NewFolder]"
 class NewFolder(abc.ABC):
     """A folder that is being filled."""
 
-    def __init__(self, folder: pathlib.Path | RemotePath):
+    def __init__(self, folder: Path):
         self.folder = folder
         self.error: str | None = None  # of what this process wrote
         self._count = 0  # files of tensors so far
@@ -157,8 +157,8 @@ class NewFolder(abc.ABC):
 
 
 class _OnDisk(NewFolder):
-    def __init__(self, folder: pathlib.Path):
-        super().__init__(folder.resolve())
+    def __init__(self, folder: Path):
+        super().__init__(to_path(os.path.realpath(folder)))
         self._hidden = self.folder.with_name(f".{self.folder.name}.partial-{uuid.uuid4().hex[:8]}")
 
     def begin(self) -> None:
@@ -171,7 +171,7 @@ class _OnDisk(NewFolder):
 
     def complete(self) -> None:
         if self._writes(0):
-            self._hidden.replace(self.folder)  # over an empty folder, too
+            os.replace(self._hidden, self.folder)  # over an empty folder, too
 
     def discard(self) -> None:
         shutil.rmtree(self._hidden, ignore_errors=True)
@@ -184,10 +184,10 @@ class _OnDisk(NewFolder):
 
 
 class _InBucket(NewFolder):
-    def __init__(self, folder: RemotePath):
+    def __init__(self, folder: BucketPath):
         super().__init__(folder)
         self._last: dict[str, bytes] = {}
-        self._written: list[RemotePath] = []
+        self._written: list[BucketPath] = []
 
     def begin(self) -> None:
         """Does nothing: a bucket has no folders."""
@@ -210,7 +210,7 @@ class _InBucket(NewFolder):
     def _write_tensors(self, name, header, arrays) -> None:
         self._add(name).write_blocks(_blocks(header, arrays))
 
-    def _add(self, name: str) -> RemotePath:
+    def _add(self, name: str) -> BucketPath:
         self._written.append(self.folder / name)
         return self._written[-1]
 
@@ -221,7 +221,7 @@ def _blocks(header: bytes, arrays: Iterator[tuple[Tensor, np.ndarray]]) -> Itera
         yield as_bytes(tensor, array)
 
 
-def _write(path: pathlib.Path, blocks: Iterable[bytes | memoryview]) -> None:
+def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     with open(path, "wb", buffering=0) as file:
         for block in blocks:
             view, done = memoryview(block), 0

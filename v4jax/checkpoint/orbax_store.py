@@ -23,7 +23,6 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import re
 import uuid
 from collections.abc import Iterator
@@ -31,13 +30,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from v4jax import log
 from v4jax.checkpoint.leaves import as_wanted, check_leaves, name_leaves, sharding_of
 from v4jax.config import ModelConfig
 from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
-from v4jax.files import RemotePath, check_writable, is_remote, to_path
+from v4jax.files import Path, PathLike, check_writable, is_remote, to_path
 
 # Orbax logs the traceback of every thread that fails; the error raised here says the same once.
 logging.getLogger("absl").addFilter(
@@ -50,7 +48,7 @@ class Store:
 
     def __init__(
         self,
-        folder: str | os.PathLike | RemotePath,
+        folder: PathLike,
         *,
         keep: int = 3,
         every: int = 1,
@@ -80,8 +78,7 @@ class Store:
                 f"{text}: Orbax writes to a file system or to gs://; keep checkpoints on a disk "
                 "(convert --run writes their model to any bucket)"
             )
-        to_path(text)  # a library that gs:// needs and that is missing is said at once
-        self.folder = epath.Path(text if "://" in text else pathlib.Path(text).absolute())
+        self.folder = to_path(text if is_remote(text) else os.path.abspath(text))
         self.every, self.keep, self.read_only = every, keep, read_only
         self._model = None if model is None else _as_json(dataclasses.asdict(model))
         self._pending: int | None = None
@@ -219,7 +216,7 @@ class Store:
             read_only=self.read_only,
             create=False,
         )
-        return ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+        return ocp.CheckpointManager(str(self.folder), options=options, handler_registry=registry)
 
     def _find(self, step: int | None) -> int:
         steps = self.steps()
@@ -280,10 +277,10 @@ class Store:
             self._manager = self._open(cleans=False)
 
 
-def _check_writable(folder: epath.Path) -> None:
-    if is_remote(str(folder)):
+def _check_writable(folder: Path) -> None:
+    if is_remote(folder):
         try:
-            check_writable(to_path(str(folder)) / "new")
+            check_writable(folder / "new")
         except OSError as error:
             raise CheckpointError(
                 f"{folder} cannot be written: {error.strerror or error}; name a bucket that these "

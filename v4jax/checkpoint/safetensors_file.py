@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -19,7 +18,7 @@ import numpy as np
 
 from v4jax.config.json_keys import parse_json
 from v4jax.errors import CheckpointError
-from v4jax.files import RemotePath, open_bytes
+from v4jax.files import Path, open_bytes
 
 # Packed FP4 (I8) and e8m0 scales are bytes in memory.
 DTYPES = {
@@ -53,7 +52,7 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: pathlib.Path | RemotePath
+    file: Path
     offset: int  # from the start of the file
 
     @property
@@ -62,7 +61,7 @@ class Tensor:
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
-def read_header(path: pathlib.Path | RemotePath) -> list[Tensor]:
+def read_header(path: Path) -> list[Tensor]:
     """Returns the tensors of a file in the order of their bytes.
 
     Raises:
@@ -207,7 +206,7 @@ def encode_header(
     header, tensors, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name in sorted(contents, key=width, reverse=True):  # stable: otherwise in the given order
         dtype, shape = contents[name]
-        tensors.append(Tensor(name, dtype, tuple(shape), pathlib.Path(), end))
+        tensors.append(Tensor(name, dtype, tuple(shape), Path(), end))
         header[name] = {
             "dtype": dtype,
             "shape": list(shape),

@@ -9,7 +9,8 @@ Read `engine.py` first.
     sampling.py    the choice of the next token
     answer.py      from ids to an answer, piece by piece
     documents.py   the input of a job, line by line
-    answer_log.py  the output of a job: appended safely, continued after a crash
+    answer_log.py  the records of its output: which answers are there
+    answer_output.py   the output on a disk or in a bucket: appended safely, continued after a crash
     shards.py      the part of the input that one of several processes answers
     meter.py       tokens and seconds: rates, forecast, summary
     batch.py       the job

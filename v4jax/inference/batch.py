@@ -16,7 +16,7 @@ import jax
 
 from v4jax import log
 from v4jax.errors import CacheError, RequestError, UnsupportedError, V4JaxError
-from v4jax.files import is_same_file, to_path
+from v4jax.files import is_same_file, size_of
 from v4jax.inference.answer import Answer
 from v4jax.inference.answer_log import AnswerLog
 from v4jax.inference.documents import (
@@ -159,7 +159,7 @@ def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
         questions = len(read_questions(fields))
         size_bytes = len(line.data)
         if "path" in fields:
-            size_bytes = to_path(resolve_path(fields["path"], job.folder)).stat().st_size
+            size_bytes = size_of(resolve_path(fields["path"], job.folder))
     except (V4JaxError, OSError, ValueError):
         pass  # becomes an error line when its turn comes
     return size_bytes, questions

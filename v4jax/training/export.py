@@ -1,16 +1,14 @@
 """From a trained model to the folder of a checkpoint."""
 
-import pathlib
-
 from v4jax.checkpoint.hf_writer import SHARD_BYTES, Format, write_model
-from v4jax.files import RemotePath
+from v4jax.files import PathLike
 from v4jax.model import Transformer
 from v4jax.training.lora import merge
 
 
 def export(
     model: Transformer,
-    folder: str | pathlib.Path | RemotePath,
+    folder: PathLike,
     format: Format = "released",
     *,
     shard_bytes: int = SHARD_BYTES,

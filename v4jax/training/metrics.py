@@ -16,8 +16,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
-import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from v4jax.config import ModelConfig
 from v4jax.costs import flops
 from v4jax.costs.chips import peak_flops
 from v4jax.errors import ConfigError, TrainingError
-from v4jax.files import RemotePath, to_path
+from v4jax.files import Path, PathLike, is_remote, to_path
 from v4jax.model import take_inventory
 
 SECONDS_BETWEEN_OBJECTS = 60.0  # between two writes to a bucket; each writes all lines
@@ -40,9 +38,7 @@ SECONDS_BETWEEN_OBJECTS = 60.0  # between two writes to a bucket; each writes al
 class Metrics:
     """Writes metrics by step; on process 0 only."""
 
-    def __init__(
-        self, folder: pathlib.Path | RemotePath, receivers: Sequence[str], *, first_step: int
-    ):
+    def __init__(self, folder: Path, receivers: Sequence[str], *, first_step: int):
         """Opens `metrics.jsonl` in the folder.
 
         Lines at or after `first_step` come from steps that were lost; they are removed.
@@ -58,7 +54,7 @@ class Metrics:
         if not log.speaks():
             return
         with self._writing():
-            if isinstance(self.path, RemotePath):
+            if is_remote(self.path):
                 kept = _read_before(self.path, first_step)
                 self._lines = [json.dumps(line) + "\n" for line in kept]
                 self._written = len(self._lines)
@@ -74,7 +70,7 @@ class Metrics:
         if not log.speaks():
             return
         line = json.dumps(_finite_or_none({"step": step, **values}), allow_nan=False) + "\n"
-        if isinstance(self.path, RemotePath):
+        if is_remote(self.path):
             self._lines.append(line)
             if time.monotonic() - self._since > SECONDS_BETWEEN_OBJECTS:
                 self.flush()
@@ -98,7 +94,7 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            remedy = "repair that" if isinstance(self.path, RemotePath) else "make room"
+            remedy = "repair that" if is_remote(self.path) else "make room"
             raise TrainingError(
                 f"{self.path} cannot be written: {error.strerror or error}; {remedy}, and the "
                 "same command goes on from the newest checkpoint"
@@ -116,7 +112,7 @@ def check_receivers(names: Sequence[str]) -> None:
             )
 
 
-def read_metrics(path: str | os.PathLike | RemotePath) -> list[dict]:
+def read_metrics(path: PathLike) -> list[dict]:
     """Returns the lines of a `metrics.jsonl`, except unfinished ones."""
     lines = []
     for line in to_path(path).read_text(encoding="utf-8").splitlines():
@@ -149,13 +145,13 @@ def _finite_or_none(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def _read_before(path: pathlib.Path | RemotePath, step: int) -> list[dict]:
+def _read_before(path: Path, step: int) -> list[dict]:
     if not path.exists():
         return []
     return [line for line in read_metrics(path) if line["step"] < step]
 
 
-def _cut(path: pathlib.Path, first_step: int) -> None:
+def _cut(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     part = path.with_suffix(".part")
@@ -164,7 +160,7 @@ def _cut(path: pathlib.Path, first_step: int) -> None:
     part.replace(path)
 
 
-def _open_receiver(name: str, folder: pathlib.Path):
+def _open_receiver(name: str, folder: Path):
     if name == "wandb":
         import wandb
 

@@ -4,13 +4,11 @@ plot_run("out/nano/metrics.jsonl")     # → out/nano/run.png
 """
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from v4jax.errors import TrainingError
-from v4jax.files import RemotePath, to_path
+from v4jax.files import Path, PathLike, to_path
 from v4jax.pictures import make_figure, save_figure
 from v4jax.training.metrics import read_metrics
 
@@ -70,7 +68,7 @@ def curves(lines: Sequence[dict], panel: Panel) -> dict[str, tuple[list[int], li
     return found
 
 
-def plot_run(metrics: str | os.PathLike | RemotePath) -> pathlib.Path | RemotePath:
+def plot_run(metrics: PathLike) -> Path:
     """Writes `run.png` beside a `metrics.jsonl`, on a disk or in a bucket, and returns its path.
 
     Panels without values are left out; steps that were skipped are marked in the loss.

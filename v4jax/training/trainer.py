@@ -34,7 +34,7 @@ from v4jax.config.data import DataConfig
 from v4jax.config.loading import load_model_config, pretrained_names
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
-from v4jax.files import RemotePath, is_remote, to_path
+from v4jax.files import Path, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import make_mesh
 from v4jax.parallel.agreement import gather_json
@@ -188,7 +188,7 @@ class Trainer:
         """Returns whether `output`/model exists for process 0; the same on every process."""
         return gather_json((self.folder / "model").exists())[0]
 
-    def export(self, format: str = "released") -> pathlib.Path | RemotePath:
+    def export(self, format: str = "released") -> Path:
         """Writes the finished model to `output`/model in a format of `v4jax.save`.
 
         Adapters are merged in it, and written separately to `output`/adapters. Every process calls
