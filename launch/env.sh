@@ -1,11 +1,13 @@
-# Sourced by the launch scripts: chooses a Python, makes the environment, sets what JAX needs.
+# Sourced by the recipes: finds a Python, makes the environment, sets what JAX needs. Sourcing it
+# installs nothing; make_environment does.
 #
 #   PYTHON=python3.12   the interpreter (default: the first of python3.11 … python3 that is new enough)
-#   V4JAX_VENV=DIR      where the environment lives (default: .venv in the repository)
+#   V4JAX_VENV=DIR      where the environment is (default: .venv in the repository)
 
 set -euo pipefail
 
 V4JAX_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+V4JAX_FROM="$PWD" # paths in flags are relative to where the command was given
 cd "$V4JAX_ROOT"
 V4JAX_VENV="${V4JAX_VENV:-$V4JAX_ROOT/.venv}"
 
@@ -16,6 +18,12 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_CO
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "launch: error: $*"; exit 1; }
+
+# Prints the comment at the top of the script, which is its help.
+show_help() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"; exit 0; }
+
+# Runs a command; with DRY_RUN=1 prints it, quoted for a shell.
+run() { if [[ -n "${DRY_RUN:-}" ]]; then printf '%s\n' "${*@Q}"; else "$@"; fi; }
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
@@ -28,16 +36,13 @@ find_python() {
   fi
   local candidate
   for candidate in python3.11 python3.12 python3.13 python3 python; do
-    if is_new_enough "$candidate"; then
-      echo "$candidate"
-      return
-    fi
+    is_new_enough "$candidate" && echo "$candidate" && return
   done
   fail "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# Installs the package, editable, with the extras named ("test", "test,oracle" or nothing). Does
-# nothing if that was done before and the package's metadata have not changed since.
+# Installs the package, editable, with the extras named ("test", "tpu,gcs" or nothing). Does nothing
+# if that was done before and the package's metadata have not changed since.
 make_environment() {
   local extras="${1:-}" python stamp key
   if [[ -z "${PYTHON:-}" ]] && is_new_enough "$V4JAX_VENV/bin/python"; then
@@ -52,8 +57,7 @@ make_environment() {
   fi
   python="$V4JAX_VENV/bin/python"
   stamp="$V4JAX_VENV/installed-${extras:-plain}"
-  key="$(cat setup.cfg pyproject.toml | "$python" -c \
-    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $V4JAX_ROOT"
+  key="$(cat setup.cfg pyproject.toml | cksum) $V4JAX_ROOT"
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$key" ]]; then
     say "launch: installing v4jax${extras:+[$extras]} (some minutes the first time)"
     rm -f "$stamp"
@@ -65,24 +69,19 @@ make_environment() {
   export PATH="$V4JAX_VENV/bin:$PATH"
 }
 
-# What the compilers are told where several devices work together. Called by launch/run.sh, and not
-# by the tests and the demo: what those compile should not depend on it. Flags that stand in the
-# variables already come last and so win.
+# What the compilers are told where several devices work together. launch/run.sh calls it; tests and
+# demo do not, as their programs should not depend on it. Flags that are in the variables already
+# come last and therefore win.
 set_accelerator_flags() {
-  # libtpu. Its scheduler overlaps collectives with computation by itself, where they have a start
-  # and an end; for all_to_all that is off by default (openxla.org/xla/flags_guidance).
-  local tpu=(
-    # The exchange of tokens between experts. Compiled for v5e and v6e (libtpu 0.0.42.1), an
-    # all_to_all has a start and an end with this flag and is one blocking operation without.
-    --xla_tpu_enable_async_all_to_all=true
-  )
-  # XLA on GPUs.
-  local gpu=(
-    # Moves collectives so that they overlap with kernels (docs.jax.dev, GPU performance tips).
-    --xla_gpu_enable_latency_hiding_scheduler=true
-  )
-  export LIBTPU_INIT_ARGS="${tpu[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
-  export XLA_FLAGS="${gpu[*]}${XLA_FLAGS:+ $XLA_FLAGS}"
+  # libtpu overlaps collectives with computation where they have a start and an end. all_to_all, the
+  # exchange of tokens between experts, has them only with this flag (compiled for v5e and v6e with
+  # libtpu 0.0.42.1; openxla.org/xla/flags_guidance).
+  local tpu="--xla_tpu_enable_async_all_to_all=true"
+  # XLA on GPUs moves collectives so that they overlap with kernels (docs.jax.dev, GPU performance
+  # tips).
+  local gpu="--xla_gpu_enable_latency_hiding_scheduler=true"
+  export LIBTPU_INIT_ARGS="$tpu${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+  export XLA_FLAGS="$gpu${XLA_FLAGS:+ $XLA_FLAGS}"
   # JAX takes 75 % of a GPU's memory by default, and the model is nearly all that needs any; NCCL and
   # cuBLAS need the rest (docs.nvidia.com/jax-toolbox, performance tips).
   export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"

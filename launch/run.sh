@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One verb of v4jax in its environment on this host: what the other scripts start on each machine.
+# One verb of v4jax in its environment on this host. The other recipes start it on each machine.
 #
-#   bash launch/run.sh VERB FLAGS…      as in: bash launch/run.sh batch --help
+#   V4JAX_EXTRAS=tpu,gcs bash launch/run.sh batch --model=… --input=… --output=…
 #
-#   V4JAX_EXTRAS=tpu,gcs    what to install beside v4jax: tpu, cuda, or nothing for the CPU; gcs, s3
-#                           for paths in buckets; train
+#   V4JAX_EXTRAS   what to install beside v4jax: tpu, cuda, or nothing for the CPU; gcs, s3 for paths
+#                  in buckets; train
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-here="$OLDPWD" # paths in flags are relative to where the command was given
+[[ $# -gt 0 && "$1" != --help ]] || show_help
 make_environment "${V4JAX_EXTRAS:-}"
 set_accelerator_flags
-cd "$here"
+cd "$V4JAX_FROM"
 exec v4jax "$@"

@@ -1,138 +1,83 @@
 #!/usr/bin/env bash
 # A TPU slice through gcloud queued resources: asked for, waited for, used on all its hosts, deleted.
 #
-#   bash launch/tpu_vm.sh create --name=reader --zone=us-east5-b --accelerator=v6e-8 --spot
-#   bash launch/tpu_vm.sh wait   --name=reader --zone=us-east5-b
-#   bash launch/tpu_vm.sh run    --name=reader --zone=us-east5-b --accelerator=v6e-8 --bucket=my-bucket \
-#     -- batch --model=/bucket/v4-flash --input=gs://my-bucket/docs.jsonl --output=gs://my-bucket/answers.jsonl
-#   bash launch/tpu_vm.sh delete --name=reader --zone=us-east5-b
+#   export NAME=reader ZONE=us-east5-b ACCELERATOR=v6e-8
+#   bash launch/tpu_vm.sh create --spot        # further words go to gcloud
+#   bash launch/tpu_vm.sh wait
+#   bash launch/tpu_vm.sh run batch --model=gs://models/v4-flash --input=gs://texts/docs.jsonl \
+#     --output=gs://texts/answers.jsonl
+#   bash launch/tpu_vm.sh delete
+#   bash launch/tpu_vm.sh all batch …          # the four in this order; deletes even if the job fails
 #
-# Steps: create, wait, run, delete; `all` is the four in this order, and deletes even when the job
-# fails. A slice costs money until it is deleted: `gcloud compute tpus queued-resources list` says
-# what is left.
+#   ACCELERATOR    as gcloud names it: v6e-N and v5litepod-N count chips, v5p-N cores (v5p-8: 4 chips)
+#   MINUTES=120    how long `wait` waits
+#   SETUP=…        a command for every host before the job, such as
+#                  'mountpoint -q /bucket || { sudo mkdir -pm 777 /bucket; gcsfuse my-bucket /bucket; }'
+#   V4JAX_EXTRAS   what to install beside v4jax (default tpu,gcs,train)
+#   DRY_RUN=1      prints the commands instead
 #
-#   --name=NAME          of the request and of its slice
-#   --zone=ZONE          a zone that has such TPUs
-#   --accelerator=TYPE   v5e-N and v6e-N count chips, v5p-N cores (v5p-8: 4 chips)
-#   --project=PROJECT    default: that of gcloud's configuration
-#   --spot               cheaper; can be taken away at any time. A batch continues when started again
-#   --minutes=M          how long `wait` waits (default 120)
-#   --bucket=BUCKET      mounts gs://BUCKET as /bucket on every host (gcsfuse has to be installed there);
-#                        paths in gs:// and s3:// need no mount, only a service account that may use them
-#   --dry-run            prints the commands instead
-#
-# `run` copies the last commit of this repository to every host, and installs it there with [tpu].
-# batch and train run on all hosts of a slice as one model; the first host alone reads the documents
-# and writes. Give several slices their parts of the input with --shard. convert runs on slices of one
-# host (at most v5e-8, v6e-8, v5p-8).
+# `run` copies the last commit of this repository to every host. All hosts serve or train one model.
+# Several slices divide an input with --shard=0/4 and so on. convert runs on a slice of one host.
+# A slice costs money until it is deleted: `gcloud compute tpus queued-resources list` shows what is
+# left. A spot slice can be taken away at any time; a batch continues when it is started again.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-source "$V4JAX_ROOT/launch/arguments.sh"
-
-name= zone= accelerator= project= spot=no minutes=120 bucket=
-step="${1:-}"
-case "$step" in
-  create | wait | run | delete | all) shift ;;
-  --help | -h) show_help; exit 0 ;;
-  *) fail "the first word must be a step: create, wait, run, delete or all; got '$step'. --help shows examples" ;;
-esac
-read_options name zone accelerator project spot minutes bucket -- "$@"
-need name zone
-need_name name
-need_number minutes
-[[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone must be a zone such as us-east5-b, got '$zone'"
-[[ -z "$project" ]] || need_name project
-[[ "$bucket" =~ ^([a-z0-9][-a-z0-9._]+)?$ ]] || fail "--bucket must be a bucket's name without gs://, got '$bucket'"
-
-place=(--zone="$zone")
-[[ -z "$project" ]] || place+=(--project="$project")
-
-# Sets `type` and `runtime` as gcloud names them, and `hosts`.
-read_accelerator() {
-  need accelerator
-  [[ "$accelerator" =~ ^(v5e|v5p|v6e|tpu7x)-([1-9][0-9]{0,4})$ ]] ||
-    fail "--accelerator must be v5e-N, v5p-N or v6e-N, got '$accelerator'"
-  local size="${BASH_REMATCH[2]}"
-  case "${BASH_REMATCH[1]}" in
-    v5e) type="v5litepod-$size" runtime=v2-alpha-tpuv5-lite hosts=$((size <= 8 ? 1 : size / 4)) ;;
-    v6e) type="v6e-$size" runtime=v2-alpha-tpuv6e hosts=$((size <= 8 ? 1 : size / 4)) ;;
-    v5p) type="v5p-$size" runtime=v2-alpha-tpuv5 hosts=$((size <= 8 ? 1 : size / 8)) ;;
-    tpu7x) fail "tpu7x is not offered as queued resources; use launch/gke.sh" ;;
-  esac
-}
+step="${1:---help}"
+[[ "$step" != --help ]] || show_help
+shift
+: "${NAME:?a name for the request and its slice}" "${ZONE:?a zone such as us-east5-b}"
+resources=(gcloud compute tpus queued-resources)
 
 create() {
-  local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime")
-  [[ "$spot" == no ]] || flags+=(--spot)
-  run gcloud compute tpus queued-resources create "$name" "${place[@]}" "${flags[@]}"
-}
-
-state() {
-  gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)'
+  local runtime
+  case "${ACCELERATOR:?as gcloud names it, such as v6e-8}" in
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) fail "ACCELERATOR must be v5litepod-N, v5p-N or v6e-N, got '$ACCELERATOR'; launch/gke_*.yaml have others" ;;
+  esac
+  run "${resources[@]}" create "$NAME" --zone="$ZONE" --node-id="$NAME" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$runtime" "$@"
 }
 
 wait_for_slice() {
-  if [[ -n "$dry_run" ]]; then
-    echo "# every 30 s, at most $minutes minutes, until it says ACTIVE:"
-    quote gcloud compute tpus queued-resources describe "$name" "${place[@]}" '--format=value(state.state)'
-    return
-  fi
-  local now before= end=$((SECONDS + minutes * 60))
+  local state= end=$((SECONDS + ${MINUTES:-120} * 60))
+  local ask=("${resources[@]}" describe "$NAME" --zone="$ZONE" --format='value(state.state)')
+  [[ -z "${DRY_RUN:-}" ]] || { run "${ask[@]}"; return; } # every 30 s, until it says ACTIVE
   while ((SECONDS < end)); do
-    now="$(state)"
-    [[ "$now" == "$before" ]] || say "launch: $name is $now"
-    before="$now"
-    case "$now" in
+    state="$("${ask[@]}")"
+    say "launch: $NAME is $state"
+    case "$state" in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING)
-        fail "$name will not become active ($now); delete it, and ask again elsewhere or without --spot" ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING) fail "$NAME will not become active; delete it, and ask again elsewhere or without --spot" ;;
     esac
     sleep 30
   done
-  fail "$name is still $before after $minutes minutes; it stays in the queue: wait again, or delete it"
+  fail "$NAME is still $state after ${MINUTES:-120} minutes; it stays in the queue: wait again, or delete it"
 }
 
 run_job() {
-  local archive remote
-  archive="${TMPDIR:-/tmp}/v4jax-$name.tar.gz"
+  local archive="${TMPDIR:-/tmp}/v4jax-$NAME.tar.gz" machine=(gcloud compute tpus tpu-vm)
   # Everything stops at the first error, so that no host goes on with half an installation.
-  remote='set -e; mkdir -p ~/v4jax; tar -xzf ~/v4jax.tar.gz -C ~/v4jax; '
-  if [[ -n "$bucket" ]]; then
-    remote+="command -v gcsfuse >/dev/null || { echo 'launch: error: gcsfuse is not installed on this host' >&2; exit 1; }; "
-    remote+="mountpoint -q /bucket || { sudo mkdir -p /bucket; sudo chown \$(id -u) /bucket; gcsfuse --implicit-dirs $bucket /bucket; }; "
-  fi
-  remote+="V4JAX_EXTRAS=$(list_extras tpu) bash ~/v4jax/launch/run.sh $(quote "${job[@]}")"
+  local remote="set -e; mkdir -p ~/v4jax; tar -xzf ~/v4jax.tar.gz -C ~/v4jax; ${SETUP:-true}; "
+  remote+="V4JAX_EXTRAS=${V4JAX_EXTRAS:-tpu,gcs,train} bash ~/v4jax/launch/run.sh ${*@Q}"
   run git archive --format=tar.gz --output="$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:v4jax.tar.gz" "${place[@]}" --worker=all
-  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$remote"
+  run "${machine[@]}" scp "$archive" "$NAME:v4jax.tar.gz" --zone="$ZONE" --worker=all
+  run "${machine[@]}" ssh "$NAME" --zone="$ZONE" --worker=all --command="$remote"
 }
 
-delete() {
-  run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
-}
-
-case "$step" in create | run | all) read_accelerator ;; esac
-case "$step" in
-  run | all)
-    need_job
-    [[ "${job[0]}" != convert || "$hosts" == 1 ]] ||
-      fail "${job[0]} runs on one host, and $accelerator has $hosts; take a slice of one host, at most v5e-8, v6e-8 or v5p-8"
-    ;;
-  *) ((${#job[@]} == 0)) || fail "$step takes no job; only run and all do" ;;
-esac
-[[ -n "$dry_run" ]] || command -v gcloud >/dev/null ||
-  fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install. --dry-run works without"
+delete() { run "${resources[@]}" delete "$NAME" --zone="$ZONE" --force --quiet; }
 
 case "$step" in
-  create) create ;;
+  create) create "$@" ;;
   wait) wait_for_slice ;;
-  run) run_job ;;
+  run) run_job "$@" ;;
   delete) delete ;;
   all)
     create
-    [[ -n "$dry_run" ]] || trap delete EXIT # whatever happens from here on
+    trap delete EXIT # whatever happens from here on
     wait_for_slice
-    run_job
-    [[ -z "$dry_run" ]] || delete
+    run_job "$@"
     ;;
+  *) fail "the first word must be a step: create, wait, run, delete or all; got '$step'. --help shows examples" ;;
 esac

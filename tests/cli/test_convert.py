@@ -38,6 +38,15 @@ def test_a_configuration_gives_random_weights(tmp_path, capsys):
     assert first["head.weight"].tobytes() != second["head.weight"].tobytes()
 
 
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    for name, value in {"COORDINATOR": "h:1", "PROCESS_INDEX": "1", "PROCESS_COUNT": "2"}.items():
+        monkeypatch.setenv(f"V4JAX_{name}", value)
+    assert convert("--model=tiny", f"--output={tmp_path}/out") == 2
+    assert "process 1 of 2 (explicit), coordinator h:1: convert runs in one process" in (
+        capsys.readouterr().err
+    )
+
+
 # {what is wrong: (flags, what the message must say)}; {tmp} is a folder, {in} a good checkpoint.
 BROKEN = {
     "no input": (["--output={tmp}/out"], "--model is required"),

@@ -64,7 +64,13 @@ def run(flags: Flags) -> int:
     """Converts the checkpoint."""
     from v4jax.checkpoint import load, write_model
     from v4jax.checkpoint.new_folder import check_new
+    from v4jax.parallel.hosts import find_hosts
 
+    if (hosts := find_hosts()).count > 1:
+        raise RequestError(
+            f"{hosts}: convert runs in one process; start it on one machine, and where that is one "
+            "of several set V4JAX_PROCESS_COUNT=1"
+        )
     shard_bytes = int(flags.shard_gib * 2**30)
     check_new(flags.output)  # before the model is read, which may take long
     if not (flags.run or flags.adapters):
