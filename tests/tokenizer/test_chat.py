@@ -392,10 +392,9 @@ def test_no_text_can_write_a_control_token(name, mode):
 
 
 @pytest.mark.parametrize("case", GOLDEN.values(), ids=GOLDEN.keys())
-def test_pieces_have_the_ids_of_the_prompt(case):
-    tokenizer = load_tokenizer("v4")
+def test_pieces_have_the_ids_of_the_prompt(v4, case):
     pieces = render_messages(case.messages, **case.options)
-    assert encode_pieces(pieces, tokenizer) == tokenizer.encode(case.expected)
+    assert encode_pieces(pieces, v4) == v4.encode(case.expected)
 
 
 def test_system_behind_a_context():
