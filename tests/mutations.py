@@ -230,10 +230,10 @@ FAULTS = [
         CACHE,
     ),
     Fault(
-        "padding completes entries",
+        "the entry that a call completes is not kept",
         "cache/hybrid.py",
         "end // ratio - first_window",
-        "(self.start + tokens) // ratio - first_window",
+        "end // ratio - first_window - 1",
         CACHE,
     ),
     Fault(
