@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import machine
-from v4jax.kernels import indexer
-from v4jax.kernels.indexer import reference
+from v4jax.kernels import Target, indexer
+from v4jax.kernels.indexer import portable
 from v4jax.kernels.table import EntryTable
 from v4jax.quant import EntryFormat
 
@@ -37,10 +37,10 @@ def draw(queries: int, entries: int):
 
 def score_all(queries, weights, keys: EntryTable):
     """Returns one number that needs every score, block by block as the selection makes them."""
-    block = min(reference.ENTRY_BLOCK, keys.capacity)
+    block = min(portable.ENTRY_BLOCK, keys.capacity)
 
     def add(total, index):
-        scores = reference.score(queries, weights, keys.block(index * block, block))
+        scores = portable.score(Target.here(), queries, weights, keys.block(index * block, block))
         return jnp.maximum(total, scores.max(axis=-1)), None
 
     blocks = jnp.arange(keys.capacity // block, dtype=jnp.int32)
@@ -79,12 +79,12 @@ def main():
     options = parser.parse_args()
     for name in ("query_tile", "entry_block"):
         if getattr(options, name) is not None:
-            setattr(reference, name.upper(), getattr(options, name))
+            setattr(portable, name.upper(), getattr(options, name))
     print(machine.describe())
-    print_table(options.entries, options.queries or reference.QUERY_TILE, options.repeats)
+    print_table(options.entries, options.queries or portable.QUERY_TILE, options.repeats)
 
 
-def print_table(entries: list[int], queries: int = reference.QUERY_TILE, repeats: int = 3):
+def print_table(entries: list[int], queries: int = portable.QUERY_TILE, repeats: int = 3):
     """Prints a line for each number of entries."""
     print("queries  entries   matmul  scoring  ratio  whole     whole selection")
     print("                 GFLOP/s  GFLOP/s         ratio        ms  share")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import v4jax
 from v4jax.cli import needle_grid
 from v4jax.inference import Engine, EngineOptions
-from v4jax.kernels import dense_attention
+from v4jax.kernels import attention
 from v4jax.kernels.softmax import MASKED
 from v4jax.model import attend
 
@@ -33,7 +33,7 @@ def weigh(times: float) -> None:
             options = {"window": window, "entries": entries, "ratio": ratio}
             return attend_all(context, queries, recent, sink, **options, **rest)
         rows = context.start, context.end
-        far_bthc, far_mass = dense_attention.attend(
+        far_bthc, far_mass = attention.attend_dense(
             queries,
             recent[:, window:],
             jnp.full_like(sink, MASKED),
@@ -43,7 +43,7 @@ def weigh(times: float) -> None:
             ratio=ratio,
         )
         far_mass = far_mass + jnp.log(times)
-        near_bthc, near_mass = dense_attention.attend(queries, recent, sink, *rows, window=window)
+        near_bthc, near_mass = attention.attend_dense(queries, recent, sink, *rows, window=window)
         mass = jnp.logaddexp(far_mass, near_mass)
         attended_bthc = far_bthc * jnp.exp(far_mass - mass)[..., None]
         return attended_bthc + near_bthc * jnp.exp(near_mass - mass)[..., None], mass

@@ -42,36 +42,36 @@ class Fault:
         return text.replace(self.old, self.new)
 
 
-ATTENTION = "tests/kernels/dense_attention/test_reference.py"
+ATTENTION = "tests/kernels/attention/test_attention.py"
 CACHE = "tests/cache tests/model/test_conformance.py"
 PIECES = "tests/model/test_pieces.py"
 FAULTS = [
     # Masks
     Fault(
         "the window is one key too wide",
-        "kernels/dense_attention/reference.py",
+        "kernels/attention/portable.py",
         "(distance_bqs < window)",
         "(distance_bqs <= window)",
         ATTENTION,
     ),
     Fault(
         "an entry is seen one token late",
-        "kernels/table.py",
+        "kernels/table/__init__.py",
         "return (positions + 1) // ratio",
         "return positions // ratio",
         ATTENTION,
     ),
     Fault(
         "the window reaches into the previous document",
-        "kernels/dense_attention/reference.py",
+        "kernels/attention/portable.py",
         "key_positions_bs[:, None, :] >= begin_bq1",
         "key_positions_bs[:, None, :] >= 0",
         ATTENTION,
     ),
     Fault(
         "entries of the previous document are seen",
-        "kernels/dense_attention/reference.py",
-        "seen_bqw &= ids_w >= begin_bq[..., None] // ratio",
+        "kernels/attention/portable.py",
+        "seen_bqw &= ids_w >= self.begin_bq[..., None] // self.call.ratio",
         "seen_bqw &= ids_w >= 0",
         ATTENTION,
     ),
@@ -114,9 +114,9 @@ FAULTS = [
     ),
     Fault(
         "attention scores are not scaled",
-        "kernels/dense_attention/reference.py",
-        "* jnp.float32(channels**-0.5)",
-        "* jnp.float32(1)",
+        "kernels/attention/portable.py",
+        "scores_bqhs *= jnp.float32(queries_bqhc.shape[-1] ** -0.5)",
+        "scores_bqhs *= jnp.float32(1)",
         ATTENTION,
     ),
     Fault(
@@ -144,36 +144,36 @@ FAULTS = [
     ),
     Fault(
         "tokens of a partly filled tile are dropped",
-        "kernels/grouped_matmul/reference.py",
+        "kernels/grouped_matmul/portable.py",
         "used_n = plan.valid[::together, 0]",
         "used_n = plan.valid[::together, -1]",
-        "tests/kernels/grouped_matmul/test_reference.py",
+        "tests/kernels/grouped_matmul/test_grouped_matmul.py",
     ),
     Fault(
         "an assignment reads another one's output",
-        "kernels/grouped_matmul/reference.py",
+        "kernels/grouped_matmul/portable.py",
         "outputs_nqd.shape[-1])[plan.places]",
         "outputs_nqd.shape[-1])[plan.places - 1]",
-        "tests/kernels/grouped_matmul/test_reference.py",
+        "tests/kernels/grouped_matmul/test_grouped_matmul.py",
     ),
     Fault(
         "the clamp of the up projection is missing",
-        "kernels/grouped_matmul/reference.py",
+        "kernels/grouped_matmul/portable.py",
         "up = jnp.clip(up.astype(jnp.float32), -limit, limit)",
         "up = up.astype(jnp.float32)",
-        "tests/kernels/grouped_matmul/test_reference.py",
+        "tests/kernels/grouped_matmul/test_grouped_matmul.py",
     ),
     # Hyper-connections
     Fault(
         "one Sinkhorn iteration too few",
         "model/hyper_connections.py",
-        "iterations=self.config.hc_sinkhorn_iters",
-        "iterations=self.config.hc_sinkhorn_iters - 1",
+        '"iterations": config.hc_sinkhorn_iters',
+        '"iterations": config.hc_sinkhorn_iters - 1',
         "tests/model/test_hyper_connections.py",
     ),
     Fault(
         "the sublayer's output enters with half its weight",
-        "kernels/hyper_connections/reference.py",
+        "kernels/hyper_connections/portable.py",
         "post_nbt = 2.0 * jax.nn.sigmoid",
         "post_nbt = jax.nn.sigmoid",
         PIECES,
@@ -181,10 +181,10 @@ FAULTS = [
     # Indexer
     Fault(
         "index scores lack the ReLU",
-        "kernels/indexer/reference.py",
+        "kernels/indexer/portable.py",
         "weights_bq1 * jax.nn.relu(products[:, head])",
         "weights_bq1 * products[:, head]",
-        "tests/kernels/indexer/test_reference.py",
+        "tests/kernels/indexer/test_indexer.py",
     ),
     Fault(
         "head weights of the indexer are not applied",

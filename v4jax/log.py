@@ -3,7 +3,7 @@
 Everything goes to stderr, so that stdout belongs to the answers. In a job of several processes,
 process 0 speaks and the others speak only on warnings.
 
-    log.info("kernels: sparse_attention=reference (no accelerator)")
+    log.info("kernels: sparse_attention=portable (no accelerator)")
     with log.phase("weights") as phase:
         phase.note(f"read {shards} shards", log.format_bytes(size))
     # → weights: read 46 shards, 148 GiB, 212 s

@@ -16,12 +16,12 @@ from v4jax.cache.hybrid import LayerCache
 from v4jax.config import LayerKind
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import RELEASED
-from v4jax.kernels import dense_attention, dispatch, indexer, sparse_attention
+from v4jax.kernels import attention, dispatch, indexer
 from v4jax.planning import ahead_of_time
 
 MILLION = 1 << 20
 # name: sequences, tokens. A prefill also decodes the entries in use to rows, two bytes a channel
-# (`sparse_attention.rows_tpu`); ids, unions and padding are modest.
+# (`attention.rows_tpu`); ids, unions and padding are modest.
 SHAPES = {"decode": (4, 1), "prefill": (1, 2048)}
 MODEST_BYTES = 64 * 2**20
 # There the loop over layers carries bfloat16 in tiles of 16 rows; a Pallas kernel gets tiles of 8.
@@ -52,12 +52,12 @@ def build_step(csa, hca, tokens, window):
             selected = indexer.select(index_queries, weights, table, start, end, ratio=4, count=512)
             table, view = view.append_entries("entries", entries, rows(4))
             arguments = (queries, recent, sink, start)
-            total += sparse_attention.attend(
+            total += attention.attend_sparse(
                 *arguments, window=window, entries=table, selected=selected
-            )
+            )[0]
             view = LayerCache(view.cache, hca, 2 * i + 1, i, start, end)
             table, view = view.append_entries("entries", heavy, rows(128))
-            total += dense_attention.attend(
+            total += attention.attend_dense(
                 *arguments, end, window=window, entries=table, ratio=128
             )[0]
             return (view.cache, total), None

@@ -5,16 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels import dispatch
 from v4jax.shapes import ceil_div, round_up
-
-
-def sized(size: int, *, gpu: int) -> int:
-    """Returns how much a portable implementation takes at once: on GPUs more, as each step costs.
-
-    A CPU is fastest with what its caches hold.
-    """
-    return gpu if dispatch.platform() == "gpu" else size
 
 
 def map_query_tiles(

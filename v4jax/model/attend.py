@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from v4jax.kernels import dense_attention, indexer, sparse_attention
-from v4jax.kernels.indexer.largest import LANES, mark_largest
+from v4jax.kernels import attention, indexer
+from v4jax.kernels.indexer.largest import mark_largest
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable
 from v4jax.model.context import Context
@@ -68,8 +68,6 @@ def keep_best(axes: Axes, scores: Float[Array, "b t k"], count: int) -> Bool[Arr
     """
     batch, tokens, own = scores.shape
     everywhere = axes.all_gather(scores, "read_entries", 2).reshape(batch * tokens, -1)
-    missing = -everywhere.shape[1] % LANES
-    everywhere = jnp.pad(everywhere, [(0, 0), (0, missing)], constant_values=-jnp.inf)
     best = mark_largest(everywhere, min(count, everywhere.shape[1]))
     best = best.reshape(batch, tokens, -1)
     return jax.lax.dynamic_slice_in_dim(best, axes.offset("read_entries", own), own, axis=2)
@@ -85,9 +83,9 @@ def attend_selected(
     entries: EntryTable,
     selected: Int[Array, "b t k"],
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """See `v4jax.kernels.sparse_attention.attend_with_mass`."""
+    """See `v4jax.kernels.attention.attend_sparse`."""
     if not _joins(context):
-        return sparse_attention.attend_with_mass(
+        return attention.attend_sparse(
             queries,
             recent,
             sink,
@@ -99,7 +97,7 @@ def attend_selected(
         )
     own = selected - context.axes.offset("read_entries", entries.capacity)
     own = jnp.where((selected >= 0) & (own >= 0) & (own < entries.capacity), own, -1)
-    partial = sparse_attention.attend_with_mass(
+    partial = attention.attend_sparse(
         queries,
         recent[:, window:],
         jnp.full_like(sink, MASKED),
@@ -122,7 +120,7 @@ def attend_all(
     ratio: int,
     entry_weight: Float[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
-    """See `v4jax.kernels.dense_attention.attend`.
+    """See `v4jax.kernels.attention.attend_dense`.
 
     Args:
       entry_weight: how often each entry counts for a query, as if the sequence had it so many
@@ -135,9 +133,9 @@ def attend_all(
             begin = context.window_begin
         rows = context.start, context.end
         options = {"window": window, "entries": entries, "ratio": ratio, "begin": begin}
-        return dense_attention.attend(queries, recent, sink, *rows, **options)
+        return attention.attend_dense(queries, recent, sink, *rows, **options)
     before = context.axes.offset("read_entries", entries.capacity) * ratio
-    attended, mass = dense_attention.attend(
+    attended, mass = attention.attend_dense(
         queries,
         recent[:, window:],
         jnp.full_like(sink, MASKED),
@@ -162,7 +160,7 @@ def _join_window(context, queries, recent, sink, window, partial):
     """Joins attention over window and sink with that over all devices' entries; both results."""
     entries_bthc, entry_mass = merge_partials(context.axes, *partial)
     rows = context.start, context.end
-    window_bthc, window_mass = dense_attention.attend(
+    window_bthc, window_mass = attention.attend_dense(
         queries, recent, sink, *rows, window=window, begin=context.window_begin
     )
     mass = jnp.logaddexp(entry_mass, window_mass)

@@ -38,8 +38,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             output, memory = self.attention(self.attention_norm(x), context, memory)
             output = checkpoint_name(output, "attention_output")
-        streams = self.attention_hyper.expand(output, streams, mix)
-        x, mix = self.moe_hyper(streams)
+        streams, x, mix = self.moe_hyper.expand_mix(output, streams, mix)
         with jax.named_scope("moe"):
             output = self.moe(self.moe_norm(x), context)
             output = checkpoint_name(output, "moe_output")

@@ -31,15 +31,25 @@ class HyperConnection(nnx.Module):
     def __call__(self, streams: Float[Array, "b t n d"]) -> tuple[Float[Array, "b t d"], Mix]:
         """Returns the sublayer's input and the mix that `expand` needs."""
         with jax.named_scope("hyper_connections"):
-            return kernel.mix(
-                streams,
-                self.fn[...],
-                self.base[...],
-                self.scale[...],
-                norm_eps=self.config.rms_norm_eps,
-                eps=self.config.hc_eps,
-                iterations=self.config.hc_sinkhorn_iters,
-            )
+            return kernel.mix(streams, *self._weights(), **self._options())
+
+    def expand_mix(
+        self, output: Float[Array, "b t d"], streams: Float[Array, "b t n d"], mix: Mix
+    ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t d"], Mix]:
+        """Returns the streams after the sublayer before this site, and what `__call__` gives."""
+        with jax.named_scope("hyper_connections"):
+            return kernel.expand_mix(output, streams, mix, *self._weights(), **self._options())
+
+    def _weights(self) -> tuple[Array, Array, Array]:
+        return self.fn[...], self.base[...], self.scale[...]
+
+    def _options(self) -> dict:
+        config = self.config
+        return {
+            "norm_eps": config.rms_norm_eps,
+            "eps": config.hc_eps,
+            "iterations": config.hc_sinkhorn_iters,
+        }
 
     @staticmethod
     def expand(output, streams, mix: Mix) -> Float[Array, "b t n d"]:

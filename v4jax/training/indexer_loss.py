@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from v4jax.kernels.indexer.reference import score, score_taken
+from v4jax.kernels import indexer
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
@@ -60,7 +60,9 @@ def compare_selected(
         seen = selected >= 0
         scores = _attention_scores("bqhc,bqkc->bqhk", queries, entries.take(selected))
         teacher = _teacher(axes, scores, log_mass, seen)
-        student = jnp.where(seen, score_taken(index_queries, head_weights, keys, selected), MASKED)
+        student = jnp.where(
+            seen, indexer.score_selected(index_queries, head_weights, keys, selected), MASKED
+        )
         divergence = _divergence(teacher, student, seen)
         return jnp.stack([divergence, seen.any(axis=-1).astype(jnp.float32)], axis=-1)
 
@@ -101,7 +103,9 @@ def compare_visible(
         rows = entries.block(jnp.int32(0), entries.capacity)
         scores = _attention_scores("bqhc,bkc->bqhk", queries, rows)
         teacher = _teacher(axes, scores, log_mass, seen)
-        student = score(index_queries, head_weights, keys.block(jnp.int32(0), keys.capacity))
+        student = indexer.score(
+            index_queries, head_weights, keys.block(jnp.int32(0), keys.capacity)
+        )
         student = jnp.where(seen, student, MASKED)
         best = jax.lax.top_k(jax.lax.stop_gradient(student), chosen)[1]
         recall = jnp.take_along_axis(teacher, best, axis=-1).sum(axis=-1)

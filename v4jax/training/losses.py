@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.run import LossConfig
+from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import matmul_float32
-from v4jax.kernels.tiles import map_query_tiles, sized
+from v4jax.kernels.tiles import map_query_tiles
 from v4jax.model import Transformer
 from v4jax.model.weights import materialize, write_weights
 from v4jax.parallel.context_parallel import divide_tokens
@@ -193,7 +194,7 @@ def _score_targets(axes, head, normed, targets):
         right = (jax.lax.stop_gradient(picked) >= largest).astype(jnp.float32)
         return jnp.stack([jnp.log(mass) + largest - picked, right], axis=-1)
 
-    elements = sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
+    elements = Target.here().sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
     tile = max(elements // (normed.shape[0] * weight_vd.shape[0]), 1)
     found = map_query_tiles(score_tile, min(tile, normed.shape[1]), normed, targets)
     return found[..., 0], found[..., 1]

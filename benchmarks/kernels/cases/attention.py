@@ -20,8 +20,8 @@ def dense_attention_cases(model: str, config: ModelConfig) -> list[Case]:
 
 
 def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backward=False) -> Case:
-    from v4jax.kernels import dense_attention
-    from v4jax.kernels.dense_attention import entries_tpu, pallas_tpu, pallas_tpu_backward
+    from v4jax.kernels import attention
+    from v4jax.kernels.attention import dense_backward_tpu, dense_tpu, entries_tpu
     from v4jax.kernels.table import EntryTable
     from v4jax.quant import EntryFormat
 
@@ -37,7 +37,7 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
 
     def run(queries, recent, sink, stored, layer, start):
         table = EntryTable(stored, layer, stored_as) if ratio else None
-        return dense_attention.attend(
+        return attention.attend_dense(
             *(queries, recent, sink, start, start + tokens),
             window=window,
             entries=table,
@@ -70,7 +70,7 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
         rounds = (blocks, 0)
         assumes = f"every sequence at {context:,} tokens: {blocks} blocks of {block} entries"
     elif ratio:
-        tile = pallas_tpu.TILE_ROWS // heads
+        tile = dense_tpu.TILE_ROWS // heads
         tiles = ceil_div(tokens, tile)
         halves = min(tiles, 2)  # each decodes its blocks in its first tile
         blind = (ratio - 1) // tile if first == 0 else 0  # tiles before an entry is complete
@@ -80,7 +80,7 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
         Kernel("dense_attention", (), flops, moved, rounds=rounds, goal=goal, assumes=assumes),
     )
     if backward:
-        tile = pallas_tpu_backward.TILE_ROWS // heads
+        tile = dense_backward_tpu.TILE_ROWS // heads
         tiles, steps = ceil_div(tokens, tile), ceil_div(window + tokens, tile)
         seeing = tiles - (ratio - 1) // tile
         kernels += (
@@ -102,9 +102,10 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
     The rows of a product are the heads of one token, since each has its own entries: where a
     matrix unit is wider, the rest of it idles, whichever operand stays in the unit.
     """
-    from v4jax.kernels import sparse_attention
-    from v4jax.kernels.sparse_attention import rows_tpu
+    from v4jax.kernels import attention
+    from v4jax.kernels.attention import rows_tpu
     from v4jax.kernels.table import EntryTable
+    from v4jax.kernels.tpu import LANES
     from v4jax.quant import EntryFormat
 
     heads, channels, window = config.num_attention_heads, config.head_dim, config.sliding_window
@@ -113,9 +114,8 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
 
     def run(queries, recent, sink, stored, layer, start, selected):
         table = EntryTable(stored, layer, stored_as)
-        return sparse_attention.attend(
-            queries, recent, sink, start, window=window, entries=table, selected=selected
-        )
+        options = {"window": window, "entries": table, "selected": selected}
+        return attention.attend_sparse(queries, recent, sink, start, **options)[0]
 
     cases = []
     for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 16", 16, 1)):
@@ -130,8 +130,8 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
         )
         queries = batch * tokens
         fetched = count * 2 * channels
-        if tokens == 1:  # with its neighbours: see `decode_tpu`
-            fetched = count * rows_tpu.LANES * stored_as.bytes_per_entry
+        if tokens == 1:  # with its neighbours: see `sparse_decode_tpu`
+            fetched = count * LANES * stored_as.bytes_per_entry
         kernel = Kernel(
             "sparse_attention",
             flops=queries * heads * 4 * channels * (window + count),
@@ -155,16 +155,17 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
 
 def _union_sort(queries, window: int, count: int) -> Kernel:
     """Sorts what each group of neighbours selected: twice a call, a column for each group."""
-    from v4jax.kernels.sparse_attention import prefill_tpu, sort_tpu
+    from v4jax.kernels.attention import sort_tpu, sparse_prefill_tpu
+    from v4jax.kernels.tpu import LANES
 
-    plan = prefill_tpu.make_plan(queries, window, count)
+    plan = sparse_prefill_tpu.make_plan(queries.shape, window, count)
     rows = sort_tpu.padded_rows(plan.members * count)
     # Stage s = 4, …, log2(rows) has s − 3 steps between registers.
     steps = range(1, rows.bit_length() - 1 - 3 + 1)
     return Kernel(
         "sparse_attention_sort",
         flops=0,
-        moved_bytes=2 * 4 * rows * round_up(plan.tiles * plan.groups, sort_tpu.LANES),
+        moved_bytes=2 * 4 * rows * round_up(plan.tiles * plan.groups, LANES),
         rounds=(sum(steps) / len(steps),),
     )
 
@@ -175,11 +176,11 @@ def _random_selection(queries, window: int, count: int) -> dict:
     Of a group's union every block is full. While a block is computed the rows of a later one are
     requested, but for the last ones of a tile: two branches of one loop.
     """
-    from v4jax.kernels.sparse_attention import prefill_tpu
+    from v4jax.kernels.attention import sparse_prefill_tpu
 
-    plan = prefill_tpu.make_plan(queries, window, count)
-    blocks = plan.places // prefill_tpu.BLOCK
-    last = prefill_tpu.DEPTH / (plan.groups * blocks)
+    plan = sparse_prefill_tpu.make_plan(queries.shape, window, count)
+    blocks = plan.places // sparse_prefill_tpu.BLOCK
+    last = sparse_prefill_tpu.DEPTH / (plan.groups * blocks)
     return {
         "rounds": (blocks,),
         "entered": {"0.3.0?0": 1 - last, "0.3.0?1": last},

@@ -33,17 +33,20 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
 
     FLOPs: assignments · 2 · hidden · 2 · inner for gate and up, half of it for down.
     """
+    from v4jax.kernels import Target
     from v4jax.kernels.grouped_matmul import pallas_tpu
+    from v4jax.kernels.tpu import chip_of
 
+    chip = chip_of(Target.here())
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, kind)
-    tile = pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts)
+    tile = pallas_tpu.choose_tile(chip, tokens * config.num_experts_per_tok, experts)
     assignments, used, tiles, assumes = _even_load(config, tokens, experts, tile)
     # Weights are expanded by the loops before the last ones, once per expert and block of outputs.
     expansions = (0, 0) if kind == "bfloat16" else (2, 1)
     entered = [
         {f"0.{i}": used / tiles for i in range(loops)}
-        | _visits(loops, assignments // used, tile, pallas_tpu.linear)
+        | _visits(loops, assignments // used, tile, pallas_tpu.linear, chip)
         for loops in expansions
     ]
     options = {"grid": (tiles,), "goal": goal, "assumes": assumes}
@@ -69,12 +72,12 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
     return Case("grouped_matmul", model, shape, run, arguments, kernels)
 
 
-def _visits(first: int, load: int, tile: int, linear) -> dict[str, float]:
+def _visits(first: int, load: int, tile: int, linear, chip) -> dict[str, float]:
     """Returns loop → share of an expert's tiles that it multiplies.
 
     Where matrix units are wide, the kernels have a loop for every number of rows a tile may use.
     """
-    if not linear.varies(tile):
+    if not linear.varies(chip, tile):
         return {}
     tiles, numbers = ceil_div(load, tile), range(linear.ROW_STEP, tile + 1, linear.ROW_STEP)
     last = round_up(load - (tiles - 1) * tile, linear.ROW_STEP)
@@ -93,13 +96,16 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
 
     gate, up and the gradient of the inner activations 3, of the inputs 2, of the weights 2 and 1.
     """
+    from v4jax.kernels import Target
     from v4jax.kernels.grouped_matmul import pallas_tpu
+    from v4jax.kernels.tpu import chip_of
 
+    chip = chip_of(Target.here())
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, "bfloat16")
-    tile = pallas_tpu.choose_tile(tokens * config.num_experts_per_tok, experts)
+    tile = pallas_tpu.choose_tile(chip, tokens * config.num_experts_per_tok, experts)
     assignments, used, forward_tiles, _ = _even_load(config, tokens, experts, tile)
-    entered = _visits(0, assignments // used, tile, pallas_tpu.linear)
+    entered = _visits(0, assignments // used, tile, pallas_tpu.linear, chip)
     tile = pallas_tpu.choose_backward_tile(assignments, experts)
     tiles, assumes = _even_load(config, tokens, experts, tile)[2:]
     unit = assignments * 2 * width * inner

@@ -11,7 +11,7 @@ from v4jax.config.model import ModelConfig
 def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
     """Queries turned in place: bound by memory, without products to count."""
     from v4jax.kernels import rotation
-    from v4jax.kernels.rotation.pallas_tpu import LANES
+    from v4jax.kernels.tpu import LANES
 
     heads, channels, cases = config.num_attention_heads, config.head_dim, []
     for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 64", 64, 1)):
@@ -25,11 +25,12 @@ def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
 
 
 def hyper_connections_cases(model: str, config: ModelConfig) -> list[Case]:
-    """Streams collapsed to a sublayer's input: bound by memory.
+    """Streams collapsed to a sublayer's input, and merged with the output before: memory-bound.
 
     FLOPs: the projection alone, 2 · streams · hidden · outputs per token.
     """
     from v4jax.kernels import hyper_connections
+    from v4jax.kernels.hyper_connections import Mix
 
     n, width = config.hc_mult, config.hidden_size
     outputs = (2 + n) * n
@@ -38,19 +39,28 @@ def hyper_connections_cases(model: str, config: ModelConfig) -> list[Case]:
         "eps": config.hc_eps,
         "iterations": config.hc_sinkhorn_iters,
     }
-    run = functools.partial(hyper_connections.mix, **options)
+    site = (
+        spec((outputs, n * width), jnp.float32),
+        spec((outputs,), jnp.float32),
+        spec((3,), jnp.float32),
+    )
     cases = []
     for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 64", 64, 1)):
-        arguments = (
-            spec((batch, tokens, n, width), jnp.bfloat16),
-            spec((outputs, n * width), jnp.float32),
-            spec((outputs,), jnp.float32),
-            spec((3,), jnp.float32),
+        streams = spec((batch, tokens, n, width), jnp.bfloat16)
+        output = spec((batch, tokens, width), jnp.bfloat16)
+        mixing = Mix(
+            spec((batch, tokens, n), jnp.float32), spec((batch, tokens, n, n), jnp.float32)
         )
-        kernel = Kernel(
-            "hyper_connections",
-            flops=batch * tokens * 2 * n * width * outputs,
-            moved_bytes=count_bytes(arguments) + 2 * batch * tokens * width,
-        )
-        cases.append(Case("hyper_connections", model, shape, run, arguments, (kernel,)))
+        for name, arguments, results in (
+            ("mix", (streams, *site), (output,)),
+            ("expand_mix", (output, streams, mixing, *site), (output, streams)),
+        ):
+            kernel = Kernel(
+                "hyper_connections",
+                flops=batch * tokens * 2 * n * width * outputs,
+                moved_bytes=count_bytes(arguments) + count_bytes(results),
+            )
+            run = functools.partial(getattr(hyper_connections, name), **options)
+            full = shape if name == "mix" else f"{shape} merged"
+            cases.append(Case("hyper_connections", model, full, run, arguments, (kernel,)))
     return cases

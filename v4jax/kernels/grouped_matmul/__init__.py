@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.dispatch import Target
 from v4jax.kernels.stacked import Stacked
 from v4jax.quant import ScaledArray
 from v4jax.shapes import check_shape
@@ -21,6 +21,7 @@ def apply_experts(
     *,
     limit: float,
     quantize_activations: bool = False,
+    target: Target | None = None,
 ) -> Float[Array, "t d"]:
     """Returns Σ_k down_e · (weight_k · SwiGLU(gate_up_e · x)) over the chosen experts, float32.
 
@@ -32,6 +33,7 @@ def apply_experts(
       down: [e, d, f] (w2).
       limit: swiglu_limit.
       quantize_activations: rounds the inputs of quantized weights as the published code does.
+      target: the devices the program is made for.
 
     Source: spec B.13.
     """
@@ -40,8 +42,9 @@ def apply_experts(
     check_shape("x", x, (tokens, width))
     check_shape("weights", weights, (tokens, chosen))
     assert down.shape[:2] == (experts, width), (gate_up.shape, down.shape)
-    run = choose(x, gate_up, down).apply_experts
-    options = {"limit": limit, "quantize_activations": quantize_activations}
+    target = target or Target.here()
+    run = dispatch.pick(target, "grouped_matmul", __name__, x, gate_up, down).apply_experts
+    options = {"limit": limit, "quantize_activations": quantize_activations, "target": target}
     return run(x, expert_ids, weights, gate_up, down, **options)
 
 
@@ -52,6 +55,7 @@ def apply_shared_expert(
     *,
     limit: float,
     quantize_activations: bool = False,
+    target: Target | None = None,
 ) -> Float[Array, "t d"]:
     """Returns down · SwiGLU(gate_up · x) in float32: one expert for every token, unweighted.
 
@@ -59,27 +63,7 @@ def apply_shared_expert(
       gate_up: [2, f, d].
       down: [d, f].
     """
-    run = choose(x, gate_up, down).apply_shared_expert
-    return run(x, gate_up, down, limit=limit, quantize_activations=quantize_activations)
-
-
-def choose(x, gate_up, down):
-    """Returns the module whose functions run on these arguments."""
-
-    def check_tpu():
-        reason = dispatch.needs_platform("tpu")
-        if reason is not None:
-            return reason
-        from v4jax.kernels.grouped_matmul import pallas_tpu
-
-        return pallas_tpu.supported(x, gate_up, down)
-
-    checks = {"pallas_tpu": check_tpu, "reference": lambda: None}
-    if dispatch.choose("grouped_matmul", checks) == "reference":
-        return reference
-    from v4jax.kernels.grouped_matmul import pallas_tpu
-
-    return pallas_tpu
-
-
-__all__ = ["apply_experts", "apply_shared_expert"]
+    target = target or Target.here()
+    run = dispatch.pick(target, "grouped_matmul", __name__, x, gate_up, down).apply_shared_expert
+    options = {"limit": limit, "quantize_activations": quantize_activations, "target": target}
+    return run(x, gate_up, down, **options)

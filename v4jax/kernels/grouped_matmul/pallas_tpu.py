@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.errors import UnsupportedError
-from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import pallas_tpu_backward, reference
+from v4jax.kernels.dispatch import Target
+from v4jax.kernels.grouped_matmul import pallas_tpu_backward, portable
 from v4jax.kernels.scaled_matmul import expand_tpu, round_activations, unpack_tpu
 from v4jax.kernels.scaled_matmul import pallas_tpu as linear
 from v4jax.kernels.stacked import Stacked
+from v4jax.kernels.tpu import LANES, VMEM_BYTES, Chip, chip_of
 from v4jax.quant import ScaledArray
 from v4jax.quant.formats import FP8_AMAX_FLOOR, FP8_MAX
 from v4jax.shapes import ceil_div
@@ -36,20 +37,20 @@ def supported(x, gate_up, down) -> str | None:
     return unpack_tpu.why_not("gate_up", gate_up) or unpack_tpu.why_not("down", down)
 
 
-def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_activations):
+def apply_experts(x, expert_ids, weights, gate_up, down, *, limit, quantize_activations, target):
     """See `v4jax.kernels.grouped_matmul.apply_experts`."""
     expert_ids = jnp.asarray(expert_ids)
-    return _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down)
+    return _apply(limit, quantize_activations, target, x, expert_ids, weights, gate_up, down)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _apply(limit, quantize_activations, target, x, expert_ids, weights, gate_up, down):
     tokens, chosen = weights.shape
     quantized = quantize_activations and isinstance(gate_up, ScaledArray)
     if quantized:
         x = round_activations(x)
     experts = gate_up.shape[0]
-    tile = choose_tile(tokens * chosen, experts)
+    tile = choose_tile(chip_of(target), tokens * chosen, experts)
     plan = _plan(expert_ids, tokens, experts, tile)
     weights_nq = jnp.where(
         plan.valid, plan.lay_out(weights.reshape(-1, 1)).reshape(plan.valid.shape), 0.0
@@ -60,22 +61,22 @@ def _apply(limit, quantize_activations, x, expert_ids, weights, gate_up, down):
     # The tiles of a single expert are full but for one.
     loads = plan.valid.sum(axis=1, dtype=jnp.int32) if experts > 1 else None
     options = {"limit": limit, "quantized": quantized, "loads": loads}
-    hidden_af = multiply_gated(rows_ad, weights_nq, gate_up, down, places, used, **options)
-    output_ad = linear.multiply_tiles(hidden_af, down, places, used, tile=tile, loads=loads)
+    hidden_af = multiply_gated(target, rows_ad, weights_nq, gate_up, down, places, used, **options)
+    output_ad = linear.multiply_tiles(target, hidden_af, down, places, used, tile=tile, loads=loads)
     return plan.take_back(output_ad, tokens).astype(jnp.float32).sum(axis=1)
 
 
 def _plan(expert_ids, tokens, experts, tile):
     if expert_ids is None:
-        return reference.plan_single(tokens, tile)
-    return reference.plan_tiles(expert_ids.reshape(-1), experts, tile)
+        return portable.plan_single(tokens, tile)
+    return portable.plan_tiles(expert_ids.reshape(-1), experts, tile)
 
 
-def _apply_forward(limit, quantize_activations, *arguments):
-    return _apply(limit, quantize_activations, *arguments), arguments
+def _apply_forward(limit, quantize_activations, target, *arguments):
+    return _apply(limit, quantize_activations, target, *arguments), arguments
 
 
-def _apply_backward(limit, quantize_activations, arguments, gradient):
+def _apply_backward(limit, quantize_activations, target, arguments, gradient):
     """Quantized weights are constants: they get no gradient, and are expanded for the products.
 
     Their roundings of activations count as the identity.
@@ -86,8 +87,9 @@ def _apply_backward(limit, quantize_activations, arguments, gradient):
         x = round_activations(x)
     tile = choose_backward_tile(weights.size, experts)
     plan = _plan(expert_ids, len(x), experts, tile)
+    expanded = _expand(target, gate_up), _expand(target, down)
     d_x, d_weights, *d_stored = pallas_tpu_backward.backward(
-        plan, tile, x, weights, _expand(gate_up), _expand(down), gradient, limit=limit
+        target, plan, tile, x, weights, *expanded, gradient, limit=limit
     )
     for i, weight in enumerate((gate_up, down)):
         if isinstance(weight, ScaledArray):
@@ -96,7 +98,7 @@ def _apply_backward(limit, quantize_activations, arguments, gradient):
     return d_x, d_ids, d_weights, *d_stored
 
 
-def _expand(weight):
+def _expand(target, weight):
     """Returns a weight [e, …] in bfloat16; exact."""
     if isinstance(weight, jax.Array):
         return weight
@@ -104,20 +106,20 @@ def _expand(weight):
         raise UnsupportedError(
             "stacked layers only infer: give each layer its own experts to train"
         )
-    return expand_tpu.expand(weight)
+    return expand_tpu.expand(weight, target=target)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
 
 
-def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations):
+def apply_shared_expert(x, gate_up, down, *, limit, quantize_activations, target):
     """See `v4jax.kernels.grouped_matmul.apply_shared_expert`: one expert that has every token."""
     gate_up, down = jax.tree.map(lambda array: array[None], (gate_up, down))
     weights = jnp.ones((x.shape[0], 1), jnp.float32)
-    return _apply(limit, quantize_activations, x, None, weights, gate_up, down)
+    return _apply(limit, quantize_activations, target, x, None, weights, gate_up, down)
 
 
-def choose_tile(assignments: int, experts: int) -> int:
+def choose_tile(chip: Chip, assignments: int, experts: int) -> int:
     """Returns rows per tile: what costs least for a load some way around the mean.
 
     Units 256 wide take as long to load weights as for 256 rows, so an expert gets one tile, if 512
@@ -125,7 +127,7 @@ def choose_tile(assignments: int, experts: int) -> int:
     128 rows, whose padding is the least.
     """
     tile = choose_backward_tile(assignments, experts)
-    if not linear.has_wide_units():
+    if not chip.modern:
         return min(tile, NARROW_TILE)
     return linear.LARGEST_TILE if 5 * assignments > 4 * USUAL_TILE * experts else tile
 
@@ -145,7 +147,17 @@ def ordered(x, weight):
 
 
 def multiply_gated(
-    rows_ad, weights_nq, gate_up, down, experts, used, *, limit, quantized, loads=None
+    target: Target,
+    rows_ad,
+    weights_nq,
+    gate_up,
+    down,
+    experts,
+    used,
+    *,
+    limit,
+    quantized,
+    loads=None,
 ):
     """Returns the rounded inner activations [tiles·tile, f] in the column order that `down` wants.
 
@@ -160,9 +172,10 @@ def multiply_gated(
     width_f, width_d = gate_up.shape[-2:]
     block = linear.choose_rows(width_f, width_d, kind, 2, tile)
     splits = unpack_tpu.kind_of(down) == "fp4"
-    partial, loads = linear.plan_loads(experts, tile, loads)
+    chip = chip_of(target)
+    partial, loads = linear.plan_loads(chip, experts, tile, loads)
     call = pl.pallas_call(
-        functools.partial(_gated_body, kind, block, partial, splits, quantized, limit),
+        functools.partial(_gated_body, chip, kind, block, partial, splits, quantized, limit),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(width_f // block, used),
@@ -176,9 +189,9 @@ def multiply_gated(
         ),
         out_shape=jax.ShapeDtypeStruct((rows_ad.shape[0], width_f), jnp.bfloat16),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=linear.VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name=f"grouped_matmul_gated_{kind}",
     )
     weights_a1 = weights_nq.astype(jnp.float32).reshape(-1, 1)
@@ -186,6 +199,7 @@ def multiply_gated(
 
 
 def _gated_body(
+    chip,
     kind,
     block,
     partial,
@@ -211,12 +225,13 @@ def _gated_body(
         (out_ref,) = rest
     else:
         scales_ref, out_ref, scratch_ref = rest
-        first_tile = pl.program_id(0) * (block // unpack_tpu.LANES)
+        first_tile = pl.program_id(0) * (block // LANES)
 
         @pl.when(linear.is_new(experts_ref))
         def _():
             for which in range(2):
                 unpack_tpu.unpack(
+                    chip,
                     kind,
                     values_ref.at[which],
                     scales_ref.at[which],
@@ -226,7 +241,7 @@ def _gated_body(
                 )
 
     step = min(linear.PASS // 2, block)  # of gate and of up
-    mixed = kind == "fp4" and unpack_tpu.mixes_rows()
+    mixed = kind == "fp4" and unpack_tpu.mixes_rows(chip)
 
     def product(which, i, rows):
         if kind == "bfloat16":
@@ -239,7 +254,7 @@ def _gated_body(
         @pl.loop(0, block // step)
         def _(i):
             gate, up = product(0, i, rows), product(1, i, rows)
-            hidden = reference.swiglu(gate, up, limit) * weights_ref[:rows, :]
+            hidden = portable.swiglu(gate, up, limit) * weights_ref[:rows, :]
             hidden = hidden.astype(jnp.bfloat16)
             if quantized:
                 hidden = round_fp8(hidden.astype(jnp.float32), splits=splits and mixed)
@@ -249,7 +264,7 @@ def _gated_body(
                 matrix = unpack_tpu.split_matrix(jnp.bfloat16)
                 hidden = jnp.dot(hidden, matrix, preferred_element_type=jnp.float32)
             elif not splits:
-                hidden = unpack_tpu.restore(kind, hidden.astype(jnp.float32))
+                hidden = unpack_tpu.restore(chip, kind, hidden.astype(jnp.float32))
             columns = pl.ds(pl.multiple_of(i * step, step), step)
             out_ref[:rows, columns] = hidden.astype(jnp.bfloat16)
 
@@ -264,7 +279,7 @@ def round_fp8(x, *, splits=False):
     The same numbers as `formats.quantize_fp8` gives, without a cast that few chips have: adding and
     subtracting 1.5·2^23 units in the last place rounds to the nearest, ties to even.
     """
-    lanes = unpack_tpu.LANES
+    lanes = LANES
     blocks = [x[:, first : first + lanes] for first in range(0, x.shape[1], lanes)]
     if not splits:
         largest = [jnp.max(jnp.abs(x), axis=1, keepdims=True) for x in blocks]

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
-from v4jax.kernels.grouped_matmul import reference
+from v4jax.kernels.dispatch import Target
+from v4jax.kernels.grouped_matmul import portable
 from v4jax.kernels.scaled_matmul import pallas_tpu as linear
+from v4jax.kernels.tpu import VMEM_BYTES
 
 # A tile holds twice the rows' bytes here (inputs and gradients).
 LARGEST_TILE = 256
@@ -28,11 +29,11 @@ LARGEST_TILE = 256
 INNER, ROWS, COLUMNS = 256, 512, 1024
 
 
-def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
+def backward(target: Target, plan, tile, x, weights, gate_up, down, gradient, *, limit):
     """Returns the gradients of x, routing weights, gate_up and down.
 
     Args:
-      plan: of `reference`, with tiles of `tile` rows.
+      plan: of `portable`, with tiles of `tile` rows.
       gradient: [t, d] of the experts' sum.
     """
     tokens, chosen = weights.shape
@@ -42,17 +43,26 @@ def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
     weights_a1 = jnp.where(plan.valid.reshape(-1, 1), weights_a1, 0.0)
     experts, used = plan.experts.astype(jnp.int32), plan.valid[:, 0].sum().astype(jnp.int32)
     hidden_af, inner_a2f, shares_a = inner(
-        rows_ad, gradient_ad, weights_a1, gate_up, down, experts, used, tile=tile, limit=limit
+        target,
+        rows_ad,
+        gradient_ad,
+        weights_a1,
+        gate_up,
+        down,
+        experts,
+        used,
+        tile=tile,
+        limit=limit,
     )
     count, _, width_f, width_d = gate_up.shape
     flat_gate_up = gate_up.reshape(count, 2 * width_f, width_d)
-    d_rows_ad = multiply_transposed(inner_a2f, flat_gate_up, experts, used, tile=tile)
+    d_rows_ad = multiply_transposed(target, inner_a2f, flat_gate_up, experts, used, tile=tile)
     d_x = plan.take_back(d_rows_ad, tokens).astype(jnp.float32).sum(axis=1)
     has_tokens = (experts[:, None] == jnp.arange(count)) & plan.valid[:, :1]
     has_tokens = has_tokens.any(axis=0)[:, None, None]
 
     def weight_gradient(left, right):
-        total = sum_products(left, right, experts, used, count=count, tile=tile)
+        total = sum_products(target, left, right, experts, used, count=count, tile=tile)
         return jnp.where(has_tokens, total, 0)  # no tile has written the others
 
     return (
@@ -63,7 +73,9 @@ def backward(plan, tile, x, weights, gate_up, down, gradient, *, limit):
     )
 
 
-def inner(rows_ad, gradient_ad, weights_a1, gate_up, down, experts, used, *, tile, limit):
+def inner(
+    target: Target, rows_ad, gradient_ad, weights_a1, gate_up, down, experts, used, *, tile, limit
+):
     """Returns h [a, f], (da, db) [a, 2f] in bfloat16, and dweight [a] in float32."""
     width_f, width_d = gate_up.shape[-2:]
     block = min(INNER, width_f)
@@ -87,7 +99,7 @@ def inner(rows_ad, gradient_ad, weights_a1, gate_up, down, experts, used, *, til
         out_shape=[jax.ShapeDtypeStruct((rows, width_f), jnp.bfloat16)] * 3
         + [jax.ShapeDtypeStruct((blocks, rows, 1), jnp.float32)],
         compiler_params=_parameters("parallel", "arbitrary"),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name="grouped_matmul_inner_gradient",
     )(experts, rows_ad, gradient_ad, weights_a1, gate_up, down)
     return hidden, jnp.concatenate([gates, ups], axis=1), shares.sum(axis=(0, 2))
@@ -118,7 +130,7 @@ def _inner_body(
     d_hidden = jnp.dot(gradient_ref[...], down_ref[...], preferred_element_type=jnp.float32)
     low, clipped = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     share = jax.nn.sigmoid(low)
-    activated = reference.swiglu(gate, up, limit)
+    activated = portable.swiglu(gate, up, limit)
     hidden_ref[...] = (activated * weights).astype(jnp.bfloat16)
     shares_ref[...] = jnp.sum(d_hidden * activated, axis=1, keepdims=True)
     d_hidden *= weights
@@ -129,7 +141,7 @@ def _inner_body(
     ups_ref[...] = d_up.astype(jnp.bfloat16)
 
 
-def multiply_transposed(rows_ao, weight, experts, used, *, tile):
+def multiply_transposed(target: Target, rows_ao, weight, experts, used, *, tile):
     """Returns rows [a, o] · weight [e, o, i] of their tile's expert, rounded to bfloat16."""
     _, out, width = weight.shape
     block = min(512, width)
@@ -146,7 +158,7 @@ def multiply_transposed(rows_ao, weight, experts, used, *, tile):
         ),
         out_shape=jax.ShapeDtypeStruct((rows_ao.shape[0], width), jnp.bfloat16),
         compiler_params=_parameters("parallel", "arbitrary"),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name="grouped_matmul_input_gradient",
     )(experts, rows_ao, weight)
 
@@ -158,7 +170,7 @@ def _transposed_body(experts_ref, rows_ref, weight_ref, out_ref):
     out_ref[...] = product.astype(jnp.bfloat16)
 
 
-def sum_products(left_ao, right_ai, experts, used, *, count, tile):
+def sum_products(target: Target, left_ao, right_ai, experts, used, *, count, tile):
     """Returns Σ_rows left ⊗ right of every expert [e, o, i] in bfloat16, summed in float32.
 
     Experts without a tile hold garbage.
@@ -183,7 +195,7 @@ def sum_products(left_ao, right_ai, experts, used, *, count, tile):
         ),
         out_shape=jax.ShapeDtypeStruct((count, out, width), jnp.bfloat16),
         compiler_params=_parameters("parallel", "parallel", "arbitrary"),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name="grouped_matmul_weight_gradient",
     )(experts, used[None], left_ao, right_ai)
 
@@ -221,4 +233,4 @@ def _divisor(size: int, wanted: int) -> int:
 
 
 def _parameters(*semantics):
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=linear.VMEM_BYTES)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)

@@ -16,18 +16,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
-from v4jax.kernels.hyper_connections import reference
-from v4jax.kernels.hyper_connections.reference import Mix
+from v4jax.kernels.hyper_connections import portable
+from v4jax.kernels.hyper_connections.call import Call, Mix
+from v4jax.kernels.tpu import LANES, PACKED_ROWS, VMEM_BYTES
 from v4jax.quant.formats import round_to
 from v4jax.shapes import ceil_div, round_up
 
-LANES = 128
 TILE = 128  # tokens of one step: the lanes of the Sinkhorn part
-ROWS = 16  # tokens of one register of bfloat16
 CHUNK = 512  # channels mixed by one pass of the inner loop
 PARTS = 3  # bfloat16 parts that hold the 24 bits of a float32
-VMEM_BYTES = 60 * 2**20
 
 
 def supported(streams) -> str | None:
@@ -41,51 +38,53 @@ def supported(streams) -> str | None:
     return None
 
 
-def mix(streams, fn, base, scale, **options):
-    """See `reference.mix`."""
-    return _mix(tuple(sorted(options.items())), streams, fn, base, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix(call: Call, streams, fn, base, scale):
+    """See `v4jax.kernels.hyper_connections.mix`."""
+    return _run(call, None, streams, None, fn, base, scale)[1:]
 
 
-def expand_mix(output, streams, mixing, fn, base, scale, **options):
-    """See `reference.expand_mix`."""
-    return _expand_mix(tuple(sorted(options.items())), output, streams, mixing, fn, base, scale)
+def _mix_forward(call, *arguments):
+    return mix(call, *arguments), arguments
+
+
+def _mix_backward(call, arguments, gradients):
+    """Computes the weights again, in plain jnp."""
+    return jax.vjp(functools.partial(portable.mix, call), *arguments)[1](gradients)
+
+
+mix.defvjp(_mix_forward, _mix_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(options, streams, fn, base, scale):
-    return _run(None, streams, None, fn, base, scale, **dict(options))[1:]
+def expand_mix(call: Call, output, streams, mixing: Mix, fn, base, scale):
+    """See `v4jax.kernels.hyper_connections.expand_mix`."""
+    return _run(call, output, streams, mixing, fn, base, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expand_mix(options, output, streams, mixing, fn, base, scale):
-    return _run(output, streams, mixing, fn, base, scale, **dict(options))
+def _expand_mix_forward(call, output, streams, mixing, *site):
+    results = expand_mix(call, output, streams, mixing, *site)
+    return results, (output, streams, mixing, (results[0], *site))
 
 
-def _recompute(run):
-    """Returns forward and backward rules that keep the arguments and differentiate `run`."""
-
-    def forward(kernel, options, *arguments):
-        return kernel(options, *arguments), arguments
-
-    def backward(options, arguments, gradients):
-        _, pull = jax.vjp(functools.partial(run, **dict(options)), *arguments)
-        return pull(gradients)
-
-    return forward, backward
+def _expand_mix_backward(call, kept, gradients):
+    """The gradient of `mix` at the next streams, then that of `expand`."""
+    *merged, site = kept
+    streams_gradient, *gradients = gradients
+    through_mix, *site_gradients = _mix_backward(call, site, tuple(gradients))
+    pull = jax.vjp(portable.expand, *merged)[1]
+    return *pull(streams_gradient + through_mix), *site_gradients
 
 
-_forward, _backward = _recompute(reference.mix)
-_mix.defvjp(functools.partial(_forward, _mix), _backward)
-_forward, _backward = _recompute(reference.expand_mix)
-_expand_mix.defvjp(functools.partial(_forward, _expand_mix), _backward)
+expand_mix.defvjp(_expand_mix_forward, _expand_mix_backward)
 
 
-def _run(output, streams, mixing, fn, base, scale, *, norm_eps, eps, iterations):
+def _run(call: Call, output, streams, mixing, fn, base, scale):
     """Returns (next streams or None, collapsed, Mix)."""
     batch, length, n, width = streams.shape
     tokens, count = batch * length, (2 + n) * n
     merges = output is not None
-    tile = min(TILE, round_up(tokens, ROWS))
+    tile = min(TILE, round_up(tokens, PACKED_ROWS))
     streams_nad = jnp.moveaxis(streams, 2, 0).reshape(n, tokens, width)
     operands = [base.astype(jnp.float32), scale.astype(jnp.float32)]
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -110,7 +109,7 @@ def _run(output, streams, mixing, fn, base, scale, *, norm_eps, eps, iterations)
         shapes.insert(0, jax.ShapeDtypeStruct(streams_nad.shape, streams.dtype))
         out_specs.insert(0, block)
     results = pl.pallas_call(
-        functools.partial(_body, merges, norm_eps, eps, iterations),
+        functools.partial(_body, merges, call.norm_eps, call.eps, call.iterations),
         grid=(ceil_div(tokens, tile),),
         in_specs=specs,
         out_specs=out_specs,
@@ -122,7 +121,7 @@ def _run(output, streams, mixing, fn, base, scale, *, norm_eps, eps, iterations)
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
-        interpret=dispatch.platform() != "tpu",
+        interpret=call.target.interpret,
         name="hyper_connections",
     )(*operands)
     *merged, collapsed, found = results
@@ -194,9 +193,9 @@ def _body(merges, norm_eps, eps, iterations, base_ref, scale_ref, *refs):
     found_ref[...] = found[:tile, :count]
     logits_ref[...] = found
 
-    @pl.loop(0, tile // ROWS)
+    @pl.loop(0, tile // PACKED_ROWS)
     def _(r):
-        tokens = pl.ds(pl.multiple_of(r * ROWS, ROWS), ROWS)
+        tokens = pl.ds(pl.multiple_of(r * PACKED_ROWS, PACKED_ROWS), PACKED_ROWS)
         pre = logits_ref[tokens, :]
 
         @pl.loop(0, width // CHUNK)
@@ -213,9 +212,9 @@ def _merge(output_ref, weights_ref, old_ref, streams_ref):
     """Writes X'_k = post_k · output + Σ_j residual[j, k] · X_j, rounded once."""
     n, tile, width = old_ref.shape
 
-    @pl.loop(0, tile // ROWS)
+    @pl.loop(0, tile // PACKED_ROWS)
     def _(r):
-        tokens = pl.ds(pl.multiple_of(r * ROWS, ROWS), ROWS)
+        tokens = pl.ds(pl.multiple_of(r * PACKED_ROWS, PACKED_ROWS), PACKED_ROWS)
         weights = weights_ref[tokens, :]
 
         @pl.loop(0, width // CHUNK)
@@ -235,9 +234,9 @@ def _sum_squares(streams_ref, squares_ref):
     """Adds up the squares of all streams of a token in 128 lanes."""
     n, tile, width = streams_ref.shape
 
-    @pl.loop(0, tile // ROWS)
+    @pl.loop(0, tile // PACKED_ROWS)
     def _(r):
-        tokens = pl.ds(pl.multiple_of(r * ROWS, ROWS), ROWS)
+        tokens = pl.ds(pl.multiple_of(r * PACKED_ROWS, PACKED_ROWS), PACKED_ROWS)
 
         def add_chunk(i, total):
             channels = pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK)
@@ -248,7 +247,7 @@ def _sum_squares(streams_ref, squares_ref):
                     total += squares[:, first : first + LANES]
             return total
 
-        zeros = jnp.zeros((ROWS, LANES), jnp.float32)
+        zeros = jnp.zeros((PACKED_ROWS, LANES), jnp.float32)
         squares_ref[tokens, :] = jax.lax.fori_loop(0, width // CHUNK, add_chunk, zeros)
 
 

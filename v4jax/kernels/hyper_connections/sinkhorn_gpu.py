@@ -10,27 +10,33 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from v4jax.kernels.hyper_connections import reference
+from v4jax.kernels.hyper_connections import portable
+from v4jax.kernels.hyper_connections.call import Call
 from v4jax.shapes import ceil_div, round_up
 
 TOKENS = 128  # of a program
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def sinkhorn(logits_jkbt, eps, iterations):
-    """See `reference.sinkhorn`; the gradient is that of plain jnp."""
+def supported(logits_jkbt) -> None:
+    """Returns None: it runs on all matrices."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalize(call: Call, logits_jkbt):
+    """See `portable.normalize`; the gradient is that of plain jnp."""
     n, _, batch, tokens = logits_jkbt.shape
     count = batch * tokens
     rows = logits_jkbt.reshape(n * n, count)
     rows = jnp.pad(rows, [(0, 0), (0, round_up(count, TOKENS) - count)])
     block = pl.BlockSpec((n * n, TOKENS), lambda i: (0, i))
     found = pl.pallas_call(
-        functools.partial(_normalize, n, eps, iterations),
+        functools.partial(_normalize, n, call.eps, call.iterations),
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         grid=(ceil_div(count, TOKENS),),
         in_specs=[block],
         out_specs=block,
         compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=call.target.interpret,
         name="sinkhorn",
     )(rows)
     return found[:, :count].reshape(logits_jkbt.shape)
@@ -57,13 +63,12 @@ def _normalize(n, eps, iterations, in_ref, out_ref):
             out_ref[n * j + k, :] = matrix[j][k]
 
 
-def _forward(logits_jkbt, eps, iterations):
-    return sinkhorn(logits_jkbt, eps, iterations), logits_jkbt
+def _forward(call, logits_jkbt):
+    return normalize(call, logits_jkbt), logits_jkbt
 
 
-def _backward(eps, iterations, logits_jkbt, gradient):
-    run = functools.partial(reference.normalize, eps=eps, iterations=iterations)
-    return jax.vjp(run, logits_jkbt)[1](gradient)
+def _backward(call, logits_jkbt, gradient):
+    return jax.vjp(functools.partial(portable.normalize, call), logits_jkbt)[1](gradient)
 
 
-sinkhorn.defvjp(_forward, _backward)
+normalize.defvjp(_forward, _backward)

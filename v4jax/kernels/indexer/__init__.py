@@ -4,7 +4,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.indexer import reference
+from v4jax.kernels.dispatch import Target
+from v4jax.kernels.indexer import portable
 from v4jax.kernels.table import EntryTable, hide_padding
 from v4jax.shapes import check_shape
 
@@ -19,6 +20,7 @@ def select(
     ratio: int,
     count: int,
     begin: Int[Array, "b t"] | None = None,
+    target: Target | None = None,
 ) -> Int[Array, "b t k"]:
     """Returns the ids of the `count` best visible entries, −1 where fewer are visible.
 
@@ -38,6 +40,7 @@ def select(
       begin: where a row holds several documents, the position of the first token of each query's
         document, a multiple of `table.DOCUMENT_UNIT`, as start then is; negative for padding. No
         entry before it is selected; what is selected for padding means nothing.
+      target: the devices the program is made for.
 
     Source: spec B.9.
     """
@@ -47,11 +50,10 @@ def select(
         check_shape("begin", begin, (batch, tokens))
     # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
-    implementation = reference
-    if _choose(queries, keys, count, begin) == "pallas_tpu":
-        from v4jax.kernels.indexer import pallas_tpu as implementation
-    options = {"ratio": ratio, "count": count, "begin": hide_padding(begin)}
-    return implementation.select(queries, head_weights, keys, start, end, **options)
+    target = target or Target.here()
+    run = dispatch.pick(target, "indexer", __name__, queries, keys, count, begin).select
+    options = {"ratio": ratio, "count": count, "begin": hide_padding(begin), "target": target}
+    return run(queries, head_weights, keys, start, end, **options)
 
 
 def select_with_scores(
@@ -63,6 +65,7 @@ def select_with_scores(
     *,
     ratio: int,
     count: int,
+    target: Target | None = None,
 ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
     """As `select`, and the scores of the selected in float32, −∞ for the id −1.
 
@@ -71,20 +74,30 @@ def select_with_scores(
     batch, tokens, heads, _ = queries.shape
     check_shape("head_weights", head_weights, (batch, tokens, heads))
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
-    implementation = reference
-    if _choose(queries, keys, count, scored=True) == "pallas_tpu":
-        from v4jax.kernels.indexer import pallas_tpu as implementation
-    options = {"ratio": ratio, "count": count}
+    target = target or Target.here()
+    implementation = dispatch.pick(target, "indexer", __name__, queries, keys, count, None, True)
+    options = {"ratio": ratio, "count": count, "target": target}
     return implementation.select_with_scores(queries, head_weights, keys, start, end, **options)
 
 
-def _choose(queries, keys, count, begin=None, scored=False) -> str:
-    def check_tpu():
-        reason = dispatch.needs_platform("tpu")
-        if reason is not None:
-            return reason
-        from v4jax.kernels.indexer import pallas_tpu
+def score(
+    queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: Float[Array, "b w x"],
+    *,
+    target: Target | None = None,
+) -> Float[Array, "b t w"]:
+    """Returns the scores of all keys in float32, with a gradient: the indexer's loss needs both."""
+    return portable.score_block(target or Target.here(), queries, head_weights, keys)
 
-        return pallas_tpu.supported(queries, keys, count, begin, scored)
 
-    return dispatch.choose("indexer", {"pallas_tpu": check_tpu, "reference": lambda: None})
+def score_selected(
+    queries: Float[Array, "b t i x"],
+    head_weights: Float[Array, "b t i"],
+    keys: EntryTable,
+    ids: Int[Array, "b t k"],
+    *,
+    target: Target | None = None,
+) -> Float[Array, "b t k"]:
+    """As `score`, of the keys with these ids; those of absent ids mean nothing."""
+    return portable.score_taken(target or Target.here(), queries, head_weights, keys, ids)

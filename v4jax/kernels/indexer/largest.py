@@ -9,21 +9,21 @@ its cores and waits for the host between the steps.
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.dispatch import Target
+from v4jax.kernels.indexer.keys import NOTHING, order_keys
 
-NOTHING = -(2**31)  # key of a value that is not there: below the key of every number
-LANES = 64  # a row is counted in so many lanes, whose sums are small integers
+COUNTERS = 64  # of a row: each counts a part of it, in a small integer
 CELL = 32  # positions that are ranked together
 FEW_ROWS = 8  # up to here the steps cost more than sorting
 
 
-def find_largest(values: jax.Array, count: int) -> jax.Array:
+def find_largest(target: Target, values: jax.Array, count: int) -> jax.Array:
     """Returns the positions [r, count] of the largest of values [r, n], in ascending order.
 
     Ties go to the smaller position; −∞ is never chosen, −1 stands where fewer are left; −0 equals
     +0. NaN is not allowed.
     """
-    if values.shape[0] <= FEW_ROWS or dispatch.platform() == "gpu":
+    if values.shape[0] <= FEW_ROWS or target.sorts_in_parallel:
         return sort_largest(values, count)
     return count_largest(values, count)
 
@@ -38,14 +38,23 @@ def sort_largest(values, count: int):
 
 def count_largest(values, count: int):
     """`find_largest` by counting."""
-    missing = -values.shape[1] % LANES
-    values = jnp.pad(values, [(0, 0), (0, missing)], constant_values=-jnp.inf)
-    return pack_positions(mark_largest(values, count), count)
+    return pack_positions(_mark_largest(_pad(values), count), count)
 
 
 def mark_largest(values: jax.Array, count: int) -> jax.Array:
-    """Returns which of values [r, n] `find_largest` finds; n must divide by `LANES`."""
-    keys = order_keys(values)
+    """Returns which of values [r, n] `find_largest` finds."""
+    return _mark_largest(_pad(values), count)[:, : values.shape[1]]
+
+
+def _pad(values):
+    """Returns the rows, as long as counting wants them."""
+    missing = -values.shape[1] % COUNTERS
+    return jnp.pad(values, [(0, 0), (0, missing)], constant_values=-jnp.inf)
+
+
+def _mark_largest(values, count: int):
+    keys = order_keys(values.astype(jnp.float32))
+    keys = jnp.where(values == -jnp.inf, NOTHING, keys)
     floor = find_floor(keys, count)
     chosen = (keys >= floor[:, None]) & (keys > NOTHING)
     ties = keys == floor[:, None]
@@ -59,16 +68,9 @@ def mark_largest(values: jax.Array, count: int) -> jax.Array:
     )
 
 
-def order_keys(values):
-    """Returns int32 keys in the order of float32 values; −∞ becomes NOTHING."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-    keys = jnp.where(bits < 0, NOTHING - bits, bits)
-    return jnp.where(values == -jnp.inf, NOTHING, keys)
-
-
 def count_true(mask):
     """Returns how many of each row [r, n] are True."""
-    parts = mask.reshape(mask.shape[0], -1, LANES)
+    parts = mask.reshape(mask.shape[0], -1, COUNTERS)
     return parts.sum(axis=1, dtype=smallest_integer(parts.shape[1])).sum(axis=1, dtype=jnp.int32)
 
 

@@ -40,20 +40,17 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.indexer.keys import NOTHING, order_keys
 from v4jax.kernels.indexer.sieve_tpu import (
     GAP_SHIFT,
-    LANES,
     MAX_ROWS,
-    NOTHING,
     STEP,
-    SUBLANES,
     Sieve,
-    order_keys,
     stream_index,
 )
 from v4jax.kernels.scaled_matmul.unpack_tpu import decode_codes
 from v4jax.kernels.table import EntryTable, visible_entries
+from v4jax.kernels.tpu import LANES, SUBLANES, chip_of
 from v4jax.quant.entry_format import INDEX_BLOCK
 from v4jax.shapes import ceil_div, round_up
 
@@ -95,13 +92,18 @@ MANY = Blocks()
 FEW = Blocks(entries=4096, dense=2)
 
 
+def choose_blocks(tokens: int, keys: EntryTable) -> Blocks:
+    """Returns the sizes for a call of so many tokens."""
+    return FEW if tokens <= FEW_TOKENS else MANY
+
+
 def supported(
     queries, keys: EntryTable, count: int, begin=None, scored: bool = False
 ) -> str | None:
     """Returns why these kernels cannot run, or None."""
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
-    blocks = FEW if few else MANY
+    blocks = choose_blocks(tokens, keys)
     if channels % LANES:
         return f"index_head_dim must be a multiple of {LANES} lanes, got {channels}"
     if keys.format.kind not in ("fp4", "bfloat16"):
@@ -126,7 +128,7 @@ def supported(
             f"{heads} heads of {channels} channels and {count} selected entries need "
             f"{needed} bytes of VMEM, there are {VMEM_BYTES}"
         )
-    return dispatch.needs_platform("tpu")
+    return None
 
 
 def select(queries, head_weights, keys, start, end, **options):
@@ -151,13 +153,12 @@ def _select(
     count,
     scored,
     begin=None,
-    blocks=None,
-    interpret=False,
+    target,
 ):
     """Returns the ids, and if `scored` their scores."""
     batch, tokens, heads, channels = queries.shape
     few = tokens <= FEW_TOKENS
-    blocks = blocks or (FEW if few else MANY)
+    blocks = choose_blocks(tokens, keys)
     count = min(count, keys.capacity)
     tile = 1 if few else LANES
     tiles = ceil_div(tokens, tile)
@@ -217,7 +218,7 @@ def _select(
         out_shape.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     options = dict(count=count, blocks=blocks, few=few, packed=begin is not None, scored=scored)
     found = pl.pallas_call(
-        functools.partial(_body, names=names, **options),
+        functools.partial(_body, names=names, chip=chip_of(target), **options),
         name="indexer_select",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             # layer [1], needed [b · tiles], with documents firsts [b · tiles]
@@ -240,7 +241,7 @@ def _select(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
         ),
-        interpret=interpret,
+        interpret=target.interpret,
     )(
         jnp.asarray(keys.layer, jnp.int32).reshape(1),
         *(needed, *firsts),
@@ -252,7 +253,7 @@ def _select(
     return [x.swapaxes(-1, -2).reshape(batch, tiles * LANES, count)[:, :tokens] for x in found]
 
 
-def _body(layer, needed, *refs, names, count, blocks, few, packed, scored):
+def _body(layer, needed, *refs, names, chip, count, blocks, few, packed, scored):
     """One block of entries for one tile of queries, or for one query if `few`.
 
     Prefetch: layer [1], needed [b · tiles], if `packed` firsts [b · tiles]. Input: queries
@@ -287,9 +288,9 @@ def _body(layer, needed, *refs, names, count, blocks, few, packed, scored):
     @pl.when(sifted & seen_here)
     def _():
         if few:
-            score_one(stored, queries, weights, block_keys)
+            score_one(chip, stored, queries, weights, block_keys)
         else:
-            score_many(stored, queries, weights, block_keys, blocks.heads)
+            score_many(chip, stored, queries, weights, block_keys, blocks.heads)
         entry = entry_index(step * sieve.block_rows, block_keys.shape)
         visible = entry < seen[...][None]
         if packed:
@@ -315,9 +316,9 @@ def _body(layer, needed, *refs, names, count, blocks, few, packed, scored):
             scores[...] = jnp.full(scores.shape, -jnp.inf, jnp.float32)
 
 
-def score_many(stored, queries, weights, block_keys, unrolled: int):
+def score_many(chip, stored, queries, weights, block_keys, unrolled: int):
     """Writes the keys of Σ_i weight · ReLU(product), float32 [entries, q], as [rows, 8, q]."""
-    keys = stored["values"][...] if "values" in stored else decode_fp4(stored).T
+    keys = stored["values"][...] if "values" in stored else decode_fp4(chip, stored).T
     heads = queries.shape[0]
     unrolled = math.gcd(heads, unrolled)
 
@@ -336,12 +337,12 @@ def score_many(stored, queries, weights, block_keys, unrolled: int):
     block_keys[...] = order_keys(total).reshape(block_keys.shape)
 
 
-def score_one(stored, queries, weights, block_keys):
+def score_one(chip, stored, queries, weights, block_keys):
     """Writes the keys of one query's scores; 1,024 successive entries fill a row."""
     if "values" in stored:
         keys, over = stored["values"][...], (((1,), (1,)), ((), ()))
     else:
-        keys, over = decode_fp4(stored), (((1,), (0,)), ((), ()))
+        keys, over = decode_fp4(chip, stored), (((1,), (0,)), ((), ()))
     products = jax.lax.dot_general(
         queries[...], keys, over, preferred_element_type=jnp.float32
     )  # [i, entries]
@@ -353,7 +354,7 @@ def score_one(stored, queries, weights, block_keys):
         block_keys[row, sublane : sublane + 1, :] = ordered[:, lanes]
 
 
-def decode_fp4(stored):
+def decode_fp4(chip, stored):
     """Returns twice a block's keys [x, entries] in bfloat16, exactly, in `decoded_order`.
 
     Four bytes of an entry make a word, and so do two bfloat16 of it: codes are decoded in place,
@@ -365,7 +366,7 @@ def decode_fp4(stored):
     exponents = jnp.concatenate(
         [_repeat_pair(scales[first : first + 2]) for first in range(0, scales.shape[0], 2)]
     )
-    parts = decode_codes(words, (exponents, exponents))
+    parts = decode_codes(chip, words, (exponents, exponents))
     return jnp.concatenate([pltpu.bitcast(part, jnp.bfloat16) for part in parts])
 
 

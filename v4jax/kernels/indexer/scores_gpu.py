@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from v4jax.kernels.dispatch import Target
 from v4jax.shapes import round_up
 
 QUERIES, ENTRIES, WARPS = 64, 128, 4  # of a program: the fastest of five that were tried
@@ -29,8 +30,8 @@ def supported(queries_bqix: jax.Array, keys_bwx: jax.Array) -> str | None:
     return None
 
 
-def score(queries_bqix, weights_bqi, keys_bwx) -> jax.Array:
-    """Returns index scores in float32 [b, q, w]; see `reference.score`."""
+def score_block(target: Target, queries_bqix, weights_bqi, keys_bwx) -> jax.Array:
+    """See `portable.score_block`."""
     batch, tokens, heads, channels = queries_bqix.shape
     entries = keys_bwx.shape[1]
     queries = jnp.moveaxis(queries_bqix, 2, 1)  # a head's rows are one matrix
@@ -51,6 +52,7 @@ def score(queries_bqix, weights_bqi, keys_bwx) -> jax.Array:
         ],
         out_specs=pl.BlockSpec((None, QUERIES, ENTRIES), lambda b, w, q: (b, q, w)),
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=3),
+        interpret=target.interpret,
         name="index_scores",
     )(queries, weights, keys)
     return scores[:, :tokens, :entries]

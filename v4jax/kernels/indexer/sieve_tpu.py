@@ -11,25 +11,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-SUBLANES, LANES = 8, 128
+from v4jax.kernels.indexer.keys import NOTHING, order_keys, order_values
+from v4jax.kernels.tpu import LANES, SUBLANES
+
 STEP = 32  # rows that one iteration of a loop over candidates touches
 UNROLLED = 8  # the same where one row depends on the one before
-NOTHING = -(2**31)  # key of no entry: below the key of every number
 LARGEST = 2**31 - 1  # above every key and every id
 GAP_SHIFT = 20  # a candidate packs its row of entries below this bit, gaps before it above
 MAX_ROWS = 2 ** (31 - GAP_SHIFT)
-
-
-def order_keys(scores):
-    """Returns int32 keys in the order of the float32 scores; −0 and +0 are equal."""
-    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
-    return jnp.where(bits < 0, NOTHING - bits, bits)
-
-
-def order_values(keys):
-    """Undoes `order_keys`."""
-    bits = jnp.where(keys < 0, NOTHING - keys, keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def stream_index(shape, wide: bool):

@@ -1,10 +1,9 @@
 """Rotating the trailing channels of queries, key-values and entries by their positions."""
 
-import jax
 from jaxtyping import Array, Float
 
 from v4jax.kernels import dispatch
-from v4jax.kernels.rotation import reference
+from v4jax.kernels.dispatch import Target
 from v4jax.shapes import check_shape
 
 
@@ -14,6 +13,7 @@ def rotate(
     sine: Float[Array, "b t r"],
     *,
     inverse: bool = False,
+    target: Target | None = None,
 ) -> Float[Array, "b t ... c"]:
     """Rotates the last r channels in interleaved pairs, in float32; rounds to x's dtype.
 
@@ -23,26 +23,12 @@ def rotate(
       x: [b, t, c], or [b, t, h, c] where heads share an angle.
       cosine, sine: of the angle of each channel's pair, so that neighbours are equal.
       inverse: rotates back (the output of attention, by the query's position).
+      target: the devices the program is made for.
 
     Source: spec B.5.
     """
     check_shape("cosine", cosine, (*x.shape[:2], None))
     check_shape("sine", sine, cosine.shape)
-    implementation = reference
-    if choose(x, cosine) == "pallas_tpu":
-        from v4jax.kernels.rotation import pallas_tpu as implementation
-    return implementation.rotate(x, cosine, sine, inverse=inverse)
-
-
-def choose(x: jax.Array, cosine: jax.Array) -> str:
-    """Returns the name of the implementation that runs on these arguments."""
-
-    def check_tpu():
-        reason = dispatch.needs_platform("tpu")
-        if reason is not None:
-            return reason
-        from v4jax.kernels.rotation import pallas_tpu
-
-        return pallas_tpu.supported(x, cosine)
-
-    return dispatch.choose("rotation", {"pallas_tpu": check_tpu, "reference": lambda: None})
+    target = target or Target.here()
+    run = dispatch.pick(target, "rotation", __name__, x, cosine).rotate
+    return run(x, cosine, sine, inverse=inverse, target=target)

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.tpu import LANES, PACKED_ROWS
 from v4jax.shapes import ceil_div, round_up
 
-LANES = 128
-ROWS = 16  # of a tile of bfloat16
 BLOCK_ROWS = 2048  # of a program: 1 MiB in float32
-MOST_HEADS = BLOCK_ROWS // ROWS
+MOST_HEADS = BLOCK_ROWS // PACKED_ROWS
 
 
 def supported(x: jax.Array, cosine: jax.Array) -> str | None:
@@ -31,14 +29,14 @@ def supported(x: jax.Array, cosine: jax.Array) -> str | None:
             f"channels must divide by {LANES} and at most {LANES} rotate, got {x.shape[-1]} and "
             f"{cosine.shape[-1]}"
         )
-    if x.ndim > 4 or (x.ndim > 3 and (x.shape[2] % ROWS or x.shape[2] > MOST_HEADS)):
-        return f"heads must be a multiple of {ROWS} up to {MOST_HEADS}, got {x.shape[2:-1]}"
+    if x.ndim > 4 or (x.ndim > 3 and (x.shape[2] % PACKED_ROWS or x.shape[2] > MOST_HEADS)):
+        return f"heads must be a multiple of {PACKED_ROWS} up to {MOST_HEADS}, got {x.shape[2:-1]}"
     if not x.size:
         return f"there is nothing to rotate in {x.shape}"
     return None
 
 
-def rotate(x, cosine, sine, *, inverse):
+def rotate(x, cosine, sine, *, inverse, target):
     """See `v4jax.kernels.rotation.rotate`."""
     rotated = cosine.shape[-1]
     tokens = cosine.shape[0] * cosine.shape[1]
@@ -48,14 +46,14 @@ def rotate(x, cosine, sine, *, inverse):
     cosine = jnp.pad(cosine.reshape(tokens, rotated), fill)
     sine = jnp.pad((sine * signs).reshape(tokens, rotated), fill)
     flat = x.reshape(tokens, *x.shape[2:])
-    return _rotate(rotated, inverse, flat, cosine, sine).reshape(x.shape)
+    return _rotate(rotated, inverse, target.interpret, flat, cosine, sine).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rotate(rotated, inverse, x, cosine, sine):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rotate(rotated, inverse, interpret, x, cosine, sine):
     tokens, *heads, channels = x.shape
-    tile = max(BLOCK_ROWS // (heads[0] if heads else 1), ROWS)
-    tile = min(tile, round_up(tokens, ROWS))
+    tile = max(BLOCK_ROWS // (heads[0] if heads else 1), PACKED_ROWS)
+    tile = min(tile, round_up(tokens, PACKED_ROWS))
     last = channels // LANES - 1
     block = pl.BlockSpec((tile, *heads, LANES), lambda i: (i, *(0 for _ in heads), last))
     angles = pl.BlockSpec((tile, LANES), lambda i: (i, 0))
@@ -67,7 +65,7 @@ def _rotate(rotated, inverse, x, cosine, sine):
         out_specs=block,
         input_output_aliases={0: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        interpret=dispatch.platform() != "tpu",
+        interpret=interpret,
         name="rotation",
     )(x, cosine, sine)
 
@@ -86,13 +84,13 @@ def _rotate_block(rotated, inverse, x_ref, cosine_ref, sine_ref, out_ref):
     out_ref[...] = turned.astype(x.dtype)
 
 
-def _forward(rotated, inverse, x, cosine, sine):
-    return _rotate(rotated, inverse, x, cosine, sine), (cosine, sine)
+def _forward(rotated, inverse, interpret, x, cosine, sine):
+    return _rotate(rotated, inverse, interpret, x, cosine, sine), (cosine, sine)
 
 
-def _backward(rotated, inverse, angles, gradient):
+def _backward(rotated, inverse, interpret, angles, gradient):
     """The angles have no gradient; that of a rotation is the one back."""
-    return _rotate(rotated, not inverse, gradient, *angles), None, None
+    return _rotate(rotated, not inverse, interpret, gradient, *angles), None, None
 
 
 _rotate.defvjp(_forward, _backward)

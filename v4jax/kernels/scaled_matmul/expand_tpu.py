@@ -16,16 +16,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.dispatch import Target
 from v4jax.kernels.scaled_matmul import unpack_tpu
-from v4jax.kernels.scaled_matmul.unpack_tpu import GROUP, LANES, UNPACK_ROWS
+from v4jax.kernels.scaled_matmul.unpack_tpu import GROUP, UNPACK_ROWS
+from v4jax.kernels.tpu import LANES, chip_of
 from v4jax.quant import formats
 
 _LARGEST_BLOCK = 2 * 2**20  # weights of one step: 4 MiB expanded, twice, and once in the scratch
 
 
-def expand(weight):
-    """Returns a `ScaledArray` [..., out, in] that `unpack_tpu.why_not` lets pass, in bfloat16."""
+def supported(weight) -> str | None:
+    """Returns why the kernel cannot expand this weight, or None."""
+    return unpack_tpu.why_not("weight", weight)
+
+
+def expand(weight, *, target: Target):
+    """Returns a `ScaledArray` [..., out, in] in bfloat16."""
     kind, (*lead, out, width) = unpack_tpu.kind_of(weight), weight.shape
     matrices = math.prod(lead)
     values = weight.values.reshape(matrices, *weight.values.shape[-2:])
@@ -37,7 +43,7 @@ def expand(weight):
             scales = formats.decode_e8m0(scales)
         own = pl.BlockSpec((None, *scales.shape[1:]), lambda matrix, block: (matrix, 0, 0))
     call = pl.pallas_call(
-        functools.partial(_body, kind),
+        functools.partial(_body, chip_of(target), kind),
         grid=(matrices, out // rows),
         in_specs=[
             pl.BlockSpec((None, rows, values.shape[-1]), lambda matrix, block: (matrix, block, 0)),
@@ -47,7 +53,7 @@ def expand(weight):
         scratch_shapes=[pltpu.VMEM(unpack_tpu.scratch_shape(rows, width), jnp.int32)],
         out_shape=jax.ShapeDtypeStruct((matrices, out, width), jnp.bfloat16),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name=f"expand_{kind}",
     )
     return call(values, scales).reshape(weight.shape)
@@ -61,13 +67,13 @@ def _choose_rows(out: int, width: int) -> int:
     return LANES
 
 
-def _body(kind, values_ref, scales_ref, out_ref, scratch_ref):
+def _body(chip, kind, values_ref, scales_ref, out_ref, scratch_ref):
     """One block of rows of one matrix.
 
     input: values [rows, in] as stored, scales. output: [rows, in]. scratch: the expanded block.
     """
     first_tile = pl.program_id(1) * (out_ref.shape[0] // LANES)
-    unpack_tpu.unpack(kind, values_ref, scales_ref, scratch_ref, first_tile)
+    unpack_tpu.unpack(chip, kind, values_ref, scales_ref, scratch_ref, first_tile)
     rows, columns = unpack_tpu.row_matrix(jnp.bfloat16), unpack_tpu.split_matrix(jnp.bfloat16)
 
     @pl.loop(0, out_ref.shape[0] // UNPACK_ROWS)
@@ -80,7 +86,7 @@ def _body(kind, values_ref, scales_ref, out_ref, scratch_ref):
         for first in range(0, expanded.shape[1], GROUP):
             group = slice(first, first + GROUP)
             mixed = expanded[:, group]
-            if unpack_tpu.mixes_rows():
+            if unpack_tpu.mixes_rows(chip):
                 mixed = _product(rows, mixed, 0)
             out_ref[place, group] = _product(mixed, columns, 1)
 

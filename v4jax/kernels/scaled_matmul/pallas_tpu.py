@@ -14,9 +14,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.dispatch import Target
 from v4jax.kernels.scaled_matmul import expand_tpu, unpack_tpu
 from v4jax.kernels.stacked import Stacked
+from v4jax.kernels.tpu import LANES, VMEM_BYTES, Chip, chip_of
 from v4jax.quant import ScaledArray, formats
 from v4jax.shapes import ceil_div, round_up
 
@@ -26,8 +27,6 @@ LARGEST_TILE, SMALLEST_TILE = 512, 16
 ROW_STEP = 128
 # Columns produced by one pass of the inner loop: two widths of the newer chips' MXU.
 PASS = 512
-# What a kernel may use of the smallest VMEM (64 MiB); the rest is the compiler's.
-VMEM_BYTES = 60 * 2**20
 
 
 def supported(x, weight) -> str | None:
@@ -39,9 +38,13 @@ def supported(x, weight) -> str | None:
     return unpack_tpu.why_not("weight", weight)
 
 
-@jax.custom_vjp
-def matmul(x, weight):
+def matmul(x, weight, *, target: Target):
     """Returns x · weightᵀ, rounded to bfloat16; x is rounded to FP8 already where that is asked."""
+    return _matmul(target, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(target, x, weight):
     *lead, width = x.shape
     rows = x.reshape(-1, width)
     tile = min(LARGEST_TILE, round_up(rows.shape[0], SMALLEST_TILE))
@@ -51,22 +54,22 @@ def matmul(x, weight):
         rows = unpack_tpu.split(rows)
     experts = jnp.zeros(tiles, jnp.int32)
     one = jax.tree.map(lambda array: array[None], weight)
-    out = multiply_tiles(rows, one, experts, jnp.int32(tiles), tile=tile)
+    out = multiply_tiles(target, rows, one, experts, jnp.int32(tiles), tile=tile)
     return out[: math.prod(lead)].reshape(*lead, out.shape[-1])
 
 
-def _matmul_forward(x, weight):
-    return matmul(x, weight), weight
+def _matmul_forward(target, x, weight):
+    return _matmul(target, x, weight), weight
 
 
-def _matmul_backward(weight, gradient):
+def _matmul_backward(target, weight, gradient):
     """Only x has a gradient: a quantized weight is a constant."""
-    dense = expand_tpu.expand(weight)
+    dense = expand_tpu.expand(weight, target=target)
     gradient_x = jnp.einsum("...o,oi->...i", gradient, dense, preferred_element_type=jnp.float32)
     return formats.round_to(gradient_x, gradient.dtype), jax.tree.map(zero_gradient, weight)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def zero_gradient(array):
@@ -140,11 +143,6 @@ def expansion(kind, *sizes: int):
     return (pltpu.VMEM((*pairs, *unpack_tpu.scratch_shape(rows, columns)), jnp.int32),)
 
 
-def has_wide_units() -> bool:
-    """Returns whether matrix units are 256 wide: weights take as long to enter as 256 rows."""
-    return dispatch.device_kind().startswith(("TPU v6", "TPU7"))
-
-
 def for_load(loads_ref, tile: int, partial: bool, run) -> None:
     """Calls `run` with the number of rows to compute: those of the tile, or as many as it uses."""
     if not partial:
@@ -173,7 +171,7 @@ def choose_rows(out: int, width: int, kind, pairs: int, tile: int) -> int:
     return min(out, 128)
 
 
-def multiply_tiles(rows_ai, weight, experts, used, *, tile: int, loads=None):
+def multiply_tiles(target: Target, rows_ai, weight, experts, used, *, tile: int, loads=None):
     """Returns rows · weight[expert of their tile]ᵀ, rounded to bfloat16; unused tiles hold garbage.
 
     Args:
@@ -186,9 +184,10 @@ def multiply_tiles(rows_ai, weight, experts, used, *, tile: int, loads=None):
     weight, layer = layer_of(weight)
     kind, (out, width) = unpack_tpu.kind_of(weight), weight.shape[-2:]
     block = choose_rows(out, width, kind, 1, tile)
-    partial, loads = plan_loads(experts, tile, loads)
+    chip = chip_of(target)
+    partial, loads = plan_loads(chip, experts, tile, loads)
     call = pl.pallas_call(
-        functools.partial(_multiply_body, kind, block, partial),
+        functools.partial(_multiply_body, chip, kind, block, partial),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(out // block, used),
@@ -203,26 +202,26 @@ def multiply_tiles(rows_ai, weight, experts, used, *, tile: int, loads=None):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        interpret=dispatch.platform() != "tpu",
+        interpret=target.interpret,
         name=f"scaled_matmul_{kind}",
     )
     return call(layer, experts, loads, rows_ai, *weight_operands(weight, layer))
 
 
-def plan_loads(experts, tile: int, loads):
+def plan_loads(chip: Chip, experts, tile: int, loads):
     """Returns (whether tiles compute only the rows they use, loads [tiles] for the kernel)."""
     if loads is None:
         return False, jnp.full_like(experts, tile)
-    return varies(tile), loads
+    return varies(chip, tile), loads
 
 
-def varies(tile: int) -> bool:
+def varies(chip: Chip, tile: int) -> bool:
     """Returns whether only the rows that a tile uses are computed, given its load."""
-    return tile > 2 * ROW_STEP and tile % ROW_STEP == 0 and has_wide_units()
+    return tile > 2 * ROW_STEP and tile % ROW_STEP == 0 and chip.modern
 
 
 def _multiply_body(
-    kind, block, partial, layer_ref, experts_ref, loads_ref, rows_ref, values_ref, *rest
+    chip, kind, block, partial, layer_ref, experts_ref, loads_ref, rows_ref, values_ref, *rest
 ):
     """One block of outputs of one tile.
 
@@ -235,11 +234,11 @@ def _multiply_body(
         (out_ref,) = rest
     else:
         scales_ref, out_ref, scratch_ref = rest
-        first_tile = pl.program_id(0) * (block // unpack_tpu.LANES)
+        first_tile = pl.program_id(0) * (block // LANES)
 
         @pl.when(is_new(experts_ref))
         def _():
-            unpack_tpu.unpack(kind, values_ref, scales_ref, scratch_ref, first_tile)
+            unpack_tpu.unpack(chip, kind, values_ref, scales_ref, scratch_ref, first_tile)
 
     step = min(PASS, block)
 
@@ -251,7 +250,7 @@ def _multiply_body(
                 weight = values_ref[columns, :]
             else:
                 weight = unpack_tpu.read(scratch_ref, i, step)
-            outputs = unpack_tpu.restore(kind, multiply(rows_ref[:rows, :], weight))
+            outputs = unpack_tpu.restore(chip, kind, multiply(rows_ref[:rows, :], weight))
             out_ref[:rows, columns] = outputs.astype(jnp.bfloat16)
 
     for_load(loads_ref, rows_ref.shape[0], partial, run)

@@ -23,13 +23,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.kernels import dispatch
+from v4jax.kernels.tpu import LANES, Chip
 from v4jax.quant import ScaledArray
 from v4jax.quant.scaled_array import FP4_BLOCK, FP8_BLOCK
 
 Kind = Literal["bfloat16", "fp8", "fp4"]
 
-LANES = 128
 ONES = 0x11111111  # bit 0 of eight codes
 MAGNITUDES = 0x77777777  # their other bits than the signs
 CAST_MAGNITUDES = 0x1C1C1C1C  # those of one code, placed in each of four e4m3 numbers
@@ -88,12 +87,12 @@ def row_matrix(dtype):
     return (source == wanted).astype(dtype)
 
 
-def restore(kind: Kind, outputs):
+def restore(chip: Chip, kind: Kind, outputs):
     """Returns outputs [rows, o], o a multiple of 128, in their own order.
 
     Expanded FP4 rows 4i … 4i+3 lie as 4i, 4i+2, 4i+1, 4i+3: the outputs in the middle swap.
     """
-    if kind != "fp4" or not mixes_rows():
+    if kind != "fp4" or not mixes_rows(chip):
         return outputs
     blocks = []
     for first in range(0, outputs.shape[1], LANES):
@@ -121,17 +120,14 @@ def read(scratch_ref, step, rows: int):
     return jnp.concatenate(planes, axis=1)
 
 
-def computes_in_bfloat16() -> bool:
-    """Returns whether the chip's vector unit does, two values per lane."""
-    return dispatch.device_kind().startswith(("TPU v6", "TPU7"))
-
-
-def mixes_rows() -> bool:
+def mixes_rows(chip: Chip) -> bool:
     """Returns whether expanded FP4 rows need `restore`, or come in split order if asked to."""
-    return castable() is None
+    return chip.cast is None
 
 
-def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, splits=False) -> None:
+def unpack(
+    chip: Chip, kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, splits=False
+) -> None:
     """Expands a block into `scratch_ref`, for `read`.
 
     Args:
@@ -139,27 +135,28 @@ def unpack(kind: Kind, values_ref, scales_ref, scratch_ref, first_tile, *, split
       scales_ref: FP8: [out/128, columns/128] float32 of the whole matrix; FP4: [rows, columns/32].
       scratch_ref: `scratch_shape`.
       first_tile: FP8: the block's first row of 128 in `scales_ref`.
-      splits: FP4: the rows come in split order, and need no `restore`; only if `mixes_rows()`.
+      splits: FP4: the rows come in split order, and need no `restore`; only if `mixes_rows`.
     """
 
     @pl.loop(0, values_ref.shape[0] // UNPACK_ROWS)
     def _(step):
+        refs = values_ref, scales_ref, scratch_ref
         if kind == "fp8":
-            _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile)
-        elif mixes_rows():
-            _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits)
+            _unpack_fp8(chip, *refs, step, first_tile)
+        elif mixes_rows(chip):
+            _unpack_fp4(chip, *refs, step, splits)
         else:
-            _cast_fp4(values_ref, scales_ref, scratch_ref, step)
+            _cast_fp4(chip, *refs, step)
 
 
-def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
+def _unpack_fp8(chip, values_ref, scales_ref, scratch_ref, step, first_tile):
     rows, half = pl.ds(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS // 2
     scales = scales_ref[pl.ds(first_tile + step, 1), :]
     for tile in range(values_ref.shape[1] // LANES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         scale = scales[:, tile : tile + 1]
-        if castable():
-            expanded = _cast_fp8(values_ref[rows, lanes], scale)
+        if chip.cast is not None:
+            expanded = _cast_fp8(chip, values_ref[rows, lanes], scale)
         else:
             values = values_ref[rows, lanes].astype(jnp.float32)
             expanded = (values * scale).astype(jnp.bfloat16)
@@ -167,48 +164,31 @@ def _unpack_fp8(values_ref, scales_ref, scratch_ref, step, first_tile):
         scratch_ref.at[tile][pl.ds(step * half, half), :] = words
 
 
-def castable():
-    """Returns the e4m3 format that the chip converts in one to three steps, or None.
-
-    A TPU v6 takes eight for e4m3fn. Its own format has bias 11 instead of 7, so that every code
-    is a 16th of itself, and NaN for −0.
-    """
-    kind = dispatch.device_kind()
-    if kind.startswith("TPU v6"):
-        return jnp.float8_e4m3b11fnuz
-    return jnp.float8_e4m3fn if kind.startswith("TPU7") else None
-
-
-def bias_of(fmt) -> int:
-    """Returns what the exponents of an e4m3 format are too large by."""
-    return 11 if fmt == jnp.float8_e4m3b11fnuz else 7
-
-
-def _cast_fp8(values, scale):
+def _cast_fp8(chip, values, scale):
     """Returns e4m3fn values · scale in bfloat16.
 
     (Where bias 11 is read, the two NaN of e4m3fn are ±480: no weight is NaN.)
     """
-    fmt = castable()
+    fmt = chip.cast
     if fmt == jnp.float8_e4m3b11fnuz:
         codes = pltpu.bitcast(values, jnp.int32)
         # The highest bit of each byte that is neither 0 nor −0: the latter becomes +0.
         some = (codes & 0x7F7F7F7F) + 0x7F7F7F7F
         values = pltpu.bitcast(codes & (some | 0x7F7F7F7F), fmt)
-    return values.astype(jnp.bfloat16) * (scale * 2.0 ** (bias_of(fmt) - 7)).astype(jnp.bfloat16)
+    return values.astype(jnp.bfloat16) * (scale * 2.0 ** (chip.cast_bias - 7)).astype(jnp.bfloat16)
 
 
-def _cast_fp4(values_ref, scales_ref, scratch_ref, step):
+def _cast_fp4(chip, values_ref, scales_ref, scratch_ref, step):
     """Expands rows in their own order, by a chip's cast of e4m3.
 
     A code's exponent and mantissa become the lowest bits of the exponent and the highest of the
     mantissa of such a number. Code 1 (½) is a subnormal in both, so that the number is the code's
     value times 2^(1 − bias). Scales of 2^118 and more are too large for what makes up for it.
     """
-    fmt = castable()
+    fmt = chip.cast
     rows, half = pl.ds(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS // 2
     exponents = pltpu.bitcast(scales_ref[rows, :].astype(jnp.int16), jnp.int32)
-    scales = (exponents << 7) + _both((bias_of(fmt) - 1) << 7)  # two bfloat16 in a word
+    scales = (exponents << 7) + _both((chip.cast_bias - 1) << 7)  # two bfloat16 in a word
     lane = jax.lax.broadcasted_iota(jnp.int32, (half, LANES), 1)
     for group in range(values_ref.shape[1] // LANES):
         scale = pltpu.bitcast(_spread_scales(scales, group, lane), jnp.bfloat16)
@@ -234,7 +214,7 @@ def _spread_scales(scales, group: int, lane):
     return jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
 
 
-def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
+def _unpack_fp4(chip, values_ref, scales_ref, scratch_ref, step, splits):
     rows, words = pl.ds(step * UNPACK_ROWS, UNPACK_ROWS), UNPACK_ROWS // 4
     if splits:
         # A group of 256 rows is 128 words, the even rows' before the odd ones'; a step is half one.
@@ -250,11 +230,11 @@ def _unpack_fp4(values_ref, scales_ref, scratch_ref, step, splits):
         low, high = scratch_ref.at[2 * group], scratch_ref.at[2 * group + 1]
         # Bytes 0 and 2 of a word, then 1 and 3: their codes stand 16 bits apart already.
         exponents = (scale << 7) & 0x7F807F80, (scale >> 1) & 0x7F807F80
-        found = decode_codes(four, exponents)
+        found = decode_codes(chip, four, exponents)
         low[place[0], :], high[place[0], :], low[place[1], :], high[place[1], :] = found
 
 
-def decode_codes(words, exponents):
+def decode_codes(chip: Chip, words, exponents):
     """Returns four words of two bfloat16 each: of the codes at bits 0, 4, 8, 12 and 16 above.
 
     Args:
@@ -262,7 +242,7 @@ def decode_codes(words, exponents):
       exponents: two arrays of words, of the codes of even and of odd bytes: in both halves, at bits
         14–7, the scale's exponent less one. (With the scale's own, all values come out doubled.)
     """
-    return (_by_bfloat16 if computes_in_bfloat16() else _by_integers)(words, exponents)
+    return (_by_bfloat16 if chip.modern else _by_integers)(words, exponents)
 
 
 def _by_bfloat16(four, exponents):
