@@ -78,8 +78,8 @@ class FakeModel:
         """Returns an empty cache."""
         return FakeCache(jnp.ones(batch, jnp.uint32), jnp.zeros(batch, jnp.int32), max_tokens)
 
-    def held(self):
-        """Returns what loops call `extend` of; see the contract."""
+    def flatten(self):
+        """Returns the model for loops over `extend`; see the contract."""
         return self
 
     def extend(self, tokens, cache, lengths=None, logits="all", *, donate=False, trusted=False):
