@@ -24,7 +24,7 @@ def test_ring_holds_the_last_rows(tokens):
             ONE_DEVICE, rings, jnp.int32(1), jnp.asarray(rows), start, start + lengths
         )
         seen = [np.concatenate([s, r[:n]]) for s, r, n in zip(seen, rows, lengths, strict=True)]
-        ordered = ring.ordered(rings, jnp.int32(1), jnp.array([len(rows) for rows in seen]))
+        ordered = ring.ordered(rings, jnp.int32(1), jnp.array([len(rows) for rows in seen]), SIZE)
         for slot in range(SLOTS):
             kept = min(len(seen[slot]), SIZE)
             expected = seen[slot][len(seen[slot]) - kept :]

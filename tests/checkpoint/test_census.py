@@ -16,7 +16,7 @@ def totals_of(name, storage="released"):
     return total(census(model))
 
 
-# name: parameters, without MTP, stored elements, bytes of the tensors on disk, tensors
+# name: parameters, without drafts, stored elements, bytes of the tensors on disk, tensors
 PUBLISHED = {
     "v4_flash": (
         *(290_942_289_362, 284_332_240_471, 158_069_433_298),
@@ -28,13 +28,32 @@ PUBLISHED = {
     ),
 }
 
+# name: tensors and bytes of the whole and of the draft module, the module's parameters
+PUBLISHED_DRAFTS = {
+    "v4_flash_0731": (72_317, 166_878_536_440, 4_705, 10_862_838_300, 19_845_850_983),
+    "v4_pro_0813": (149_782, 892_727_580_904, 7_009, 41_979_375_900, 77_498_408_103),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_DRAFTS)
+def test_published_draft_modules(name):
+    model = abstract_transformer(load_model_config(name), get_numerics("released"))
+    entries = census(model)
+    whole, module = total(entries), total([entry for entry in entries if entry.drafts])
+    assert PUBLISHED_DRAFTS[name] == (
+        *(whole.tensors, whole.file_bytes),
+        *(module.tensors, module.file_bytes, module.parameters),
+    )
+    preview = totals_of(name.rsplit("_", 1)[0])
+    assert whole.parameters_without_drafts == preview.parameters_without_drafts
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_totals(name):
     totals = totals_of(name)
     assert PUBLISHED[name] == (
         totals.parameters,
-        totals.parameters_without_mtp,
+        totals.parameters_without_drafts,
         totals.stored_elements,
         totals.file_bytes,
         totals.tensors,

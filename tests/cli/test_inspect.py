@@ -16,12 +16,12 @@ def inspect(capsys, *arguments: str) -> str:
 
 LINES = {
     "v4_flash": [
-        "parameters       290,942,289,362 (284,332,240,471 without MTP blocks)",
+        "parameters       290,942,289,362 (284,332,240,471 without the blocks that draft)",
         "stored elements  158,069,433,298 ",
         "files            159,609,485,896 bytes in 69,187 tensors",
     ],
     "v4_pro": [
-        "parameters       1,598,837,347,742 (1,572,997,201,763 without MTP blocks)",
+        "parameters       1,598,837,347,742 (1,572,997,201,763 without the blocks that draft)",
         "stored elements  861,608,274,846 ",
         "files            864,704,792,696 bytes in 145,116 tensors",
     ],

@@ -76,7 +76,25 @@ PRO = FLASH | {
     "routed_scaling_factor": 2.5,
 }
 
+FLASH_0731 = FLASH | {
+    "compress_ratios": [0, 0] + [4, 128] * 20 + [4] + [0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
+
+PRO_0813 = PRO | {
+    "compress_ratios": [128, 128] + [4, 128] * 29 + [4] + [0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 512,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [58, 59, 60],
+}
+
 RELEASED = {
+    "v4_flash_0731": FLASH_0731,
+    "v4_pro_0813": PRO_0813,
     "v4_flash": FLASH,
     "v4_flash_base": FLASH | {"expert_dtype": "fp8"},
     "v4_pro": PRO,

@@ -1,6 +1,7 @@
 """`config.json` → ModelConfig: what the released files say, and what every broken one is told."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from v4jax.config.from_hf import FIXED, INFORMATIONAL, model_config_from_hf
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
 
-from .released import FLASH, FLASH_TRANSFORMERS, PRO, RELEASED
+from .released import FLASH, FLASH_0731, FLASH_TRANSFORMERS, PRO, RELEASED
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -33,6 +34,46 @@ def test_layers_of_flash():
     assert config.layers[2].rope == Rope(160000.0, YarnScaling(), 64)
     assert [layer.kind for layer in config.mtp_layers] == [LayerKind.WINDOW]
     assert hash(config) == hash(model_config_from_hf(FLASH))
+
+
+def test_drafts_of_flash_0731():
+    config = model_config_from_hf(FLASH_0731)
+    assert config.draft.stages == len(config.draft_layers) == 3
+    assert {layer.kind for layer in config.draft_layers} == {LayerKind.WINDOW}
+    assert {layer.rope.theta for layer in config.draft_layers} == {10000.0}  # and no YaRN
+    assert config.mtp_layers == () and config.layers == model_config_from_hf(FLASH).layers
+
+
+# {what: (change to the file of Flash-0731, what the message must say)}
+BROKEN_DRAFTS = {
+    "a key missing": ({"dspark_markov_rank": None}, "no dspark_markov_rank; copy the config.json"),
+    "a tapped layer that is none": (
+        {"dspark_target_layer_ids": [41, 42, 43]},
+        "model.draft.target_layer_ids must be ascending layers 0 … 42, got (41, 42, 43)",
+    ),
+    "a noise token that is none": (
+        {"dspark_noise_token_id": 129280},
+        "model.draft.noise_token_id must be an id below 129280",
+    ),
+    "a stage with a ratio": (
+        {"compress_ratios": [*FLASH_0731["compress_ratios"][:-1], 4]},
+        "model.compress_ratios must be 0 for the draft stages, got [0, 0, 4]",
+    ),
+    "no rows": ({"dspark_block_size": 0}, "model.draft.block_size must be positive, got 0"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_DRAFTS.values(), ids=BROKEN_DRAFTS.keys())
+def test_broken_drafts(change, message):
+    raw = {key: value for key, value in (FLASH_0731 | change).items() if value is not None}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        model_config_from_hf(raw)
+
+
+def test_ratios_of_blocks_that_were_taken_out():
+    raw = FLASH | {"num_nextn_predict_layers": 0}
+    config = model_config_from_hf(raw)
+    assert config.layers == model_config_from_hf(FLASH).layers and config.mtp_layers == ()
 
 
 def test_layers_of_pro():
@@ -130,7 +171,6 @@ BROKEN = {
         r"expert_dtype = fp8 and expert_dtype_outside = fp4 contradict",
     ),
     "vision": ({"vision_n_layers": 32}, r"vision_n_layers is a key of a vision checkpoint"),
-    "dspark": ({"dspark_block_size": 5}, r"dspark_block_size is a key of a DSpark checkpoint"),
     "nested": ({"text_config": {}}, r"text_config is a key of a nested"),
     "unknown": ({"qk_norm_gain": 2.0}, r"unknown key 'qk_norm_gain' \(= 2.0\) could change"),
     "misspelt": ({"hidden_sizes": 1}, r"unknown key 'hidden_sizes'.*did you mean 'hidden_size'\?"),

@@ -29,11 +29,12 @@ from v4jax.kernels import table
 from v4jax.kernels.table import EntryTable
 from v4jax.parallel import ONE_DEVICE, Axes
 from v4jax.parallel.context_parallel import rows_before
+from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.weight_sharding import name_of
 from v4jax.quant import EntryFormat
 from v4jax.shapes import ceil_div, round_up
 
-WINDOW, CSA, HCA, INDEX = "window", "csa", "hca", "index"
+WINDOW, CSA, HCA, INDEX, DRAFT = "window", "csa", "hca", "index", "draft"
 
 
 @jax.tree_util.register_dataclass
@@ -43,10 +44,12 @@ class HybridCache:
 
     lengths [b]: tokens each sequence has consumed.
     stored: name → stored arrays [l, b, rows, …]; "window" rings, "csa" and "hca" entries, "index"
-      keys.
+      keys; "draft" rings of the context keys that the stages of a draft module see.
     unfinished: name → [l, b, rows, 2, z] float32, rings of raw (value, gate) rows of the last one
       (HCA) or two (CSA) windows; absent for "window".
     capacity: tokens a sequence may reach.
+    spare: rows of every ring beyond those that a query needs, so that as many tokens can be taken
+      back.
     """
 
     lengths: Int[Array, "b"]
@@ -55,6 +58,7 @@ class HybridCache:
     capacity: int = dataclasses.field(metadata={"static": True})
     entry_format: EntryFormat = dataclasses.field(metadata={"static": True})
     index_format: EntryFormat = dataclasses.field(metadata={"static": True})
+    spare: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def batch(self) -> int:
@@ -78,6 +82,28 @@ class HybridCache:
                 f"got {slots.dtype}{list(slots.shape)}; mark with True what is to be emptied"
             )
         return dataclasses.replace(self, lengths=jnp.where(slots, 0, self.lengths))
+
+    def take_back(self, lengths: Int[Array, "b"]) -> "HybridCache":
+        """Returns a cache in which every sequence has its first `lengths` tokens only.
+
+        Drafts that were appended and rejected go away so: rows that they wrote are overwritten
+        before anything reads them.
+
+        Args:
+          lengths: at most `spare` tokens fewer than the last call left.
+
+        Raises:
+          CacheError: a sequence would grow, or lose more tokens than the rings can give back.
+        """
+        lengths = jnp.asarray(lengths, jnp.int32)
+        if not any(isinstance(x, jax.core.Tracer) for x in (lengths, self.lengths)):
+            removed = values_of(self.lengths) - np.asarray(lengths)
+            if removed.min() < 0 or removed.max() > self.spare:
+                raise CacheError(
+                    f"take_back may remove 0 … {self.spare} tokens, got {removed.tolist()}; "
+                    "verify at most as many drafts as the draft module has rows"
+                )
+        return dataclasses.replace(self, lengths=lengths)
 
     def take(self, indices: jax.Array) -> "HybridCache":
         """Returns a cache whose slot i is a copy of slot indices[i]: forks, or picks sequences.
@@ -201,7 +227,9 @@ def cache_axes(cache: HybridCache) -> HybridCache:
         cache,
         lengths=P("batch"),
         stored={
-            name: jax.tree.map(lambda _, axes=rings if name == WINDOW else entries: axes, arrays)
+            name: jax.tree.map(
+                lambda _, axes=rings if name in (WINDOW, DRAFT) else entries: axes, arrays
+            )
             for name, arrays in cache.stored.items()
         },
         unfinished=jax.tree.map(lambda _: rings, cache.unfinished),
@@ -232,7 +260,11 @@ def init_cache(
             f"got {max_tokens}"
         )
     entries, index = entry_format(config, numerics), index_format(config, numerics)
-    stored = {WINDOW: entries.zeros(config.num_hidden_layers, batch, config.sliding_window)}
+    spare = 0 if config.draft is None else config.draft.block_size
+    window = config.sliding_window + spare
+    stored = {WINDOW: entries.zeros(config.num_hidden_layers, batch, window)}
+    if config.draft is not None:
+        stored[DRAFT] = entries.zeros(config.draft.stages, batch, window)
     unfinished = {}
     for name, kind in ((CSA, LayerKind.CSA), (HCA, LayerKind.HCA)):
         layers = [layer for layer in config.layers if layer.kind is kind]
@@ -241,13 +273,48 @@ def init_cache(
         count, layer = len(layers), layers[0]
         capacity = round_up(max(max_tokens // layer.ratio, 1), entry_shards)
         rows, series = (2 * layer.ratio, 2) if layer.overlaps else (layer.ratio, 1)
+        rows += spare
         stored[name] = entries.zeros(count, batch, capacity)
         unfinished[name] = jnp.zeros((count, batch, rows, 2, series * config.head_dim), jnp.float32)
         if kind is LayerKind.CSA:
             stored[INDEX] = index.zeros(count, batch, capacity)
             shape = (count, batch, rows, 2, series * config.index_head_dim)
             unfinished[INDEX] = jnp.zeros(shape, jnp.float32)
-    return HybridCache(jnp.zeros(batch, jnp.int32), stored, unfinished, max_tokens, entries, index)
+    lengths = jnp.zeros(batch, jnp.int32)
+    return HybridCache(lengths, stored, unfinished, max_tokens, entries, index, spare)
+
+
+def store_draft_keys(
+    axes: Axes, cache: HybridCache, keys: list[Array], start: Array, end: Array
+) -> HybridCache:
+    """Returns the cache with the context keys of positions start … end−1, one array a stage.
+
+    Args:
+      start, end: as `ring.append`.
+    """
+    rings = cache.stored[DRAFT]
+    for stage, vectors in enumerate(keys):
+        new = cache.entry_format.encode(vectors)
+        rings = jax.tree.map(
+            lambda r, fresh, stage=stage: ring.append(axes, r, jnp.int32(stage), fresh, start, end),
+            rings,
+            new,
+        )
+    return dataclasses.replace(cache, stored=cache.stored | {DRAFT: rings})
+
+
+def draft_keys(cache: HybridCache) -> tuple[list[Array], Array]:
+    """Returns the context keys of the last window, [b, k, c] a stage, and which exist, [b, k]."""
+    rings = cache.stored[DRAFT]
+    stages, _, size = next(iter(rings.values())).shape[:3]
+    window = size - cache.spare
+    keys = [
+        cache.entry_format.decode(
+            {k: ring.ordered(r, jnp.int32(stage), cache.lengths, window) for k, r in rings.items()}
+        )
+        for stage in range(stages)
+    ]
+    return keys, cache.lengths[:, None] - window + jnp.arange(window) >= 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +339,7 @@ class LayerCache:
         new = stored_as.encode(key_values)
         history = jax.tree.map(
             lambda r, fresh: rows_before(
-                self.axes, fresh, ring.ordered(r, self.layer_index, self.start)
+                self.axes, fresh, ring.ordered(r, self.layer_index, self.start, self._held(r))
             ),
             rings,
             new,
@@ -292,7 +359,8 @@ class LayerCache:
         name, ratio, tokens = self._name(which), self.layer.ratio, values.shape[1]
         rings = self.cache.unfinished[name]
         new = jnp.stack([values, gates], axis=2).astype(jnp.float32)
-        history = rows_before(self.axes, new, ring.ordered(rings, self.kind_index, self.start))
+        kept = ring.ordered(rings, self.kind_index, self.start, self._held(rings))
+        history = rows_before(self.axes, new, kept)
         # The rows of all windows touched begin where the unfinished window does (with overlap, one
         # window before) and end with the last window that the call can complete.
         before = ratio if self.layer.overlaps else 0
@@ -339,6 +407,10 @@ class LayerCache:
             completed,
         )
         return self._table(stored, stored_as), self._store(name, stored)
+
+    def _held(self, rings) -> int:
+        """Returns the rows of a ring that a query needs."""
+        return rings.shape[2] - self.cache.spare
 
     def _table(self, stored, stored_as) -> EntryTable:
         """Returns the entries that attention reads: all, or in decoding those of this device."""

@@ -45,11 +45,16 @@ def append(
     return jax.lax.dynamic_update_index_in_dim(rings, jnp.where(fresh, new, old), layer, axis=0)
 
 
-def ordered(rings: jax.Array, layer: Int[Array, ""], start: Int[Array, "b"]) -> jax.Array:
-    """Returns the rows of positions start−size … start−1; those before 0 are arbitrary."""
+def ordered(
+    rings: jax.Array, layer: Int[Array, ""], start: Int[Array, "b"], count: int
+) -> jax.Array:
+    """Returns the rows of positions start−count … start−1; those before 0 are arbitrary.
+
+    Args:
+      count: at most the size.
+    """
     ring = jax.lax.dynamic_index_in_dim(rings, layer, keepdims=False)
-    size = ring.shape[1]
-    return take_rows(ring, (start[:, None] + jnp.arange(size)) % size)
+    return take_rows(ring, (start[:, None] - count + jnp.arange(count)) % ring.shape[1])
 
 
 def take_rows(rows: jax.Array, index: Int[Array, "b s"]) -> jax.Array:

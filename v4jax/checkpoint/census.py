@@ -37,9 +37,9 @@ class Entry:
     tensors: int
 
     @property
-    def is_mtp(self) -> bool:
-        """Whether the parameter belongs to an MTP block."""
-        return self.path.startswith("mtp.")
+    def drafts(self) -> bool:
+        """Whether the parameter belongs to an MTP block or a draft module."""
+        return self.path.startswith(("mtp.", "draft."))
 
 
 def census(model: Transformer) -> list[Entry]:
@@ -69,7 +69,7 @@ class Totals:
     """Sums over a census; `file_bytes` counts a released checkpoint, whose tables are int64."""
 
     parameters: int
-    parameters_without_mtp: int
+    parameters_without_drafts: int
     stored_elements: int
     memory_bytes: int
     file_bytes: int
@@ -86,7 +86,7 @@ def total(entries: list[Entry]) -> Totals:
     memory_bytes = sum(entry.memory_bytes for entry in entries)
     return Totals(
         parameters=sum(entry.parameters for entry in entries),
-        parameters_without_mtp=sum(e.parameters for e in entries if not e.is_mtp),
+        parameters_without_drafts=sum(e.parameters for e in entries if not e.drafts),
         stored_elements=sum(entry.stored_elements for entry in entries),
         memory_bytes=memory_bytes,
         file_bytes=memory_bytes + tables,

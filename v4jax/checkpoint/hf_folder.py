@@ -8,9 +8,10 @@ import dataclasses
 import os
 from typing import Literal
 
+from v4jax import log
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors_file import Tensor, read_header
-from v4jax.config import ModelConfig
+from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.from_hf import model_config_from_hf
 from v4jax.config.json_keys import parse_json
 from v4jax.config.loading import read_config_json
@@ -44,8 +45,8 @@ class Folder:
 def open_folder(path: PathLike) -> Folder:
     """Returns what the folder holds, with the configuration made to fit the tensors.
 
-    A transformers layout without MTP tensors gives `num_nextn_predict_layers` 0. `expert_dtype`
-    comes from the tensors where `config.json` does not say it.
+    The tensors say whether there are MTP blocks or a draft module, and how many blocks; the log
+    says what was left out. `expert_dtype` comes from them where `config.json` does not say it.
 
     Raises:
       CheckpointError: a file or the index is missing or broken, or a tensor appears twice.
@@ -70,9 +71,7 @@ def open_folder(path: PathLike) -> Folder:
                 f"{path} are the same"
             )
         tensors[released] = tensor
-    config = model_config_from_hf(raw)
-    if layout == "transformers" and not any(name.startswith("mtp.") for name in tensors):
-        config = without_mtp(config)
+    config = _fit_drafts(path, model_config_from_hf(raw), tensors)
     indexed = {names.from_transformers(name): file for name, file in weight_map.items()}
     return Folder(path, layout, _fit_experts(config, raw, tensors), tensors, indexed)
 
@@ -82,15 +81,55 @@ def count_shards(count: int) -> str:
     return "1 shard" if count == 1 else f"{count} shards"
 
 
-def without_mtp(config: ModelConfig) -> ModelConfig:
-    """Returns the configuration of the same model without its MTP blocks."""
+def with_blocks(config: ModelConfig, mtp: int) -> ModelConfig:
+    """Returns the configuration of the same model with `mtp` MTP blocks and no draft module."""
     layers = config.num_hidden_layers
     return dataclasses.replace(
         config,
-        num_nextn_predict_layers=0,
-        compress_ratios=config.compress_ratios[:layers],
-        layer_types=config.layer_types[:layers],
+        num_nextn_predict_layers=mtp,
+        draft=None,
+        compress_ratios=config.compress_ratios[:layers] + (0,) * mtp,
+        layer_types=config.layer_types[:layers] + (LayerKind.WINDOW,) * mtp,
     )
+
+
+def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Returns the configuration with the blocks behind the layers that the tensors make up.
+
+    Raises:
+      CheckpointError: the tensors are of no module, of both, or contradict `config.json`.
+    """
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("mtp.")}
+    count, counted = len(numbers), config.num_nextn_predict_layers
+    if numbers != {str(i) for i in range(count)}:
+        raise CheckpointError(
+            f"{path}: blocks mtp.N must be numbered from 0 without a gap, got {sorted(numbers)}"
+        )
+    if not count:
+        if counted or config.draft is not None:
+            what = "a draft module" if config.draft is not None else "MTP blocks"
+            log.info(f"{path} has no tensors of {what}: the model runs without, and drafts nothing")
+        return with_blocks(config, 0)
+    serial = any(name.startswith(("mtp.0.e_proj.", "mtp.0.h_proj.")) for name in tensors)
+    drafts = any(name.startswith("mtp.0.main_proj.") for name in tensors)
+    if serial == drafts:
+        raise CheckpointError(
+            f"{path}: mtp.0 must have main_proj (a DSpark draft module) or e_proj and h_proj (an "
+            f"MTP block), got {'both' if serial else 'neither'}"
+        )
+    if serial:
+        if config.draft is not None:
+            raise CheckpointError(
+                f"{path}: config.json has dspark_ keys, but mtp.0 is an MTP block (it has e_proj)"
+            )
+        return config if count == counted else with_blocks(config, count)
+    if config.draft is None or config.draft.stages != count:
+        stages = "no dspark_ keys" if config.draft is None else f"{config.draft.stages} stages"
+        raise CheckpointError(
+            f"{path}: the tensors make a draft module of {count} stages, but config.json has "
+            f"{stages} (entries of compress_ratios behind those of the layers)"
+        )
+    return config
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -159,10 +159,7 @@ def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
 def _find(folder: Folder, name: str) -> Tensor:
     if name in folder.tensors:
         return folder.tensors[name]
-    hint = ""
-    if name.startswith("mtp.") and not any(other.startswith("mtp.") for other in folder.tensors):
-        hint = "; a model without MTP has num_nextn_predict_layers = 0 in config.json"
-    raise CheckpointError(f"tensor {name} is missing: no file of {folder.path} holds it{hint}")
+    raise CheckpointError(f"tensor {name} is missing: no file of {folder.path} holds it")
 
 
 def _check_shapes(tensors: list[Tensor], shape: tuple[int, ...]) -> None:

@@ -117,6 +117,20 @@ MTP = _rows("""
 """)
 
 
+# The draft module: rows of one stage only, below `mtp.{stage}.` and `draft.`.
+DRAFT_FIRST = _rows("""
+    main_proj.weight  context_projection   fp8
+    main_norm.weight  context_norm.weight  bfloat16
+""")
+
+DRAFT_LAST = _rows("""
+    norm.weight                   norm.weight       bfloat16
+    markov_head.markov_w1.weight  markov_embed      bfloat16
+    markov_head.markov_w2.weight  markov_head       bfloat16
+    confidence_head.proj.weight   confidence_head   bfloat16
+""")
+
+
 def block_rows(layer: Layer) -> tuple[Row, ...]:
     """Returns the rows that a layer of this kind has."""
     rows = BLOCK + ROUTER[layer.router]
@@ -148,6 +162,14 @@ def places(config: ModelConfig) -> list[Place]:
         prefix = f"mtp.{number}."
         found += _expand(block_rows(layer), prefix, f"{prefix}block.", (), config)
         found += _expand(MTP + COLLAPSE, prefix, prefix, (), config)
+    stages = config.draft_layers
+    for number, layer in enumerate(stages):
+        prefix = f"mtp.{number}."
+        found += _expand(block_rows(layer), prefix, f"draft.stages.{number}.", (), config)
+        if number == 0:
+            found += _expand(DRAFT_FIRST, prefix, "draft.", (), config)
+        if number == len(stages) - 1:
+            found += _expand(DRAFT_LAST + COLLAPSE, prefix, "draft.", (), config)
     return found
 
 

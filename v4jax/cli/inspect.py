@@ -90,7 +90,7 @@ def _describe_totals(totals: Any) -> list[str]:
     )
     return [
         f"parameters       {totals.parameters:,}"
-        f" ({totals.parameters_without_mtp:,} without MTP blocks)",
+        f" ({totals.parameters_without_drafts:,} without the blocks that draft)",
         f"stored elements  {totals.stored_elements:,}"
         " (packed FP4 as bytes; scales and routing tables included)",
         f"memory           {totals.memory_bytes:,} bytes"

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from v4jax.config.json_keys import JsonKeys
-from v4jax.config.model import LayerKind, ModelConfig, RouterKind, YarnScaling
+from v4jax.config.model import DraftConfig, LayerKind, ModelConfig, RouterKind, YarnScaling
 from v4jax.errors import ConfigError
 
 MODEL_TYPE = "deepseek_v4"
@@ -64,7 +64,6 @@ INFORMATIONAL = {
 
 # Families of keys of later checkpoints, with the reason they are refused.
 _REFUSED = {
-    "dspark_": "is a key of a DSpark checkpoint, whose draft module v4jax does not implement",
     "vision_": "is a key of a vision checkpoint; v4jax reads text models",
     "text_config": "is a key of a nested (later or multimodal) configuration",
 }
@@ -74,6 +73,8 @@ _APART = (
     "qk_rope_head_dim rope_theta compress_rope_theta initializer_range bos_token_id eos_token_id"
 )
 _ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
+# Of the released inference/config.json; here where no ratios behind those of the layers count them.
+STAGES_KEY = "n_mtp_layers"
 TOKENIZER_KEY = "v4jax_tokenizer"  # our own key, written only where it is not the released one
 
 
@@ -81,8 +82,9 @@ def model_config_from_hf(raw: Mapping) -> ModelConfig:
     """Returns the configuration that a `config.json` describes.
 
     `compress_ratios` or `layer_types` without entries for the MTP blocks get window layers for
-    them. A missing `expert_dtype` becomes "fp4"; the checkpoint reader corrects that from the
-    tensors.
+    them. `dspark_` keys name a draft module in place of MTP blocks, whatever
+    `num_nextn_predict_layers` says; its stages are the ratios behind those of the layers. A missing
+    `expert_dtype` becomes "fp4". The checkpoint reader corrects all this from the tensors.
 
     Args:
       raw: the parsed `config.json`, released keys or those of transformers, or a mixture that
@@ -101,7 +103,12 @@ def model_config_from_hf(raw: Mapping) -> ModelConfig:
         if field.type in (int, float) and field.name not in _APART.split()
     }
     values |= _rope(keys, values["head_dim"])
-    values |= _layers(keys, values["num_hidden_layers"], values["num_nextn_predict_layers"])
+    draft, blocks = _draft(keys), values["num_nextn_predict_layers"]
+    if draft is not None:  # the released files count 1 block where there are three stages
+        values["num_nextn_predict_layers"], blocks = 0, draft.pop("stages")
+    values |= _layers(keys, values["num_hidden_layers"], blocks)
+    stages = len(values["compress_ratios"]) - values["num_hidden_layers"]
+    values["draft"] = DraftConfig(stages=stages, **draft) if draft and stages else None
     values |= _storage(keys)
     values["initializer_range"] = keys.take("initializer_range", float, 0.02)
     for key, default in (("bos_token_id", 0), ("eos_token_id", 1)):
@@ -212,8 +219,30 @@ def _scaling(
     return scaling, theta
 
 
-def _layers(keys: JsonKeys, layers: int, mtp: int) -> dict:
-    """Reads which layer is of which kind, in either vocabulary, and adds the MTP blocks."""
+def _draft(keys: JsonKeys) -> dict | None:
+    """Reads the keys of a DSpark draft module; None where there are none."""
+    ids = keys.take_list("dspark_target_layer_ids", int)
+    names = ("block_size", "noise_token_id", "markov_rank")
+    fields = {name: keys.take(f"dspark_{name}", int, None) for name in names}
+    fields["target_layer_ids"] = None if ids is None else tuple(ids)
+    stages = keys.take(STAGES_KEY, int, None) if any(fields.values()) else None
+    missing = [name for name, value in fields.items() if value is None]
+    if len(missing) == len(fields):
+        return None
+    if missing:
+        raise ConfigError(
+            f"{keys.path} has some dspark_ keys but no dspark_{missing[0]}; copy the config.json "
+            "of the checkpoint"
+        )
+    return fields | {"stages": stages}
+
+
+def _layers(keys: JsonKeys, layers: int, blocks: int | None) -> dict:
+    """Reads which layer is of which kind, in either vocabulary, and adds the blocks behind them.
+
+    Args:
+      blocks: how many; None: as many as there are ratios.
+    """
     rates = _rates(keys)
     ratios = keys.take_list("compress_ratios", int)
     names = keys.take_list("layer_types", str)
@@ -227,8 +256,11 @@ def _layers(keys: JsonKeys, layers: int, mtp: int) -> dict:
         ratios = from_names if ratios is None else ratios
         _check_agree(keys.path, compress_ratios=ratios[: len(kinds)], layer_types=from_names)
         kinds += layer_kinds(ratios[len(kinds) :], rates[LayerKind.CSA])
-    if len(ratios) == layers:
-        ratios, kinds = [*ratios, *[0] * mtp], (*kinds, *[LayerKind.WINDOW] * mtp)
+    if blocks is not None and len(ratios) >= layers:
+        missing = max(layers + blocks - len(ratios), 0)
+        ratios, kinds = [*ratios, *[0] * missing], (*kinds, *[LayerKind.WINDOW] * missing)
+        if not any(ratios[layers + blocks :]):  # of blocks that were taken out of the model
+            ratios, kinds = ratios[: layers + blocks], kinds[: layers + blocks]
     return {
         "compress_ratios": tuple(ratios),
         "layer_types": kinds,

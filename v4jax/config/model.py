@@ -74,6 +74,26 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """The DSpark draft module: blocks that predict the next few tokens at once, from the target's
+    streams.
+
+    stages: blocks, one after the other.
+    target_layer_ids: layers of the target whose output streams the module reads, from 0.
+    markov_rank: width of the embedding of the token before, which corrects each row's logits.
+    block_size: rows of a draft: the last token and block_size − 1 times the noise token.
+
+    Source: spec dspark 1.2, 2.
+    """
+
+    stages: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+    block_size: int = 5
+    noise_token_id: int = 128799
+
+
+@dataclasses.dataclass(frozen=True)
 class StackPlan:
     """How the layers fold: every layer is in exactly one place.
 
@@ -103,9 +123,9 @@ class ModelConfig:
     moe_intermediate_size: int
     index_topk: int
     routed_scaling_factor: float
-    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block
+    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block or draft stage
     layer_types: tuple[LayerKind, ...]  # one per entry of compress_ratios
-    mlp_layer_types: tuple[RouterKind, ...]  # one per layer; MTP blocks are always TOPK
+    mlp_layer_types: tuple[RouterKind, ...]  # one per layer; blocks behind them are always TOPK
 
     vocab_size: int = 129280
     head_dim: int = 512
@@ -123,7 +143,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     compress_rope_theta: float = 160000.0
     rope_scaling: YarnScaling | None = YarnScaling()
-    num_nextn_predict_layers: int = 1
+    num_nextn_predict_layers: int = 1  # serial MTP blocks; 0 where there is a draft module
+    draft: DraftConfig | None = None
     max_position_embeddings: int = 1048576
     initializer_range: float = 0.02
     expert_dtype: str = "fp4"  # stored format of the routed experts: fp4 | fp8
@@ -147,6 +168,12 @@ class ModelConfig:
         return tuple(
             self._layer(first + i, RouterKind.TOPK) for i in range(self.num_nextn_predict_layers)
         )
+
+    @property
+    def draft_layers(self) -> tuple[Layer, ...]:
+        """The stages of the draft module; they route by score."""
+        first, stages = self.num_hidden_layers, 0 if self.draft is None else self.draft.stages
+        return tuple(self._layer(first + i, RouterKind.TOPK) for i in range(stages))
 
     @property
     def stack_plan(self) -> StackPlan:
@@ -211,11 +238,14 @@ def check_config(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
         if field.type in (int, float) and field.name not in _NOT_POSITIVE.split():
             require(field.name, getattr(config, field.name) > 0, "must be positive")
-    mtp, layers = config.num_nextn_predict_layers, config.num_hidden_layers
-    require("num_nextn_predict_layers", mtp >= 0, "must not be negative")
-    rule = f"must have {layers + mtp} entries (num_hidden_layers + num_nextn_predict_layers)"
+    blocks, layers = config.num_nextn_predict_layers, config.num_hidden_layers
+    require("num_nextn_predict_layers", blocks >= 0, "must not be negative")
+    if config.draft is not None:
+        require("num_nextn_predict_layers", blocks == 0, "must be 0 beside a draft module")
+        blocks = config.draft.stages
+    rule = f"must have {layers + blocks} entries (layers, and MTP blocks or draft stages)"
     for name in ("compress_ratios", "layer_types"):
-        require(name, len(getattr(config, name)) == layers + mtp, rule)
+        require(name, len(getattr(config, name)) == layers + blocks, rule)
     rule = f"must have num_hidden_layers = {layers} entries"
     require("mlp_layer_types", len(config.mlp_layer_types) == layers, rule)
     schedule = list(zip(config.layer_types, config.compress_ratios, strict=True))
@@ -243,3 +273,31 @@ def check_config(config: ModelConfig) -> None:
         require(name, 0 <= getattr(config, name) < config.vocab_size, rule)
     scaling = config.routed_scaling_factor
     require("routed_scaling_factor", math.isfinite(scaling), "must be finite")
+    if config.draft is not None:
+        check_draft(config)
+
+
+def check_draft(config: ModelConfig) -> None:
+    """Raises on the first broken invariant of the draft module.
+
+    Raises:
+      ConfigError: a size is out of range, or contradicts the rest of the model.
+    """
+    draft, layers, vocab = config.draft, config.num_hidden_layers, config.vocab_size
+
+    def require(field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"model.draft.{field} {rule}, got {getattr(draft, field)}")
+
+    for field in ("stages", "markov_rank", "block_size"):
+        require(field, getattr(draft, field) > 0, "must be positive")
+    ids = draft.target_layer_ids
+    ascend = bool(ids) and all(0 <= i < layers for i in ids) and sorted(set(ids)) == list(ids)
+    require("target_layer_ids", ascend, f"must be ascending layers 0 … {layers - 1}")
+    noise = draft.noise_token_id
+    require("noise_token_id", 0 <= noise < vocab, f"must be an id below {vocab}")
+    behind = config.compress_ratios[layers:]
+    if any(behind):
+        raise ConfigError(
+            f"model.compress_ratios must be 0 for the draft stages, got {list(behind)}"
+        )

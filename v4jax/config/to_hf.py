@@ -8,8 +8,15 @@ import dataclasses
 import math
 from typing import Literal
 
-from v4jax.config.from_hf import CSA_RATIO, FIXED, QUANTIZATION, TOKENIZER_KEY, layer_kinds
-from v4jax.config.model import LayerKind, ModelConfig, RouterKind
+from v4jax.config.from_hf import (
+    CSA_RATIO,
+    FIXED,
+    QUANTIZATION,
+    STAGES_KEY,
+    TOKENIZER_KEY,
+    layer_kinds,
+)
+from v4jax.config.model import DraftConfig, LayerKind, ModelConfig, RouterKind
 from v4jax.errors import ConfigError
 
 _OMITTED = ("is_encoder_decoder", "mlp_bias")  # checked where present; the released files lack them
@@ -42,6 +49,8 @@ def model_config_to_hf(
     if quantized if quantized is not None else layout == "released":
         raw["quantization_config"] = {key: accepted[0] for key, accepted in QUANTIZATION.items()}
         raw["quantization_config"]["weight_block_size"] = list(config.weight_block_size)
+    if config.draft is not None:
+        raw |= _draft(config.draft)
     if config.tokenizer != "v4":
         raw[TOKENIZER_KEY] = config.tokenizer
     if layout == "released":
@@ -49,8 +58,20 @@ def model_config_to_hf(
         raw |= {"torch_dtype": dtype, "rope_scaling": _scaling(config, "type")}
     else:
         raw |= _transformers_layers(config)
+        if config.draft is not None:
+            raw[STAGES_KEY] = config.draft.stages
         raw |= {"dtype": dtype, "mlp_bias": False} | _rope_parameters(config)
     return dict(sorted(raw.items()))
+
+
+def _draft(draft: DraftConfig) -> dict:
+    fields = dataclasses.asdict(draft)
+    del fields["stages"]  # the ratios behind those of the layers count them
+    fields["target_layer_ids"] = list(draft.target_layer_ids)
+    # What the released files say beside a draft module of three stages.
+    return {f"dspark_{name}": value for name, value in fields.items()} | {
+        "num_nextn_predict_layers": 1
+    }
 
 
 def _released_layers(config: ModelConfig) -> dict:

@@ -7,7 +7,7 @@ query sees. A multiplication and its addition are two operations.
 import dataclasses
 
 from v4jax.config import LayerKind, ModelConfig
-from v4jax.costs.inventory import Inventory, count_layers
+from v4jax.costs.inventory import DRAFT, Inventory, count_layers
 
 # Components without gradients: the ids of selected entries carry none, and scores only choose ids.
 _FORWARD_ONLY = ("index scores", "selection")
@@ -82,6 +82,8 @@ def _weight_products(inventory: Inventory, tokens: int, logits: int, mtp: bool) 
     chosen = config.num_experts_per_tok / config.n_routed_experts
     for weight in inventory.weights:
         if not weight.is_matrix or (weight.component == "MTP" and not mtp):
+            continue
+        if weight.component == DRAFT:  # runs for drafts only, which no plan counts yet
             continue
         share = chosen if weight.is_routed else 1.0
         count = logits if weight.component == "head" else tokens

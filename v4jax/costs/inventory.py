@@ -17,9 +17,12 @@ from flax import nnx
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.quant import ScaledArray
 
+DRAFT = "draft module"
+
 # Component of a weight: the first pattern that its path contains.
 _COMPONENTS = (
     (r"^mtp\.", "MTP"),
+    (r"^draft\.", DRAFT),
     (r"attention\.indexer\.", "index projections"),
     (r"attention\.compressor\.", "compressor"),
     (r"_hyper\.|^collapse\.", "hyper-connections"),

@@ -59,14 +59,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t d"], LayerMemory]:
         angles = context.rotations[self.layer.rope]
-        latent_btr = self.query_norm(self._linear(x, self.query_down))
-        queries_bthc = self._linear(latent_btr, self.query_up)
-        queries_bthc = queries_bthc.reshape(*x.shape[:2], -1, self.config.head_dim)
-        queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
-        queries_bthc = rotate(queries_bthc, *angles)
-        key_values_btc = self.key_value_norm(self._linear(x, self.key_value))
-        key_values_btc = rotate(key_values_btc, *angles)
-        recent_bsc, memory = memory.append_window(key_values_btc)
+        latent_btr, queries_bthc = self.project_queries(x, angles)
+        recent_bsc, memory = memory.append_window(self.project_keys(x, angles))
 
         selected = entries = None
         if self.layer.kind is LayerKind.CSA:
@@ -89,10 +83,26 @@ class Attention(nnx.Module):
                     *arguments, ratio=self.layer.ratio, entry_weight=weight, **options
                 )
         context.show(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
-        output = self._project_output(rotate(attended_bthc, *angles, inverse=True))
+        output = self.project_output(rotate(attended_bthc, *angles, inverse=True))
         return context.axes.psum(output, "heads"), memory
 
-    def _project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
+    def project_queries(
+        self, x: Float[Array, "b t d"], angles: tuple[Array, Array]
+    ) -> tuple[Float[Array, "b t r"], Float[Array, "b t h c"]]:
+        """Returns the normed latent vectors of x, and the rotated queries made of them."""
+        latent_btr = self.query_norm(self._linear(x, self.query_down))
+        queries_bthc = self._linear(latent_btr, self.query_up)
+        queries_bthc = queries_bthc.reshape(*x.shape[:2], -1, self.config.head_dim)
+        queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
+        return latent_btr, rotate(queries_bthc, *angles)
+
+    def project_keys(
+        self, x: Float[Array, "b t d"], angles: tuple[Array, Array]
+    ) -> Float[Array, "b t c"]:
+        """Returns the rotated key-values of x, not rounded yet."""
+        return rotate(self.key_value_norm(self._linear(x, self.key_value)), *angles)
+
+    def project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
         """Projects each group of heads to a low rank, then all groups to the model width.
 
         Where heads are split, this is the part of one device.

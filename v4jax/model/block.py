@@ -1,5 +1,8 @@
 """One layer: attention and experts, each between a collapse and an expansion of the streams."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -33,10 +36,16 @@ class Block(nnx.Module):
     def __call__(
         self, streams: Float[Array, "b t n d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t n d"], LayerMemory]:
+        return self.run(streams, context, lambda x: self.attention(x, context, memory))
+
+    def run(
+        self, streams: Float[Array, "b t n d"], context: Context, attend: Callable
+    ) -> tuple[Float[Array, "b t n d"], Any]:
+        """Runs the block with `attend` as its attention: normed x → output and its memory."""
         streams = checkpoint_name(streams, "streams")
         x, mix = self.attention_hyper(streams)
         with jax.named_scope("attention"):
-            output, memory = self.attention(self.attention_norm(x), context, memory)
+            output, memory = attend(self.attention_norm(x))
             output = checkpoint_name(output, "attention_output")
         streams, x, mix = self.moe_hyper.expand_mix(output, streams, mix)
         with jax.named_scope("moe"):

@@ -15,15 +15,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from v4jax.cache import HybridCache
-from v4jax.cache.hybrid import cache_axes
+from v4jax.cache.hybrid import cache_axes, draft_keys, store_draft_keys
 from v4jax.config import Numerics
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.model.context import make_context
+from v4jax.model.draft import Drafts
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.model.weights import materialize
 from v4jax.parallel import WEIGHTS, Axes, on_shards
 from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_token
-from v4jax.parallel.shard import look_up
+from v4jax.parallel.shard import look_up, replicate
 
 if TYPE_CHECKING:
     from v4jax.model.transformer import Transformer
@@ -71,21 +72,29 @@ def run_layers(
     axes = None if cache is None else cache_axes(cache)
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
     run = on_shards(_run_layers, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
-    streams, cache = run((model.embed, model.stack), call.pad(tokens), start, end, cache)
+    weights = model.embed, model.stack, model.draft
+    streams, cache = run(weights, call.pad(tokens), start, end, cache)
     if cache is None:
         return call.cut(streams), None
     return call.cut(streams), dataclasses.replace(cache, lengths=end.astype(jnp.int32))
 
 
 def _run_layers(axes, weights, tokens, start, end, cache):
-    embedding, stack = weights
+    embedding, stack, draft = weights
     start = start + axes.offset("tokens", tokens.shape[1])
-    ropes = {layer.rope for layer in stack.config.layers}
+    config = stack.config
+    ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
     context = make_context(tokens, start, end, ropes, axes=axes)
     streams = open_streams(axes, embedding, tokens, stack)
     if cache is None:
         return stack(streams, context), None
-    return stack.extend(streams, context, cache)
+    if draft is None:
+        streams, cache, _ = stack.extend(streams, context, cache)
+        return streams, cache
+    shape = (*tokens.shape, len(config.draft.target_layer_ids), config.hidden_size)
+    streams, cache, taps = stack.extend(streams, context, cache, jnp.zeros(shape, streams.dtype))
+    keys = materialize(axes, draft).context_keys(taps, context)
+    return streams, store_draft_keys(axes, cache, keys, start, end)
 
 
 def embed(axes: Axes, embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
@@ -139,3 +148,27 @@ def _read_drafts(axes, weights, streams, following, end):
     embedded = embed(axes, embedding, following, mtp.numerics)
     normed, _, _ = mtp(streams, embedded, context, memory)
     return matmul_float32(normed, head[...])
+
+
+@partial(jax.jit, static_argnames="choose")
+def draft(model: "Transformer", last, cache: HybridCache, choose) -> Drafts:
+    """Returns the drafts that follow `last` [b], the tokens chosen behind what the cache holds."""
+    axes = cache_axes(cache)
+    inputs, outputs = (WEIGHTS, P("batch"), axes), (P("batch"), P("batch", None, "vocab"))
+    run = on_shards(_draft, model.layout, "whole", inputs, outputs)
+    x, logits = run((model.embed, model.draft, model.head), last, cache)
+    x, logits = replicate((x, logits), model.layout)
+    return model.draft.choose_tokens(x, logits, last, choose)
+
+
+def _draft(axes, weights, last, cache):
+    embedding, module, head = weights
+    module, head, config = materialize(axes, module), materialize(axes, head), module.config
+    rows, start = config.draft.block_size, cache.lengths
+    noise = jnp.full((last.shape[0], rows - 1), config.draft.noise_token_id, jnp.int32)
+    tokens = jnp.concatenate([last[:, None].astype(jnp.int32), noise], axis=1)
+    ropes = {layer.rope for layer in config.draft_layers}
+    context = make_context(tokens, start, start + rows, ropes, axes=axes)
+    keys, seen = draft_keys(cache)
+    x = module(embed(axes, embedding, tokens, module.numerics), keys, seen, context)
+    return x, module.read_logits(x, head[...])

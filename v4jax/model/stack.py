@@ -15,6 +15,7 @@ from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.kernels.stacked import Stacked
 from v4jax.model.block import Block
 from v4jax.model.context import Context
+from v4jax.model.draft import tap_streams
 from v4jax.model.experts import Experts
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.weights import materialize, used_as_stored
@@ -65,20 +66,30 @@ class Stack(nnx.Module):
         return self._run(lambda *arguments: run_layer(*arguments[:3]), streams, slice_experts=True)
 
     def extend(
-        self, streams: Float[Array, "b t n d"], context: Context, cache: HybridCache
-    ) -> tuple[Float[Array, "b t n d"], HybridCache]:
-        """Returns the streams of tokens that follow what `cache` holds, and the new cache."""
+        self,
+        streams: Float[Array, "b t n d"],
+        context: Context,
+        cache: HybridCache,
+        taps: Float[Array, "b t l d"] | None = None,
+    ) -> tuple[Float[Array, "b t n d"], HybridCache, Array | None]:
+        """Returns the streams of tokens that follow what `cache` holds, and the new cache.
+
+        Args:
+          taps: filled with what the draft module reads, and returned as well; None: nothing is.
+        """
 
         def run(block, carry, layer, layer_index):
-            streams, cache = carry
+            streams, cache, taps = carry
             kind_index = kind_position(self.config.layers, layer.kind, layer_index)
             rows = context.start, context.end, context.axes
             memory = LayerCache(cache, layer, layer_index, kind_index, *rows)
             streams, memory = materialize(context.axes, block)(streams, context, memory)
-            return (streams, memory.cache), None
+            if taps is not None:
+                taps = tap_streams(self.config, taps, streams, layer_index)
+            return (streams, memory.cache, taps), None
 
         slice_experts = not used_as_stored(context.axes, self.period)
-        return self._run(run, (streams, cache), slice_experts=slice_experts)[0]
+        return self._run(run, (streams, cache, taps), slice_experts=slice_experts)[0]
 
     def _run(self, run: Callable, carry, *, slice_experts: bool):
         """Folds `run(block, carry, layer, layer_index)`, which also reports, over all layers.

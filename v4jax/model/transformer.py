@@ -1,5 +1,6 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -13,6 +14,7 @@ from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.model import passes
+from v4jax.model.draft import Draft, Drafts, take_best
 from v4jax.model.flat import FlatTransformer
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.mtp import MTP
@@ -54,6 +56,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(declare, config.hidden_size, "embed", config.rms_norm_eps)
         self.head = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
         self.mtp = nnx.List(MTP(declare, config, layer, numerics) for layer in config.mtp_layers)
+        self.draft = None if config.draft is None else Draft(declare, config, numerics)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Returns the next token's logits at every position of sequences that start at 0.
@@ -122,6 +125,35 @@ class Transformer(nnx.Module):
         tokens, lengths = self.check_extend(tokens, cache, lengths, logits, trusted)
         step = passes.extend_donating if donate else passes.extend
         return step(self, tokens, cache, lengths, logits)
+
+    def propose(
+        self, last: Int[Array, "b"], cache: HybridCache, choose: Callable = take_best
+    ) -> Drafts:
+        """Returns drafts of the tokens that follow `last`, which follows what `cache` holds.
+
+        `extend` with [last, drafts …] verifies them; `cache.take_back` then removes those that the
+        logits do not confirm.
+
+        Args:
+          choose: (logits [b, v], row) → tokens [b]; by default the most probable ones. A function
+            is compiled once.
+
+        Raises:
+          ConfigError: the model has no draft module.
+          ShapeError: `last` is no vector of ids.
+          CacheError: the cache is empty, or belongs to another model.
+        """
+        if self.draft is None:
+            raise ConfigError(
+                "this model has no draft module; V4-Flash-0731 and V4-Pro-0813 have one"
+            )
+        last = self._check_tokens(jnp.asarray(last)[:, None])[:, 0]
+        cache.check_fits(self.config, self.numerics, entry_shards(self.layout))
+        if last.shape[0] != cache.batch:
+            raise CacheError(
+                f"last must have one token for each of {cache.batch} sequences, got {last.shape[0]}"
+            )
+        return passes.draft(self, last, cache, choose)
 
     def check_extend(self, tokens, cache, lengths, logits, trusted: bool) -> tuple[Array, Array]:
         """Returns the tokens and lengths of `extend` as arrays, or raises what it raises."""

@@ -61,14 +61,14 @@ def round_weights(model: Transformer, formats: Mapping[str, str]) -> Transformer
 def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
     """Returns the names of the weights that a loss of the run reaches, except a frozen indexer's.
 
-    A weight that no loss reaches would only decay: those of the second and later MTP blocks, and
-    those of the first without the MTP loss.
+    A weight that no loss reaches would only decay: those of the second and later MTP blocks, those
+    of the first without the MTP loss, and those of a draft module.
     """
     loss = config.loss
     drafts = bool(loss.mtp_weight or loss.late_mtp_weight)
 
     def trains(name: str) -> bool:
-        if ".indexer." in name and config.indexer == "frozen":
+        if name.startswith("draft.") or (".indexer." in name and config.indexer == "frozen"):
             return False
         return not name.startswith("mtp.") or (drafts and name.startswith("mtp.0."))
 

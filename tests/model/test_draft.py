@@ -1,0 +1,221 @@
+"""The DSpark draft module against the specification's float64 program, and speculation with it."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_models
+from oracle import numpy_oracle
+from oracle.test_oracles import J4_CONFIG
+
+from v4jax.cache.hybrid import draft_keys
+from v4jax.checkpoint import names
+from v4jax.config.from_hf import model_config_from_hf
+from v4jax.config.model import DraftConfig, LayerKind
+from v4jax.config.numerics import FLOAT32
+from v4jax.errors import CacheError, ConfigError, ShapeError
+from v4jax.model.context import make_context
+from v4jax.model.passes import open_streams
+from v4jax.model.stack import full_sequence
+from v4jax.parallel import ONE_DEVICE
+
+DRAFT = DraftConfig(stages=3, target_layer_ids=(2, 3, 4), markov_rank=8, noise_token_id=95)
+RAW = J4_CONFIG | {
+    "compress_ratios": [*numpy_oracle.RATIOS[:-1], 0, 0, 0],
+    "num_nextn_predict_layers": 1,  # as the released files say, with three stages
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 8,
+    "dspark_noise_token_id": 95,
+    "dspark_target_layer_ids": [2, 3, 4],
+}
+CONFIG = model_config_from_hf(RAW)
+TOKENS = np.arange(200)
+IDS = (TOKENS * 37 + TOKENS**2 // 3) % numpy_oracle.V
+PLACES = (0, 4, 127, 128, 150, 199)  # windows that are not full, just full, and full
+QAT = dataclasses.replace(FLOAT32, name="qat", entry_format="fp8", index_format="fp4")
+# Float32 through five layers and three stages, against float64; logits of deviation near 3.
+FLOAT32_LOGITS = 2e-4
+# A code of FP8 or FP4 may fall to its neighbour.
+QAT_MEDIAN, QAT_MAX = 5e-3, 0.3
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """The specification's program; the weights that it adds go away with the module."""
+    before = dict(numpy_oracle.W)
+    yield importlib.import_module("oracle.numpy_oracle_dspark")
+    numpy_oracle.W.clear()
+    numpy_oracle.W.update(before)
+
+
+@pytest.fixture(scope="module")
+def tensors(oracle):
+    wanted = {place.tensor for place in names.places(CONFIG)}
+    return {
+        name: value.astype(np.float32 if value.dtype == np.float64 else np.int64)
+        for name, value in numpy_oracle.W.items()
+        if name in wanted
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tensors):
+    return small_models.load_tensors(tensors, RAW)
+
+
+def read(model, tokens, cache=None):
+    """Returns the logits of all tokens of one sequence [t, v], and its cache."""
+    padded = np.zeros((1, len(IDS)), np.int32)
+    padded[0, : len(tokens)] = tokens
+    cache = model.init_cache(1, 512) if cache is None else cache
+    logits, cache = model.extend(padded, cache, np.array([len(tokens)]))
+    return np.asarray(logits[0, : len(tokens)]), cache
+
+
+def check_drafts(oracle, model, *, median, largest):
+    logits, taps = oracle.target(IDS)
+    context = oracle.context(taps)
+    for p in PLACES:
+        last = int(logits[p].argmax())
+        x, base = oracle.draft_hidden(context, p, last)
+        tokens, corrected, _, confidence = oracle.markov(x, base, last)
+        made, cache = read(model, IDS[: p + 1])
+        assert made[-1].argmax() == last
+        drafts = model.propose([last], cache)
+        assert drafts.tokens[0].tolist() == tokens, p
+        for ours, theirs in ((drafts.logits, corrected), (drafts.confidence, confidence)):
+            difference = np.abs(np.asarray(ours[0]) - theirs)
+            assert np.median(difference) < median and difference.max() < largest, p
+
+
+def test_drafts_equal_the_specification(oracle, model):
+    check_drafts(oracle, model, median=FLOAT32_LOGITS, largest=FLOAT32_LOGITS)
+
+
+@pytest.mark.slow
+def test_drafts_with_quantizers(oracle, tensors):
+    """FP8 context keys and rows, FP4 index keys, on otherwise exact arithmetic."""
+    numpy_oracle.QAT = True
+    try:
+        made = small_models.load_tensors(tensors, RAW, QAT)
+        check_drafts(oracle, made, median=QAT_MEDIAN, largest=QAT_MAX)
+    finally:
+        numpy_oracle.QAT = False
+
+
+def decode_greedily(model, prompt, count):
+    logits, cache = read(model, prompt)
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < count:
+        logits, cache = model.extend([tokens[-1:]], cache, logits="last")
+        tokens.append(int(logits[0].argmax()))
+    return tokens
+
+
+def speculate(model, prompt, count, propose):
+    """Returns tokens of greedy speculation, and how many drafts each step accepted."""
+    logits, cache = read(model, prompt)
+    tokens, accepted = [int(logits[-1].argmax())], []
+    while len(tokens) < count:
+        drafts = propose(tokens, cache)
+        logits, longer = model.extend([[tokens[-1], *drafts]], cache)
+        best = np.asarray(logits[0]).argmax(-1)
+        right = next((i for i, t in enumerate(drafts) if t != best[i]), len(drafts))
+        cache = longer.take_back(cache.lengths + right + 1)
+        tokens += [*drafts[:right], int(best[right])]
+        accepted.append(right)
+    return tokens[:count], accepted
+
+
+def test_greedy_speculation_equals_greedy_decoding(model):
+    prompt = IDS[:160]
+    expected = decode_greedily(model, prompt, 30)
+
+    def by_module(tokens, cache):
+        return model.propose(tokens[-1:], cache).tokens[0].tolist()
+
+    assert speculate(model, prompt, 12, by_module)[0] == expected[:12]
+
+    steps = []
+
+    def by_knowledge(tokens, cache):
+        """Right 1, 2, 3, 4, 5 and 0 times: every number of drafts is taken back."""
+        steps.append(None)
+        following = (expected + [0] * 9)[len(tokens) : len(tokens) + 5]
+        wrong = len(steps) % 6
+        return [(t + (i == wrong)) % CONFIG.vocab_size for i, t in enumerate(following)]
+
+    tokens, accepted = speculate(model, prompt, 30, by_knowledge)
+    assert tokens == expected
+    assert set(accepted) == {0, 1, 2, 3, 4, 5}
+
+
+def test_rejected_drafts_leave_no_trace(model):
+    """Drafts and logits then are those of a cache that never had the rejected tokens."""
+    _, clean = read(model, IDS[:140])
+    _, cache = model.extend([IDS[140:146]], clean)
+    for kept in range(1, 7):
+        _, expected = read(model, IDS[140 : 140 + kept], clean)
+        taken = cache.take_back(clean.lengths + kept)
+        last = IDS[140 + kept : 141 + kept]
+        for a, b in zip(model.propose(last, taken), model.propose(last, expected), strict=True):
+            np.testing.assert_allclose(a, b, 0, FLOAT32_LOGITS)
+        ours, theirs = (model.extend([last], c, logits="last")[0] for c in (taken, expected))
+        np.testing.assert_allclose(ours, theirs, 0, FLOAT32_LOGITS)
+
+
+def test_errors(model):
+    _, cache = read(model, IDS[:20])
+    with pytest.raises(CacheError, match=r"take_back may remove 0 … 5 tokens, got \[6\]"):
+        cache.take_back([14])
+    with pytest.raises(CacheError, match=r"got \[-1\]"):
+        cache.take_back([21])
+    with pytest.raises(CacheError, match="one token for each of 1 sequences, got 2"):
+        model.propose([1, 2], cache)
+    with pytest.raises(ShapeError, match="tokens must be ids 0 … 95"):
+        model.propose([96], cache)
+    plain = small_models.make_model(small_models.CSA)
+    with pytest.raises(ConfigError, match="has no draft module"):
+        plain.propose([1], plain.init_cache(1, 8))
+
+
+@pytest.mark.slow
+def test_a_scanned_stack_taps_its_layers():
+    """Context keys come from the mean streams behind layers 1, 4 and 6; all three are scanned."""
+    config = small_models.make_config("window csa hca csa hca csa hca")
+    config = dataclasses.replace(
+        config,
+        draft=dataclasses.replace(DRAFT, target_layer_ids=(1, 4, 6), noise_token_id=7),
+        compress_ratios=config.compress_ratios + (0,) * 3,
+        layer_types=config.layer_types + (LayerKind.WINDOW,) * 3,
+    )
+    plan, stack = config.stack_plan, small_models.make_model(config).stack
+    assert (plan.prefix, plan.period, plan.repeats, plan.suffix) == (1, 2, 3, 0)
+    model, tokens = small_models.make_model(config), small_models.IDS[:2, :40]
+    _, cache = model.extend(tokens, model.init_cache(2, 64))
+    kept, seen = draft_keys(cache)
+    assert np.asarray(seen).sum(1).tolist() == [40, 40]
+
+    @jax.jit
+    def run(model):
+        zeros = jnp.zeros(2, jnp.int32)
+        ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
+        context = make_context(jnp.asarray(tokens), zeros, zeros + 40, ropes)
+
+        def run_layer(block, streams, layer):
+            memory = full_sequence(config, stack.numerics, layer, context)
+            streams, _ = block(streams, context, memory)
+            return streams, streams.mean(axis=2)
+
+        streams = open_streams(ONE_DEVICE, model.embed, tokens, model.stack)
+        _, means = model.stack.run(streams, run_layer)
+        # Layer 1 is CSA, repeat 0; layers 4 and 6 are HCA, repeats 1 and 2.
+        csa, hca = means["stack.period.0"], means["stack.period.1"]
+        taps = jnp.stack([csa[0], hca[1], hca[2]], axis=2)
+        return model.draft.context_keys(taps, context)
+
+    for ours, expected in zip(kept, run(model), strict=True):
+        np.testing.assert_allclose(ours[:, -40:], expected, 0, FLOAT32_LOGITS)

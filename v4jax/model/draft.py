@@ -1,0 +1,164 @@
+"""The DSpark draft module: the next few tokens at once, from the target's own streams.
+
+    taps of the target's layers → context keys, one ring of them a stage      (in the target's pass)
+    [last token, noise, noise, …] → stages → one vector a row → logits        (one pass a draft)
+    logits + Markov head of the token before → token, row by row
+
+Source: spec dspark 2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from v4jax.cache.formats import entry_format
+from v4jax.config import ModelConfig, Numerics
+from v4jax.kernels.rotation import rotate
+from v4jax.kernels.scaled_matmul import matmul, matmul_float32
+from v4jax.kernels.softmax import MASKED, Partial, finish, partial_weights
+from v4jax.model.block import Block
+from v4jax.model.context import Context
+from v4jax.model.hyper_connections import HyperHead
+from v4jax.model.norm import RMSNorm
+from v4jax.model.parameters import Declare
+from v4jax.quant.formats import round_to
+
+
+class Drafts(NamedTuple):
+    """Tokens proposed for the places after the last token of each sequence.
+
+    logits: those each token was chosen from. confidence: logit of the estimate that a token is
+    accepted, given that those before it are.
+    """
+
+    tokens: Int[Array, "b r"]
+    logits: Float[Array, "b r v"]
+    confidence: Float[Array, "b r"]
+
+
+class Draft(nnx.Module):
+    """Stages that see the target's last window of context keys, and heads for all rows at once.
+
+    Embedding and head are the target's. A stage is a block of a window layer whose queries all see
+    the same keys: those of the context and of every row of the draft.
+    """
+
+    def __init__(self, declare: Declare, config: ModelConfig, numerics: Numerics):
+        d, eps, draft = config.hidden_size, config.rms_norm_eps, config.draft
+        self.config, self.numerics = config, numerics
+        taps, vocab = d * len(draft.target_layer_ids), (config.vocab_size, draft.markov_rank)
+        self.context_projection = declare.matrix("fp8", (d, taps), ("embed", "embed_in"))
+        self.context_norm = RMSNorm(declare, d, "embed", eps)
+        self.stages = nnx.List(
+            Block(declare, config, layer, numerics) for layer in config.draft_layers
+        )
+        self.collapse = HyperHead(declare, config)
+        self.norm = RMSNorm(declare, d, "embed", eps)
+        self.markov_embed = declare.matrix("bfloat16", vocab, ("vocab", "markov_rank"))
+        self.markov_head = declare.matrix("bfloat16", vocab, ("vocab", "markov_rank"))
+        self.confidence_head = declare.matrix(
+            "bfloat16", (1, d + draft.markov_rank), ("confidence", "embed_in")
+        )
+
+    def context_keys(
+        self, taps: Float[Array, "b t l d"], context: Context
+    ) -> list[Float[Array, "b t c"]]:
+        """Returns the keys by which the stages see tokens of the target, one array a stage."""
+        rounding = self.numerics.quantize_activations
+        joined = taps.reshape(*taps.shape[:2], -1)
+        projection = self.context_projection.get_value()
+        x = self.context_norm(matmul(joined, projection, quantize_activations=rounding))
+        return [
+            stage.attention.project_keys(x, context.rotations[layer.rope])
+            for stage, layer in zip(self.stages, self.config.draft_layers, strict=True)
+        ]
+
+    def __call__(
+        self,
+        embedded: Float[Array, "b r d"],
+        keys: list[Float[Array, "b k c"]],
+        seen: Bool[Array, "b k"],
+        context: Context,
+    ) -> Float[Array, "b r d"]:
+        """Returns the vector of every row, before the norm.
+
+        Args:
+          embedded: embeddings of the last token and of the noise tokens.
+          keys: of the context, one array a stage; `seen` says which of them exist.
+        """
+        shape = (*embedded.shape[:2], self.config.hc_mult, embedded.shape[-1])
+        streams = jnp.broadcast_to(embedded[:, :, None], shape)
+        for stage, context_keys in zip(self.stages, keys, strict=True):
+
+            def attend(x, stage=stage, context_keys=context_keys):
+                return self._attend(stage, x, context_keys, seen, context), None
+
+            streams, _ = stage.run(streams, context, attend)
+        return self.collapse(streams)
+
+    def _attend(self, stage: Block, x, keys, seen, context: Context) -> Float[Array, "b r d"]:
+        attention = stage.attention
+        angles = context.rotations[attention.layer.rope]
+        _, queries_brhc = attention.project_queries(x, angles)
+        own = entry_format(self.config, self.numerics).round(attention.project_keys(x, angles))
+        keys_bkc = jnp.concatenate([keys, own], axis=1).astype(jnp.float32)
+        seen_bk = jnp.concatenate([seen, jnp.ones(own.shape[:2], bool)], axis=1)
+        scores = jnp.einsum("brhc,bkc->brhk", queries_brhc.astype(jnp.float32), keys_bkc)
+        scores = jnp.where(seen_bk[:, None, None], scores * self.config.head_dim**-0.5, MASKED)
+        maximum, mass, weights = partial_weights(scores)
+        partial = Partial(maximum, mass, jnp.einsum("brhk,bkc->brhc", weights, keys_bkc))
+        attended, _ = finish(partial, attention.sink[...])
+        attended = rotate(round_to(attended, queries_brhc.dtype), *angles, inverse=True)
+        return context.axes.psum(attention.project_output(attended), "heads")
+
+    def read_logits(self, x: Float[Array, "b r d"], head: Array) -> Float[Array, "b r v"]:
+        """Returns the rows' logits before the Markov head corrects them, float32."""
+        return matmul_float32(self.norm(x), head)
+
+    def choose_tokens(
+        self,
+        x: Float[Array, "b r d"],
+        logits: Float[Array, "b r v"],
+        last: Int[Array, "b"],
+        choose: Callable,
+    ) -> Drafts:
+        """Returns the tokens of all rows, each chosen with the one before it in view.
+
+        Args:
+          last: the token before the first row's.
+          choose: (logits [b, v], row) → tokens [b].
+        """
+        confidence_head = self.confidence_head[...]
+        chosen, corrected, confidence = [], [], []
+        for row in range(logits.shape[1]):
+            before_br = self.markov_embed[...][last]
+            scores = logits[:, row] + matmul_float32(before_br, self.markov_head[...])
+            joined = jnp.concatenate([x[:, row], before_br.astype(x.dtype)], axis=-1)
+            confidence.append(matmul_float32(joined, confidence_head)[:, 0])
+            last = choose(scores, row)
+            chosen.append(last)
+            corrected.append(scores)
+        return Drafts(*(jnp.stack(rows, axis=1) for rows in (chosen, corrected, confidence)))
+
+
+def take_best(logits: Float[Array, "b v"], row: int) -> Int[Array, "b"]:
+    """Returns the most probable token of each sequence: greedy drafts."""
+    del row
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def tap_streams(config: ModelConfig, taps: Array, streams: Array, layer_index: Array) -> Array:
+    """Returns `taps` [b, t, l, d] with the mean of a layer's output streams, if it is tapped."""
+    ids = config.draft.target_layer_ids
+    slots = [ids.index(i) if i in ids else -1 for i in range(config.num_hidden_layers)]
+    slot = jnp.asarray(slots, jnp.int32)[layer_index]
+
+    def write(taps):
+        mean = round_to(streams.astype(jnp.float32).mean(axis=2), taps.dtype)
+        return jax.lax.dynamic_update_index_in_dim(taps, mean, slot, axis=2)
+
+    return jax.lax.cond(slot >= 0, write, lambda taps: taps, taps)
