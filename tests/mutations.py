@@ -204,8 +204,8 @@ FAULTS = [
     Fault(
         "the ring is read from one place on",
         "cache/ring.py",
-        "take_rows(ring, (start[:, None] + jnp.arange(size)) % size)",
-        "take_rows(ring, (start[:, None] + 1 + jnp.arange(size)) % size)",
+        "take_rows(ring, (start[:, None] - count + jnp.arange(count)) % ring.shape[1])",
+        "take_rows(ring, (start[:, None] + 1 - count + jnp.arange(count)) % ring.shape[1])",
         CACHE,
     ),
     Fault(
