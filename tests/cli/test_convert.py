@@ -3,12 +3,12 @@
 import pytest
 from checkpoint import folders
 from oracle import checkpoints
-from training import mini_model
+from training import one_layer
 
 from v4jax.checkpoint import read_model
 from v4jax.cli import main
 
-MINI = mini_model.__file__
+MINI = one_layer.__file__
 
 
 def convert(*arguments: str) -> int:

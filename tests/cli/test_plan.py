@@ -4,11 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from training import mini_model
+from training import one_layer
 
 from v4jax.cli import main
 
-MODEL = mini_model.__file__
+MODEL = one_layer.__file__
 MINI = (f"--model={MODEL}", "--topology=v6e-4", "--mesh=expert=2,context=2", "--context=16384")
 
 

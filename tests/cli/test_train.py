@@ -10,7 +10,7 @@ import pytest
 from v4jax.cli import main
 from v4jax.training import trainer
 
-RUN = pathlib.Path(__file__).parents[1] / "training" / "mini_run.py"
+RUN = pathlib.Path(__file__).parents[1] / "training" / "small_run.py"
 
 
 class FakeTrainer:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_models
+from small_models import WINDOWS, make_model
 
 from v4jax.checkpoint import read_model, write_model
 from v4jax.checkpoint.adapters import read_adapters, write_adapters
@@ -40,9 +40,7 @@ def get_config():
 def run(tmp_path_factory):
     """A stopped run's folder and its trained model: its checkpoint of step 3, and an older one."""
     folder = tmp_path_factory.mktemp("run")
-    write_model(
-        small_models.make_model(small_models.WINDOWS, stored_as="released"), folder / "base"
-    )
+    write_model(make_model(WINDOWS, stored_as="released"), folder / "base")
     (folder / "run.py").write_text(RUN.format(folder=folder))
     config = load_run(TrainConfig, folder / "run.py", {"output": str(folder / "out")})
     frozen, weights, biases = split_trained(read_model(config.model, "float32"), config)

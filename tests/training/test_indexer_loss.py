@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_models
+from small_models import CSA, IDS, make_config, make_model
 
 from v4jax.cache.formats import index_format
 from v4jax.config.numerics import FLOAT32
@@ -33,7 +33,7 @@ BEGIN = np.where(np.arange(T) < 8, 0, 8)[None].repeat(B, 0)
 
 
 def table(rows):
-    stored_as = index_format(small_models.CSA, FLOAT32).unpacked
+    stored_as = index_format(CSA, FLOAT32).unpacked
     return EntryTable(stored_as.encode(rows[None]), jnp.int32(0), stored_as)
 
 
@@ -158,9 +158,8 @@ def test_attention_gets_no_gradient(mode):
     def divergence(queries, log_mass, entries):
         arrays = queries, log_mass, table(entries), case.index_queries, case.head_weights
         if mode == "selected":
-            return compare_selected(
-                ONE_DEVICE, *arrays, table(case.keys), case.selected
-            ).divergence.sum()
+            found = compare_selected(ONE_DEVICE, *arrays, table(case.keys), case.selected)
+            return found.divergence.sum()
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         options = {"ratio": RATIO, "count": TOPK}
         first = jnp.zeros_like(positions)
@@ -182,8 +181,8 @@ def gradients(of):
 
 @functools.cache
 def _differentiate():
-    model = small_models.make_model(small_models.CSA)
-    batch = Batch(jnp.asarray(small_models.IDS[:1]), jnp.ones((1, small_models.IDS.shape[1])))
+    model = make_model(make_config("csa"))
+    batch = Batch(jnp.asarray(IDS[:1]), jnp.ones((1, IDS.shape[1])))
 
     def run(weights):
         totals = count_totals(batch, model.config)
@@ -212,4 +211,4 @@ def test_the_language_model_loss_does_not_reach_the_indexer():
         if ".indexer." in name:
             assert not gradient.any(), name
     reached = {name for name, gradient in gradients("loss").items() if gradient.any()}
-    assert {"embed", "head", "stack.period.0.attention.compressor.gate"} <= reached
+    assert {"embed", "head", "stack.prefix.0.attention.compressor.gate"} <= reached

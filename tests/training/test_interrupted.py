@@ -15,7 +15,7 @@ import pytest
 
 from v4jax.training.metrics import read_metrics
 
-from . import mini_run
+from . import small_run
 from .test_trainer import lines_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def start(output: str) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    flags = [f"--config={mini_run.__file__}", f"--output={output}", f"--set=steps={STEPS}"]
+    flags = [f"--config={small_run.__file__}", f"--output={output}", f"--set=steps={STEPS}"]
     with open(f"{output}.log", "a") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "v4jax.cli.main", "train", *flags],
@@ -63,7 +63,7 @@ def wait_for(output: str, worker: subprocess.Popen, step: int) -> bool:
 def test_ended_at_random_moments(tmp_path, monkeypatch):
     """kill -9, and in the end SIGTERM: every byte of the model and every line as uninterrupted."""
     monkeypatch.chdir(tmp_path)
-    mini_run.write_text(tmp_path)
+    small_run.write_text(tmp_path)
     assert start("whole").wait() == 0, pathlib.Path("whole.log").read_text()
     chance, kills = random.Random(KILLS), 0
     while kills < KILLS:

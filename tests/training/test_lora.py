@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small_models
 from jax.sharding import PartitionSpec as P
+from small_models import IDS, WINDOWS, make_model
 
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ MERGED_TOLERANCE = 1e-5
 
 @functools.cache
 def base():
-    return small_models.make_model(small_models.WINDOWS, stored_as="released")
+    return make_model(WINDOWS, stored_as="released")
 
 
 @functools.cache
@@ -115,8 +115,8 @@ def test_merged_equals_unmerged():
     """One weight is float32 as the activations are; others stay as they are stored."""
     model = adapted()
     merged = merge(model)
-    logits = model(small_models.IDS)
-    np.testing.assert_allclose(merged(small_models.IDS), logits, atol=MERGED_TOLERANCE)
+    logits = model(IDS)
+    np.testing.assert_allclose(merged(IDS), logits, atol=MERGED_TOLERANCE)
     assert np.abs(logits).std() > 0.5
     for name, value in read_weights(model).items():
         now = read_weights(merged)[name]
@@ -199,7 +199,7 @@ def test_a_step_moves_what_is_trained():
     frozen, weights, biases = mixed(adapted(), "fp8")
     optimizer = optax.sgd(1.0)
     state = init_state(frozen, weights, biases, optimizer)
-    batch = Batch(jnp.asarray(small_models.IDS)[None], jnp.ones((1, *small_models.IDS.shape)), None)
+    batch = Batch(jnp.asarray(IDS)[None], jnp.ones((1, *IDS.shape)), None)
     step = jax.jit(build_step(LossConfig(mtp_weight=0.0), optimizer, Mode(), clip_norm=1.0))
     after, metrics = step(frozen, state, batch)
     assert state.biases == {} and np.isfinite(metrics["grad_norm"])

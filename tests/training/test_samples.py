@@ -2,16 +2,15 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+import optax
 import pytest
-from small_models import PAIRS, make_model, on_mesh
+from small_models import make_config, make_model, on_mesh
 
-from v4jax.config.run import OptimizerConfig
 from v4jax.model.weights import read_weights
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.training.batch import PADDING, Batch
-from v4jax.training.optimizer import build_optimizer
 from v4jax.training.samples import Span, find_spans, predict, write_samples
 from v4jax.training.state import compile_forward, init_state, split_model
 
@@ -19,7 +18,7 @@ T = 512
 TOKENIZER = ByteTokenizer()
 
 # Each document as its first token's weight, how many tokens have it, and so on.
-PLACES = {
+SPANS = {
     "an answer behind a prompt": ([[(0, 100), (1, 20), (0, 30)]], (100, 108, 150)),
     "the first of two answers": ([[(0, 10), (1, 5), (0, 10), (1, 5)]], (10, 18, 30)),
     "text that counts less": ([[(0, 1), (0.01, 99), (1, 6)]], (100, 108, 106)),
@@ -44,60 +43,52 @@ def pack(documents) -> Batch:
     return Batch(tokens, weights, begin)
 
 
-@pytest.mark.parametrize("case", PLACES.values(), ids=PLACES.keys())
-def test_place(case):
+@pytest.mark.parametrize("case", SPANS.values(), ids=SPANS.keys())
+def test_span(case):
     documents, expected = case
-    places = find_spans(pack(documents), rows=4, tokens=8)
-    assert places == ([Span(0, 0, *expected)] if expected else [])
+    spans = find_spans(pack(documents), rows=4, tokens=8)
+    assert spans == ([Span(0, 0, *expected)] if expected else [])
 
 
-def test_at_most_a_row_each():
+def test_at_most_one_span_for_each_row():
     tokens = np.zeros((3, 128), np.int32)
     batch = Batch(tokens, np.ones(tokens.shape, np.float32))
-    assert [place.row for place in find_spans(batch, rows=2, tokens=8)] == [0, 1]
+    assert [span.row for span in find_spans(batch, rows=2, tokens=8)] == [0, 1]
 
 
-@functools.cache
-def batch():
+def batch() -> Batch:
     """Returns two packed rows; the first documents end within the tokens that are written."""
     rows = [pack([[(0, 130), (1, 3)], [(0, 60), (1, 60)]]), pack([[(0, 1), (1, 299)]])]
     rows[1].tokens[:] = np.random.RandomState(1).randint(0, 256, (1, T))
-    return Batch(
-        *(np.concatenate([getattr(row, f) for row in rows]) for f in ("tokens", "weights", "begin"))
-    )
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
 
 
 @functools.cache
-def written(sizes):
-    made = on_mesh(make_model(PAIRS), "train", **dict(sizes)) if sizes else make_model(PAIRS)
-    optimizer = build_optimizer(OptimizerConfig(kind="adamw", warmup_steps=1), PAIRS, 10)
+def written(**sizes):
+    made = make_model(make_config("csa"))
+    made = on_mesh(made, "train", **sizes) if sizes else made
     frozen, weights, biases = split_model(made, read_weights(made))
-    state = init_state(frozen, weights, biases, optimizer)
-    options = {"samples": 2, "tokens": 6, "layout": made.layout}
-    return write_samples(compile_forward(frozen, predict), state, batch(), TOKENIZER, **options)
+    state = init_state(frozen, weights, biases, optax.sgd(1.0))
+    options, given = {"samples": 2, "tokens": 6, "layout": made.layout}, batch()
+    found = write_samples(compile_forward(frozen, predict), state, given, TOKENIZER, **options)
+    jax.tree.map(np.testing.assert_array_equal, given, batch())  # held-out text stays as it is
+    return found
 
 
 def test_samples_are_greedy_answers():
-    """As `extend` writes them, from the document alone."""
-    made = make_model(PAIRS)
-    before = batch().tokens.copy()
-    for sample, (row, start) in zip(written(()), [(0, 130), (1, 150)], strict=True):
-        prompt = batch().tokens[row, :start]
-        assert sample["prompt"] == TOKENIZER.decode(prompt[-80:].tolist())
-        logits, cache = made.extend(prompt[None], made.init_cache(1, 512), logits="last")
-        tokens = []
-        for _ in range(6):
-            tokens.append(int(jnp.argmax(logits[0])))
-            if tokens[-1] == TOKENIZER.eos_id:
-                tokens.pop()
-                break
-            logits, cache = made.extend(np.array([[tokens[-1]]]), cache, logits="last")
-        assert sample["written"] == TOKENIZER.decode(tokens)
-        assert sample["written"] != sample["expected"]
-    assert written(())[0]["expected"] == TOKENIZER.decode(batch().tokens[0, 130:133].tolist())
-    np.testing.assert_array_equal(batch().tokens, before)  # what is held out stays as it is
+    """As the whole model writes them, from the document alone."""
+    model, tokens = make_model(make_config("csa")), batch().tokens
+    for sample, (row, start) in zip(written(), [(0, 130), (1, 150)], strict=True):
+        assert sample["prompt"] == TOKENIZER.decode(tokens[row, start - 80 : start].tolist())
+        row = np.where(np.arange(T) < start, tokens[row], 0)
+        for place in range(start, start + 6):
+            row[place] = np.argmax(model(row[None])[0, place - 1])
+        answer = row[start : start + 6].tolist()
+        end = answer.index(TOKENIZER.eos_id) if TOKENIZER.eos_id in answer else None
+        assert sample["written"] == TOKENIZER.decode(answer[:end]) != sample["expected"]
+    assert written()[0]["expected"] == TOKENIZER.decode(tokens[0, 130:133].tolist())
 
 
 @pytest.mark.slow
 def test_samples_on_a_mesh():
-    assert written((("data", 2), ("context", 2), ("tensor", 2))) == written(())
+    assert written(data=2, context=2, tensor=2) == written()

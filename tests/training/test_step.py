@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small_models
+from small_models import make_config, make_model
 
 from v4jax.config.run import LossConfig
 from v4jax.model.weights import read_weights
@@ -21,6 +21,7 @@ from v4jax.training.forward import Mode
 from v4jax.training.state import init_state, split_model
 from v4jax.training.step import build_step, move_biases
 
+MODEL = make_config("window window")
 CLIP = 0.5
 LOSS = LossConfig(balance_weight=0.1, bias_speed=0.25)
 KEEP_GRADIENTS = optax.GradientTransformation(
@@ -32,19 +33,15 @@ FLOAT32 = 2e-6
 
 
 @functools.cache
-def begin_state():
-    """Returns the frozen model and the state before the first step."""
-    frozen, weights, biases = split_model(
-        model := small_models.make_model(small_models.WINDOWS), read_weights(model)
-    )
+def begin():
+    """Returns the frozen arrays and the state before the first step."""
+    model = make_model(MODEL)
+    frozen, weights, biases = split_model(model, read_weights(model))
     return frozen, init_state(frozen, weights, biases, KEEP_GRADIENTS)
 
 
-@functools.cache
-def compiled():
-    # One program per number of batches; layers computed again, and one of their outputs kept.
-    mode = Mode(keep=("attention_output",))
-    return jax.jit(build_step(LOSS, KEEP_GRADIENTS, mode, CLIP))
+# One program per number of batches; layers are computed again, and one of their outputs is kept.
+compiled = jax.jit(build_step(LOSS, KEEP_GRADIENTS, Mode(keep=("attention_output",)), CLIP))
 
 
 @functools.cache
@@ -62,9 +59,9 @@ def batch(shape):
     return Batch(*(jnp.asarray(x.reshape(*shape, -1)) for x in rows()))
 
 
-def step(batches, state=None, frozen=None):
-    held, before = begin_state()
-    return compiled()(frozen or held, state or before, batches)
+def step(batches, state=None):
+    frozen, before = begin()
+    return compiled(frozen, state or before, batches)
 
 
 @functools.cache
@@ -83,10 +80,13 @@ def test_two_batches_equal_one():
         np.testing.assert_allclose(found.optimizer[name], gradient, 0, FLOAT32, err_msg=name)
 
 
-def test_gradients_are_clipped_together():
+def test_gradients_are_clipped_together_and_steps_counted():
+    _, before = begin()
     state, metrics = of_two_rows()
     assert metrics["grad_norm"] > 2 * CLIP
     assert optax.tree.norm(state.optimizer) == pytest.approx(CLIP, rel=1e-5)
+    assert metrics["finite"] and (state.step, state.skipped) == (1, 0)
+    assert (before.step, before.skipped) == (0, 0)
 
 
 def test_small_gradients_are_left_alone():
@@ -97,13 +97,6 @@ def test_small_gradients_are_left_alone():
     assert optax.tree.norm(state.optimizer) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
     assert not np.asarray(state.optimizer["head"]).any()
     assert np.asarray(state.optimizer["stack.period.0.moe.router.weight"]).any()
-
-
-def test_counts_steps():
-    _, before = begin_state()
-    state, metrics = of_two_rows()
-    assert metrics["finite"] and (state.step, state.skipped) == (1, 0)
-    assert (before.step, before.skipped) == (0, 0)
 
 
 FN = "stack.period.0.attention_hyper.fn"
@@ -117,7 +110,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_not_finite_changes_nothing(case):
-    _, before = begin_state()
+    _, before = begin()
     state = dataclasses.replace(before, weights=BROKEN[case](before.weights))
     for count in (1, 2):
         last = state
@@ -132,19 +125,16 @@ def test_what_is_not_finite_changes_nothing(case):
 
 def test_biases_move_toward_an_even_load():
     """Of every layer of the scan by its own load, counted over the whole batch (spec G.3)."""
-    (_, before), (state, metrics) = begin_state(), of_two_rows()
+    (_, before), (state, metrics) = begin(), of_two_rows()
     name = "stack.period.0.moe.router.bias"
     load = np.asarray(metrics["load"]["stack.period.0"])
-    assert load.shape == (2, small_models.WINDOWS.n_routed_experts)
+    assert load.shape == (2, MODEL.n_routed_experts)
     # Every real token of both rows, and no padding.
-    real = (rows()[2] >= 0).sum() * small_models.WINDOWS.num_experts_per_tok
+    real = (rows()[2] >= 0).sum() * MODEL.num_experts_per_tok
     np.testing.assert_array_equal(load.sum(1), [real, real])
-    moved = np.asarray(state.biases[name]) - np.asarray(before.biases[name])
-    np.testing.assert_array_equal(moved, 0.25 * np.sign(load.mean(1, keepdims=True) - load))
-    assert {-0.25, 0.25} <= set(np.unique(moved))
-
-
-def test_a_bias_at_the_mean_stays():
+    toward = np.sign(load.mean(1, keepdims=True) - load)
+    assert {-1, 1} <= set(np.unique(toward))
+    np.testing.assert_array_equal(state.biases[name], before.biases[name] + 0.25 * toward)
     report = {"a": {"load": jnp.array([2.0, 4.0, 0.0])}}
     biases = {"a.moe.router.bias": jnp.ones(3), "mtp.0.block.moe.router.bias": jnp.ones(3)}
     moved = move_biases(biases, report, 0.5)

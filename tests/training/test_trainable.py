@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small_models
+from small_models import CSA, IDS, WINDOWS, make_config, make_model
 
 from v4jax.checkpoint import read_model
-from v4jax.config import get_numerics
+from v4jax.config import LayerKind, get_numerics
 from v4jax.config.run import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
@@ -28,33 +28,27 @@ def config_of(**changes):
     return TrainConfig("model", "output", None, **changes)  # data is not read here
 
 
-def abstract(config=small_models.CSA, numerics="float32"):
+def abstract(config=CSA, numerics="float32"):
     return abstract_transformer(config, get_numerics(numerics), storage="released")
 
 
 TWO_MTP = dataclasses.replace(
-    small_models.CSA,
+    CSA,
     num_nextn_predict_layers=2,
-    compress_ratios=(4, 4, 0, 0),
-    layer_types=(*small_models.CSA.layer_types, small_models.CSA.layer_types[-1]),
+    compress_ratios=(*CSA.compress_ratios, 0),
+    layer_types=(*CSA.layer_types, LayerKind.WINDOW),
 )
 SILENT = LossConfig(mtp_weight=0.0, late_mtp_weight=0.0)
 # (model, changes of the run, prefixes of blocks with a part that is not trained).
 POLICIES = {
-    "indexer frozen": (small_models.CSA, {}, {"stack.period.0.attention.indexer"}),
-    "indexer distilled": (small_models.CSA, {"indexer": "distill"}, set()),
-    "no loss reaches the MTP block": (
-        small_models.CSA,
-        {"loss": SILENT, "indexer": "distill"},
-        {"mtp.0"},
-    ),
+    "indexer frozen": (CSA, {}, {"stack.period.0.attention.indexer"}),
+    "indexer distilled": (CSA, {"indexer": "distill"}, set()),
+    "no loss reaches the MTP block": (CSA, {"loss": SILENT, "indexer": "distill"}, {"mtp.0"}),
     "an MTP loss in the end": (
-        small_models.CSA,
-        {"loss": LossConfig(mtp_weight=0.0), "indexer": "distill"},
-        set(),
+        CSA, {"loss": LossConfig(mtp_weight=0.0), "indexer": "distill"}, set(),
     ),
     "the second MTP block": (TWO_MTP, {"indexer": "distill"}, {"mtp.1"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", POLICIES.values(), ids=POLICIES.keys())
@@ -108,14 +102,14 @@ def test_lora_trains_adapters_only():
     names |= {f"mtp.0.block.{part}" for part in parts[1:]}
     assert weights.keys() == {f"{n}.{part}" for n in names for part in ("lora_down", "lora_up")}
     assert not biases
-    held = read_weights(frozen.outline)
-    assert {name for name, value in held.items() if isinstance(value, LowRank)} == names
+    values = read_weights(frozen.outline)
+    assert {name for name, value in values.items() if isinstance(value, LowRank)} == names
     assert frozen.arrays.keys().isdisjoint(weights)
 
 
 def test_masters_of_stored_weights():
     """Training all of a released model starts from what its stored weights hold."""
-    model = small_models.make_model(small_models.WINDOWS, "bfloat16", stored_as="released")
+    model = make_model(WINDOWS, "bfloat16", stored_as="released")
     names = [name for name in read_weights(model) if "attention" in name]
     frozen, weights, biases = split_model(model, names)
     state = init_state(frozen, weights, biases, optax.sgd(1.0))
@@ -133,25 +127,24 @@ def test_masters_of_stored_weights():
 def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsys):
     """Bit for bit under the released numerics, inputs of quantized weights rounded too.
 
-    The start is plain, so that the frozen indexer has to be rounded as well.
+    The start is plain, and the frozen indexer has to be rounded as well.
     """
     numerics = get_numerics("released")
-    model = small_models.make_model(small_models.CSA, "released")
+    model = make_model(make_config("csa", mtp=True), "released")
     config = config_of(quantization_aware=True, numerics="released")
     frozen, weights, biases = split_trained(model, config)
-    held = read_weights(frozen.outline)
-    formats = {name: value.format for name, value in held.items() if isinstance(value, Master)}
-    assert formats["stack.period.0.moe.experts.down"] == "fp4"
+    values = read_weights(frozen.outline)
+    formats = {name: value.format for name, value in values.items() if isinstance(value, Master)}
+    assert formats["stack.prefix.0.moe.experts.down"] == "fp4"
     assert formats["mtp.0.stream_projection"] == "fp8" and formats["embed"] == "bfloat16"
-    indexer = held["stack.period.0.attention.indexer.query_up"]
-    assert isinstance(indexer, ScaledArray) and indexer.block == (128, 128)
+    assert values["stack.prefix.0.attention.indexer.query_up"].block == (128, 128)
     state = init_state(frozen, weights, biases, optax.sgd(1.0))
-    logits = join_model(frozen, state)(small_models.IDS)
+    logits = join_model(frozen, state)(IDS)
     capsys.readouterr()
     export(finish(frozen, state), tmp_path / "out")
     assert "warning" not in capsys.readouterr().err  # nothing is rounded any more
     again = read_model(tmp_path / "out", numerics)
-    np.testing.assert_array_equal(again(small_models.IDS), logits)
+    np.testing.assert_array_equal(again(IDS), logits)
     assert 0.5 < np.std(logits) < 5
     # MTP, biases and what is float32 come back, too.
     found, biases = read_weights(again), read_weights(again, buffers=True)
@@ -163,23 +156,22 @@ def test_rounding_on_the_way_is_what_the_exported_model_computes(tmp_path, capsy
     assert (again.config.tokenizer, len(again.mtp)) == ("byte", 1)
 
 
-def test_frozen_weights_are_rounded_where_they_lie():
-    """On a mesh, too: a tile of 128×128 is on one device, whatever lay split before."""
-    layout = Layout(make_mesh(data=8), "train")
-    model = put_sharded(small_models.make_model(small_models.CSA), layout)
+def test_frozen_weights_are_rounded_where_they_are():
+    """On a mesh, too: a tile of 128×128 is on one device, however the weight was split before."""
+    layout, plain = Layout(make_mesh(data=8), "train"), make_model(make_config("csa", mtp=True))
+    model = put_sharded(plain, layout)
     model.layout = layout
     frozen, _, _ = split_trained(model, config_of(quantization_aware=True))
-    name = "stack.period.0.attention.indexer.query_up"
+    name = "stack.prefix.0.attention.indexer.query_up"
     value = ScaledArray(frozen.arrays[name], frozen.arrays[f"{name}.scales"], (128, 128))
-    plain = read_weights(small_models.make_model(small_models.CSA))[name]
-    expected = quantize_weight(plain, "fp8")
+    expected = quantize_weight(read_weights(plain)[name], "fp8")
     assert value.values.sharding.is_fully_replicated
     np.testing.assert_array_equal(value.dequantize(), expected.dequantize())
 
 
 def test_a_mesh_that_splits_tiles_is_refused():
     """Half of a 128×128 tile would be rounded by another scale."""
-    model = abstract(small_models.WINDOWS)
+    model = abstract(WINDOWS)
     layout = Layout(make_mesh(data=4, tensor=2), "train")
     plain = {
         name: jax.ShapeDtypeStruct(value.shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""A run of the mini model on `text.txt` in the working folder, to `run` there."""
+"""A run of one layer on `text.txt` in the working folder; its output is `run` there."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import ml_collections
 
 def get_config():
     config = ml_collections.ConfigDict()
-    config.model = str(pathlib.Path(__file__).with_name("mini_model.py"))
+    config.model = str(pathlib.Path(__file__).with_name("one_layer.py"))
     config.output = "run"
     config.steps = 10
     config.numerics = "float32"
