@@ -3,12 +3,13 @@
 A bundle is what a core issues in one cycle. In the compiler's text a bundle is a line
 `0x2a LB: >> { … ;; … }`; `sbr.rel (predicate) target = $region7` branches to the line whose comment
 says `Start region 7` or `Start/End empty region 7`. A branch backwards closes a loop; a branch
-forwards inside a loop may skip the bundles it jumps over. Waiting for memory is not in the text.
+forwards inside a loop may skip the bundles it jumps over.
 
-Nor is waiting for the matrix units: on v5e and v5p the compiler issues products faster than units
-of the published peak can take them. So a loop takes at least the time its products need there.
+The text has no waiting for memory and none for the matrix units. On v5e and v5p the compiler issues
+products faster than units of the published peak can take them; a loop therefore takes at least the
+time that its products need there.
 
-`read_program` finds loops, skippable regions and the number of rounds where the text states it;
+`read_program` finds loops, skippable regions and the number of rounds where the text states it.
 `Program.total` multiplies by rounds, which must be given for loops that depend on data.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from v4jax.errors import UnsupportedError
 
-# Bundles after a branch that run whether it is taken or not.
+# Bundles after a branch that run whether or not it is taken.
 DELAY_BUNDLES = 4
 # A Pallas grid is one loop that runs its body one round late and drains one round later.
 GRID_EXTRA_ROUNDS = 2
@@ -44,7 +45,7 @@ _STORE = re.compile(r"sst \[smem:\[#(allocation\d+_spill)\]\] %(\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a stretch of bundles does; sums of bundles times the rounds they run."""
+    """What a stretch of bundles does: sums over bundles, times the rounds they run."""
 
     cycles: float
     issued_flops: float  # of the matrix units, padded rows and columns included
@@ -55,8 +56,8 @@ class Work:
 class Units:
     """The matrix units of one core.
 
-    width: rows and columns of one. flops_per_cycle: of all, full. depth: channels that every
-    product sums over, where they do not fill a unit; an instruction takes its time all the same.
+    width: rows and columns of one unit. flops_per_cycle: of all units, full. depth: channels that
+    every product sums over, where they do not fill a unit; an instruction takes no less time.
     """
 
     width: int
@@ -73,8 +74,8 @@ class Units:
 class Stretch:
     """A loop or a skippable region: bundles begin … end−1.
 
-    `name` is its place: loop "0.1" is the second loop inside the first; region "0.1?2" is the
-    third skippable region whose innermost loop is "0.1" ("?2" outside all loops).
+    name: loop "0.1" is the second loop inside the first; region "0.1?2" is the third skippable
+    region whose innermost loop is "0.1" ("?2" outside all loops).
     """
 
     name: str
@@ -84,7 +85,7 @@ class Stretch:
     is_grid: bool = False
 
     def contains(self, other: "Stretch") -> bool:
-        """Whether `other` lies inside; so does the stretch itself."""
+        """Whether `other` is inside, or the stretch itself."""
         return self.begin <= other.begin and other.end <= self.end
 
 
@@ -253,7 +254,7 @@ def _find_branches(lines: list[str]):
 
 
 def _name_loops(loops: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
-    """Returns (begin, end) → place among the loops, outer loops first."""
+    """Returns (begin, end) → name of each loop, outer loops first."""
     names: dict[tuple[int, int], str] = {}
     counts: dict[str, int] = {}
     for begin, end in sorted(loops, key=lambda loop: (loop[0], -loop[1])):
@@ -270,7 +271,7 @@ def _innermost(names: dict[tuple[int, int], str], begin: int, end: int) -> str:
 
 
 def _find_regions(jumps, names) -> tuple[Stretch, ...]:
-    """Returns the skippable regions; a jump out of the loop it stands in ends the loop."""
+    """Returns the skippable regions; a jump out of its own loop ends the loop."""
     counts: dict[str, int] = {}
     regions = []
     for branch, begin, end in sorted(jumps):

@@ -2,7 +2,7 @@
 
     share of peak = FLOPs the result needs / (cycles · FLOPs per cycle and core)
 
-with every loop multiplied by its rounds; what is not known stays None.
+Every loop counts with its rounds. What is not known is None.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ class Core:
     bytes_per_cycle: float  # of HBM, per core, at the published bandwidth and peak
 
 
-def _core(name: str, device: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:
+def _core(name: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:
     chip = chips.CHIPS[name]
     # Both rates are per chip: the clock that the peak implies and the number of cores cancel.
     bytes_per_flop = chip.hbm_bytes_per_second / chip.bf16_flops_per_second
-    return Core(device, unit, flops_per_cycle, cores, bytes_per_flop * flops_per_cycle)
+    return Core(chip.device_kind, unit, flops_per_cycle, cores, bytes_per_flop * flops_per_cycle)
 
 
 CORES = {
-    "v5e": _core("v5e", "TPU v5 lite", 128, 131_072),
-    "v5p": _core("v5p", "TPU v5", 128, 131_072, cores=2),
-    "v6e": _core("v6e", "TPU v6 lite", 256, 524_288),
-    "tpu7x": _core("tpu7x", "TPU7x", 256, 524_288),
+    "v5e": _core("v5e", 128, 131_072),
+    "v5p": _core("v5p", 128, 131_072, cores=2),
+    "v6e": _core("v6e", 256, 524_288),
+    "tpu7x": _core("tpu7x", 256, 524_288),
 }
 
 
@@ -176,7 +176,7 @@ def _rounds(program, core: Core, kernel: Kernel, call: Traced | None, notes: lis
     places = {stretch.name for stretch in (*program.loops, *program.regions)}
     missing = sorted(set(kernel.entered) - places)
     if missing:
-        notes.append(f"the case speaks of {', '.join(missing)}, which this program does not have")
+        notes.append(f"the case names {', '.join(missing)}, which this program does not have")
     cores = 1
     grids = [loop for loop in program.loops if loop.is_grid]
     sizes = iter(kernel.grid)
@@ -205,13 +205,13 @@ def _rounds(program, core: Core, kernel: Kernel, call: Traced | None, notes: lis
 
 
 def _region_around(program, first, last):
-    """Returns the smallest region that holds two loops, or the first loop if it stands alone."""
+    """Returns the smallest region that holds two loops, or the first loop where none does."""
     around = [r for r in program.regions if r.contains(first) and r.contains(last)]
     return min(around, key=lambda region: region.end - region.begin, default=first)
 
 
 def _inner(program, rounds: dict, entered: dict, core: Core) -> LoopFigures | None:
-    """Returns the loop with most of the matrix work; if it has others inside, its own bundles."""
+    """Returns the loop with most of the matrix work, without the loops inside it."""
     loop = program.busiest_loop(rounds, entered)
     if loop is None:
         return None

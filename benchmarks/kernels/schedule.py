@@ -1,9 +1,8 @@
 """How the TPU compiler schedules the kernels: cycles of their loops, not a measurement.
 
-A case of `cases` is compiled for a topology by a child process, because the compiler dumps
-its bundles only when told so before it is loaded. `bundles` reads loops and branches from them,
-`figures` counts. Bundles do not show waiting for memory: `memory_cycles` says what
-the bytes alone would take.
+A child process compiles a case for a topology, because the compiler writes its bundles only when
+told so before it is loaded. `bundles` reads loops and branches from them, and `figures` counts.
+Bundles do not show waiting for memory: `memory_cycles` says what the bytes alone would take.
 """
 
 import os
@@ -73,7 +72,7 @@ def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
 
 
 def read_folder(folder: pathlib.Path, core: Core, case: Case) -> list[KernelFigures]:
-    """Returns the figures of the Pallas kernels whose bundles lie in `folder`."""
+    """Returns the figures of the Pallas kernels whose bundles are in `folder`."""
     calls = trace(case, core.device)
     figures = []
     for path in sorted(folder.glob("*final_bundles.txt")):
@@ -92,13 +91,13 @@ def read_folder(folder: pathlib.Path, core: Core, case: Case) -> list[KernelFigu
     if not figures:
         raise UnsupportedError(
             f"the compiler wrote no bundles of a Pallas kernel for {case.key}; the reference ran "
-            "instead, or libtpu no longer dumps them"
+            "instead, or libtpu no longer writes them"
         )
     return figures
 
 
 def _called(calls: list[Traced], name: str, result: tuple[int, ...]) -> Traced | None:
-    """Returns the call that became the compiler's `name`, which holds the kernel's own."""
+    """Returns the call that became the compiler's `name`, which contains the kernel's own name."""
     own = max((call.name for call in calls if call.name in name), key=len, default=None)
     found = [call for call in calls if call.name == own]
     return next((call for call in found if call.result == result), found[0] if found else None)
@@ -134,7 +133,7 @@ def _describe(params: dict, result: tuple[int, ...]) -> Traced:
 
 
 def _compile_here(topology: str, key: str) -> None:
-    """What the child does: compiles one case; the dump is the result."""
+    """Compiles one case in the child process; the compiler's files are the result."""
     case = cases.find(key)
     ahead_of_time.compile_for(topology, case.function, *case.arguments)
 

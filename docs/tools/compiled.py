@@ -2,6 +2,7 @@
 
     python -m docs.tools.compiled                  compiles the cases that have no row yet
     python -m docs.tools.compiled flash_train_4k   compiles this one again
+    python -m docs.tools.compiled --estimates      only plans all rows again
 
 The document has the table between two marks; its rows are kept in the JSON file beside it. Both are
 written after every case: a run that was interrupted continues with the next one. A case whose
@@ -21,14 +22,13 @@ from typing import Any
 import jax
 
 from v4jax import log
-from v4jax.cli.plan import training_program
 from v4jax.config import get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.config.run import parse_mesh
 from v4jax.costs import chips
 from v4jax.errors import RequestError, V4JaxError
 from v4jax.planning import memory, workload
-from v4jax.planning.compile import compile_step, serving_program
+from v4jax.planning.compile import compile_step
 from v4jax.planning.workload import Workload
 
 BEGIN, END = "<!-- docs.tools.compiled: begin -->", "<!-- docs.tools.compiled: end -->"
@@ -100,9 +100,6 @@ CASES: Mapping[str, Case] = {
 }
 
 
-_PROGRAMS = {"decode": serving_program, "prefill": serving_program, "train": training_program}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles cases and prints the table."""
     parser = argparse.ArgumentParser(
@@ -117,12 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=pathlib.Path(__file__).parents[1] / "planning.md",
         help="page with the table; its rows are kept in the JSON file beside it",
     )
+    parser.add_argument(
+        "--estimates", action="store_true", help="compile nothing; plan all rows again"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     options = parser.parse_args(arguments)
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # nothing runs: leave accelerators alone
     try:
-        rows = fill(options.document, options.names)
+        rows = (
+            plan_again(options.document)
+            if options.estimates
+            else fill(options.document, options.names)
+        )
     except V4JaxError as error:
         print(f"docs.tools.compiled: error: {error}", file=sys.stderr)
         return 2
@@ -159,7 +163,7 @@ def fill(document: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the rows of a file whose cases are still described so; none without the file."""
+    """Returns the rows of a file whose cases have not changed; none without the file."""
     rows = json.loads(path.read_text()) if path.exists() else {}
     return {
         name: rows[name]
@@ -168,20 +172,37 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def plan_again(document: pathlib.Path) -> dict[str, Any]:
+    """Returns all rows with today's estimates; nothing is compiled."""
+    kept = document.with_suffix(".json")
+    rows = read(kept)
+    for number, (name, row) in enumerate(rows.items(), 1):
+        log.info(f"plan: case {number} of {len(rows)}: {name}")
+        row["estimate"] = estimate(CASES[name].workload())
+    kept.write_text(json.dumps(rows, indent=1) + "\n")
+    write(document, rows)
+    return rows
+
+
+def estimate(work: Workload) -> dict[str, Any]:
+    """Returns the plan's bytes as a row keeps them."""
+    held = memory.count_bytes(work)
+    return dataclasses.asdict(held) | {"arguments": held.arguments, "total": held.total}
+
+
 def compile_case(case: Case) -> dict[str, Any]:
     """Returns a row: the case, the compiler's statements or its refusal, and the estimate."""
     work = case.workload()
-    held = memory.count_bytes(work)
     row = {
         "case": dataclasses.asdict(case),
         "chunk": work.chunk,
         "chips": work.topology.chips,
         "limit_bytes": work.topology.chip.device_limit_bytes,
-        "estimate": dataclasses.asdict(held) | {"arguments": held.arguments, "total": held.total},
+        "estimate": estimate(work),
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
     try:
-        compiled = compile_step(work, _PROGRAMS[case.regime])
+        compiled = compile_step(work)
     except jax.errors.JaxRuntimeError as error:
         return row | {"refused": str(error).splitlines()[0]}
     return row | {"compiled": dataclasses.asdict(compiled) | {"total": compiled.total}}
@@ -199,27 +220,32 @@ def as_markdown(rows: Mapping[str, Any]) -> str:
     if not rows:
         return "No case is compiled yet."
     lines = [
-        "| case | chips | mesh | a step | arguments | temporaries | at its peak "
-        "| of | estimate | compiled in |",
+        "| case | chips | mesh | a step | arguments | temporaries | at its peak | of | plan "
+        "| compiled in |",
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         case = row["case"]
         first = f"| {name} | {row['chips']} {case['topology'].split('-')[0].split(':')[0]} "
         first += f"| {case['mesh']} | {_describe_step(row)} "
-        limit, estimate = (_gib(x) for x in (row["limit_bytes"], row["estimate"]["total"]))
+        limit, planned = _gib(row["limit_bytes"]), row["estimate"]
+        plan = _gib(planned["arguments"]) + " + " + _gib(planned["total"] - planned["arguments"])
         if "refused" in row:
             said = row["refused"].replace("|", "/")
-            lines.append(f"{first}| refused: {said} | | | {limit} | {estimate} | |")
+            lines.append(f"{first}| refused: {said} | | | {limit} | {plan} | |")
             continue
         found = row["compiled"]
-        sizes = (_gib(found[f"{kind}_bytes"]) for kind in ("argument", "temporary"))
+        most, peak = _peak_bytes(found)
+        temporaries = most + _gib(peak - found["argument_bytes"])
         spent = f"{found['seconds'] / 60:.1f} min, {found['cpu_seconds'] / 60:.1f} of a core"
-        # Rows of before the compiler was asked for its peak: it is at most the sum.
-        peak = _gib(found["peak_bytes"]) if "peak_bytes" in found else f"≤ {_gib(found['total'])}"
-        cells = *sizes, f"**{peak}**", limit, estimate, spent
-        lines.append(first + "".join(f"| {cell} " for cell in cells) + "|")
+        cells = _gib(found["argument_bytes"]), temporaries, f"**{most}{_gib(peak)}**"
+        lines.append(first + "".join(f"| {cell} " for cell in (*cells, limit, plan, spent)) + "|")
     return "\n".join(lines)
+
+
+def _peak_bytes(found: Mapping[str, Any]) -> tuple[str, float]:
+    """Returns "" and the peak, or "≤ " and the sum of all bytes in rows without a peak."""
+    return ("", found["peak_bytes"]) if "peak_bytes" in found else ("≤ ", found["total"])
 
 
 def _describe_step(row: Mapping[str, Any]) -> str:

@@ -1,26 +1,26 @@
-"""Traced layers in place of traces, for tests of what is computed from them."""
+"""A fixed trace in place of a real one, for tests of what is computed from it."""
 
 import pytest
 
 from v4jax.planning import communication, memory
-from v4jax.planning.layer_trace import LayerTrace, Message
+from v4jax.planning.collectives import Message
+from v4jax.planning.step_trace import StepTrace
 
-FIXED = [
-    LayerTrace(2, 300 * 2**20, ((Message("all-reduce", ("expert",), 2**20), 1),)),
-    LayerTrace(
-        41,
-        400 * 2**20,
-        (
-            (Message("all-to-all", ("expert",), 16 * 2**20), 2),
-            (Message("all-gather", ("expert",), 2**20), 3),
-        ),
-    ),
-]
+GIB = 2**30
+
+
+def trace_nothing(work) -> StepTrace:
+    """Returns temporaries of 1 GiB, in training 10 GiB, and the same few collectives."""
+    messages = (
+        (Message("all-reduce", ("expert",), 2**20), 2),
+        (Message("all-to-all", ("expert",), 16 * 2**20), 82),
+        (Message("all-gather", ("expert",), 2**20), 123),
+    )
+    return StepTrace(10 * GIB if work.regime == "train" else GIB, messages)
 
 
 @pytest.fixture
-def fixed_traces(monkeypatch):
-    """Makes every layer hold 400 MiB and send the same few collectives."""
+def fixed_trace(monkeypatch):
+    """Puts `trace_nothing` in place of the real trace."""
     for module in (communication, memory):
-        monkeypatch.setattr(module, "trace_layers", lambda work: FIXED)
-    return FIXED
+        monkeypatch.setattr(module, "trace_step", trace_nothing)

@@ -1,6 +1,18 @@
-"""Reading the collectives off a compiled program's text."""
+"""Reading collectives off a trace, and off a compiled program's text."""
 
-from v4jax.planning.collectives import Collective, count_collectives
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from v4jax.planning.collectives import (
+    Collective,
+    Message,
+    count_collectives,
+    trace_collectives,
+)
+from v4jax.planning.workload import abstract_mesh
+
+MESH = abstract_mesh({"expert": 4})
 
 # A loop of 20 rounds by its condition, one of 3 as stated, one of unknown length.
 TEXT = """\
@@ -56,3 +68,34 @@ def test_collectives_of_a_text():
         Collective("collective-permute", 4, 4 * 32),
         Collective("reduce-scatter", 2, 64 + 16 * 8 * 2),
     ]
+
+
+def test_collectives_of_a_trace():
+    """Operands of one device; loops by their length, or by the rounds given; the cheaper branch."""
+
+    def permute(x, _=None):
+        return jax.lax.ppermute(x, "expert", [(0, 1)]), None
+
+    def exchange(x):
+        return jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)
+
+    def gather(x):
+        return jax.lax.all_gather(x, "expert").sum(0)
+
+    def run(x):
+        x = jax.lax.psum(x, ("expert", "data"))  # data has one device
+        x = jax.lax.scan(permute, x, length=5)[0]
+        x = jax.lax.while_loop(lambda x: x.sum() > 0, exchange, x)
+        x = jax.lax.cond(x.sum() > 0, lambda x: gather(gather(x)), gather, x)
+        return jax.lax.psum(x, "data")
+
+    split = {"in_specs": P("expert"), "out_specs": P("expert"), "check_vma": False}
+    mapped = jax.shard_map(run, mesh=MESH, **split)
+    jaxpr = jax.make_jaxpr(mapped)(jnp.zeros((16, 8), jnp.bfloat16))
+    size = 4 * 8 * 2
+    assert trace_collectives(jaxpr, MESH.shape, rounds=3) == {
+        Message("all-reduce", ("expert",), size): 1,
+        Message("permute", ("expert",), size): 5,
+        Message("all-to-all", ("expert",), size): 3,
+        Message("all-gather", ("expert",), size): 1,
+    }

@@ -1,4 +1,4 @@
-"""Whole reports as golden text, so that a change shows as a diff; what would make a plan fit.
+"""Whole reports as golden text, and what would make a plan fit.
 
 The traced part is fixed: kernels may change without touching these texts. To write them anew:
 
@@ -25,37 +25,35 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_golden(fixed_traces, name):
+def test_golden(fixed_trace, name):
     model = "v4_pro" if name.startswith("pro") else "v4_flash"
     plan = report.make_plan(model, REPORTS[name]())
     expected = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
     assert report.as_text(plan) + "\n" == expected
 
 
-def test_json_says_the_same(fixed_traces):
+def test_json_says_the_same(fixed_trace):
     plan = report.make_plan("v4_flash", REPORTS["flash_decode_v6e_16"]())
     data = json.loads(json.dumps(report.as_data(plan)))
     assert data["fits"] and data["device_bytes"]["total"] == plan.held.total
-    kinds = ("weights", "cache", "optimizer", "activations")
+    kinds = ("weights", "cache", "optimizer", "temporaries")
     held = data["device_bytes"]
     assert held["total"] == sum(sum(held[kind].values()) for kind in kinds)
     assert data["seconds"]["step"] == max(data["seconds"].values())
     assert data["tokens_per_second"] == pytest.approx(4 / data["seconds"]["step"])
 
 
-def test_batch_that_just_fits(fixed_traces):
+def test_batch_that_just_fits(fixed_trace):
     plan = report.make_plan("v4_flash", REPORTS["flash_decode_v6e_16"]())
     limit = plan.work.topology.chip.device_limit_bytes
     at, beyond = (
-        remedies.quick_bytes(
-            plan.work.with_batch(batch), plan.work, sum(plan.held.activations.values())
-        )
+        remedies.expect_bytes(plan.work.changed(batch=batch), plan.work, plan.held)
         for batch in (plan.largest_batch, plan.largest_batch + 1)
     )
     assert at <= limit < beyond
 
 
-def test_remedies_fit_and_are_the_smallest(fixed_traces):
+def test_remedies_fit_and_are_the_smallest(fixed_trace):
     """Flash with 16 million-token sequences on 8 v6e chips: weights alone fit."""
     tight = work("v6e-8", "expert=8", batch=16)
     plan = report.make_plan("v4_flash", tight)
@@ -64,11 +62,11 @@ def test_remedies_fit_and_are_the_smallest(fixed_traces):
     assert list(changes) == ["--batch", "--context", "--topology"]
     assert all(r.device_bytes <= tight.topology.chip.device_limit_bytes for r in plan.remedies)
     batch = int(changes["--batch"].change.partition("=")[2])
-    one_more = report.make_plan("v4_flash", tight.with_batch(batch + 1))
-    assert not one_more.fits
+    one_more = remedies.expect_bytes(tight.changed(batch=batch + 1), tight, plan.held)
+    assert one_more > tight.topology.chip.device_limit_bytes
 
 
-def test_other_meshes_are_offered(fixed_traces):
+def test_other_meshes_are_offered(fixed_trace):
     """Sequences split over data only leave experts whole: context does not."""
     plan = report.make_plan("v4_flash", work("v6e-16", "context=16"))
     assert not plan.fits
@@ -83,9 +81,9 @@ def test_every_mesh_of_sixteen_devices():
 if __name__ == "__main__":
     from v4jax.planning import communication, memory
 
-    from .conftest import FIXED
+    from .conftest import trace_nothing
 
-    communication.trace_layers = memory.trace_layers = lambda work: FIXED
+    communication.trace_step = memory.trace_step = trace_nothing
     GOLDEN.mkdir(exist_ok=True)
     for name, build in REPORTS.items():
         model = "v4_pro" if name.startswith("pro") else "v4_flash"

@@ -3,7 +3,7 @@
 import pytest
 
 from v4jax.errors import ConfigError
-from v4jax.planning import memory
+from v4jax.planning import programs
 
 from .plans import work
 
@@ -72,4 +72,4 @@ def test_options_out_of_range(options, message):
 def test_blocks_of_scales_stay_whole():
     """A share of a quantized weight is whole blocks of its scales."""
     with pytest.raises(ConfigError, match=r"axis 'heads' of .* in whole blocks of 128"):
-        memory.weight_bytes(work("v6e-4", "tensor=2,expert=2", model="nano", batch=2))
+        programs.sharded_weights(work("v6e-4", "tensor=2,expert=2", model="nano", batch=2))

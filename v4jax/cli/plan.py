@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, Literal
+from typing import Literal
 
 from v4jax.config.inference import InferenceConfig
 from v4jax.config.run import MeshConfig
@@ -131,38 +131,11 @@ def _print_plan(flags: Flags) -> int:
     if flags.compile:
         from v4jax.planning import compile as compiler
 
-        compiled = compiler.compile_step(work, _programs()[work.regime])
+        compiled = compiler.compile_step(work)
         data["compiled"] = dataclasses.asdict(compiled) | {"total": compiled.total}
         text += "\n\n" + compiler.as_text(compiled, plan.held)
     print(json.dumps(data, indent=2) if flags.json else text)
     return 0 if plan.fits else 1
-
-
-def _programs() -> dict[str, Any]:
-    """Returns what builds the program of each regime; planning knows no training."""
-    from v4jax.planning.compile import serving_program
-
-    return {"decode": serving_program, "prefill": serving_program, "train": training_program}
-
-
-def training_program(work: Any, layout: Any) -> Any:
-    """Returns the step of a planned workload: that of a run with the defaults of `TrainConfig`."""
-    from v4jax.config.data import DataConfig, SourceConfig
-    from v4jax.config.run import LoraConfig, OptimizerConfig, TrainConfig
-    from v4jax.training.program import abstract_program
-
-    adapts = work.training == "lora"
-    planned = SourceConfig("text", paths=("planned",))
-    config = TrainConfig(
-        model="planned",
-        output="planned",
-        data=DataConfig(sources=(planned,), length=work.context, batch=work.batch),
-        numerics=work.numerics.name,
-        optimizer=OptimizerConfig(kind="adamw" if adapts else work.training),
-        lora=LoraConfig(rank=work.lora_rank) if adapts else None,
-        offload=work.offload,
-    )
-    return abstract_program(config, work.config, layout, work.storage)
 
 
 def _print_chips(flags: Flags) -> int:

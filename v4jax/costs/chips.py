@@ -1,4 +1,4 @@
-"""Chips and slices: what a program may use, and where each figure is published.
+"""Chips and slices: memory, rates and links, and where each figure is published.
 
 Figures are per chip. A program sees devices: a tpu7x chip is two of them, every other chip one.
 """
@@ -22,8 +22,9 @@ GPUS_PER_NODE = 8
 class Chip:
     """One generation of accelerator; sizes and rates are per chip, rates at their peak.
 
-    devices: JAX devices a chip. name_counts: how much a chip adds to the number in a slice's name
-    (v5p-16 and tpu7x-16 count TensorCores: 8 chips). usable_bytes: what the compiler lets one
+    device_kind: what JAX calls a device; longer names begin with it. devices: of a chip, as JAX
+    counts them. name_counts: how much a chip adds to the number in a slice's name (v5p-16 and
+    tpu7x-16 count TensorCores: 8 chips). usable_bytes: what the compiler lets one
     device allocate, None where nothing but the published size is known. link: what a chip sends
     over all its links to neighbours (ICI, NVLink), one way. network: the same over the data-center
     network. shapes: number of chips → the usual slice.
@@ -31,6 +32,7 @@ class Chip:
 
     name: str
     platform: str
+    device_kind: str
     devices: int
     name_counts: int
     hbm_bytes: float
@@ -62,6 +64,7 @@ CHIPS = {
         Chip(
             name="v5e",
             platform="tpu",
+            device_kind="TPU v5 lite",
             devices=1,
             name_counts=1,
             hbm_bytes=16 * GIB,
@@ -77,6 +80,7 @@ CHIPS = {
         Chip(
             name="v5p",
             platform="tpu",
+            device_kind="TPU v5",
             devices=1,
             name_counts=2,
             hbm_bytes=96 * GIB,
@@ -92,6 +96,7 @@ CHIPS = {
         Chip(
             name="v6e",
             platform="tpu",
+            device_kind="TPU v6 lite",
             devices=1,
             name_counts=1,
             hbm_bytes=32 * GIB,
@@ -107,6 +112,7 @@ CHIPS = {
         Chip(
             name="tpu7x",
             platform="tpu",
+            device_kind="TPU7x",
             devices=2,
             name_counts=2,
             hbm_bytes=192 * GIB,
@@ -122,6 +128,7 @@ CHIPS = {
         Chip(
             name="h100",
             platform="gpu",
+            device_kind="NVIDIA H100",
             devices=1,
             name_counts=1,
             hbm_bytes=80 * GB,
@@ -137,6 +144,7 @@ CHIPS = {
         Chip(
             name="h200",
             platform="gpu",
+            device_kind="NVIDIA H200",
             devices=1,
             name_counts=1,
             hbm_bytes=141 * GB,
@@ -153,23 +161,16 @@ CHIPS = {
 }
 
 
-# What JAX calls the devices of a chip: the first name that the device's kind begins with.
-_DEVICE_KINDS = (
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v6", "v6e"),
-    ("TPU7x", "tpu7x"),
-    ("NVIDIA H100", "h100"),
-    ("NVIDIA H200", "h200"),
-)
+_OTHER_KINDS = {"TPU v5e": "v5e", "TPU v6": "v6e"}  # older and shorter names of devices
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns one device's bfloat16 peak per second, None for a kind without a published one."""
-    for kind, name in _DEVICE_KINDS:
+    kinds = {chip.device_kind: name for name, chip in CHIPS.items()} | _OTHER_KINDS
+    for kind in sorted(kinds, key=len, reverse=True):  # "TPU v5 lite" before "TPU v5"
         if device_kind.startswith(kind):
-            return CHIPS[name].bf16_flops_per_second / CHIPS[name].devices
+            chip = CHIPS[kinds[kind]]
+            return chip.bf16_flops_per_second / chip.devices
     return None
 
 

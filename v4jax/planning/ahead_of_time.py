@@ -1,7 +1,7 @@
 """The real TPU compiler on a machine without a TPU.
 
-`libtpu` from PyPI compiles for a described topology. What it accepts, it would run; memory that
-overflows is an error; `memory_analysis()` gives bytes per chip. Nothing is executed.
+`libtpu` from PyPI compiles for a described topology. It refuses programs that overflow a device's
+memory, and `memory_analysis()` gives bytes per chip. Nothing is executed.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 from v4jax.errors import UnsupportedError
 from v4jax.kernels import dispatch
 
-# The smallest slice of each generation; one device of it compiles a single-chip program.
+# The smallest slice of each generation; its first device compiles a single-chip program.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -35,7 +35,7 @@ def describe(topology: str):
     if reason is not None:
         raise UnsupportedError(f"compiling for {topology} needs the TPU compiler: {reason}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    # Nothing runs, so processes that compile side by side do not fight for a chip.
+    # Nothing runs: processes that compile side by side need no chip.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 

@@ -1,12 +1,13 @@
-"""What the devices of a mesh send each other in a step, read off the traced layers.
+"""What the devices of a mesh send each other in a step, read off its trace.
 
-Times are at best: every link of a chip is busy, nothing is overlapped, latency is not counted.
+Times are at best: every link of a chip is busy, and latency is not counted.
 """
 
 import dataclasses
 
 from v4jax.costs.chips import Topology
-from v4jax.planning.layer_trace import Message, trace_layers
+from v4jax.planning.collectives import Message
+from v4jax.planning.step_trace import trace_step
 from v4jax.planning.workload import Workload
 
 
@@ -14,8 +15,8 @@ from v4jax.planning.workload import Workload
 class Traffic:
     """All collectives of a step of one kind over the same mesh axes.
 
-    count: collectives in a step. sent_bytes: over links, by one device. network_bytes: of these
-    over the data-center network between slices. seconds: of all of them, one after the other.
+    count: collectives in a step. sent_bytes: by one device, over links and network. network_bytes:
+    those over the data-center network between slices. seconds: one collective after the other.
     """
 
     kind: str
@@ -27,25 +28,24 @@ class Traffic:
 
 
 def count_traffic(work: Workload) -> list[Traffic]:
-    """Returns what a step sends, largest first. An even load of the experts is assumed."""
+    """Returns what a step sends, slowest first. An even load of the experts is assumed."""
     sums: dict[tuple, list[float]] = {}
-    for trace in trace_layers(work):
-        for message, count in trace.messages:
-            count *= trace.layers
-            sent, network, seconds = send(message, work.topology, work.sizes)
-            row = sums.setdefault((message.kind, message.axes), [0, 0.0, 0.0, 0.0])
-            for place, value in enumerate((1, sent, network, seconds)):
-                row[place] += value * count
+    for message, count in trace_step(work).messages:
+        sent, network, seconds = send(message, work.topology, work.sizes)
+        row = sums.setdefault((message.kind, message.axes), [0, 0.0, 0.0, 0.0])
+        for place, value in enumerate((1, sent, network, seconds)):
+            row[place] += value * count
     rows = [Traffic(kind, axes, int(row[0]), *row[1:]) for (kind, axes), row in sums.items()]
     return sorted(rows, key=lambda traffic: -traffic.seconds)
 
 
 def send(message: Message, topology: Topology, mesh: dict[str, int]) -> tuple[float, float, float]:
-    """Returns (bytes sent, of these between slices, seconds) of one collective on one device.
+    """Returns (bytes sent, bytes sent between slices, seconds) of one collective on one device.
 
-    A ring of n devices sends of an operand of s bytes: all-gather (n−1)·s, reduce-scatter
-    (n−1)/n·s, all-reduce twice that; all-to-all (n−1)/n·s, over `mean_hops` links each. Slices
-    split the axis `data`, and what crosses them is first reduced or spread inside a slice.
+    For an operand of s bytes, a device in a ring of n sends (n−1)·s in an all-gather, (n−1)/n·s in
+    a reduce-scatter, twice that in an all-reduce, and (n−1)/n·s over `mean_hops` links each in an
+    all-to-all. Slices split the axis `data`; what crosses them is reduced inside a slice first, or
+    spread there afterwards.
     """
     devices = 1
     for axis in message.axes:

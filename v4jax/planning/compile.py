@@ -1,32 +1,20 @@
-"""The same step, compiled by the real TPU compiler: what it needs, and the collectives it chose.
+"""The step of a workload, compiled by the real TPU compiler: its bytes and its collectives.
 
-The program is the sharded one that would run, on a mesh of described devices: `Transformer.extend`
-here; a training step is built by the caller (`training.program`). Nothing is executed, so
+The program is the sharded one that would run, on a mesh of described devices. Nothing is executed:
 these are the compiler's statements, not measurements.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from v4jax import log
-from v4jax.cache import init_cache
-from v4jax.cache.hybrid import cache_axes
 from v4jax.errors import UnsupportedError
 from v4jax.kernels import dispatch
-from v4jax.model import abstract_transformer, passes
-from v4jax.parallel.layout import Layout
 from v4jax.parallel.mesh import make_mesh
-from v4jax.parallel.program import Program, with_shardings
-from v4jax.parallel.shard import entry_shards
-from v4jax.parallel.weight_sharding import annotate_shardings, weight_shardings
 from v4jax.planning import ahead_of_time
 from v4jax.planning.collectives import Collective, count_collectives
 from v4jax.planning.memory import DeviceBytes
+from v4jax.planning.programs import build_program
 from v4jax.planning.workload import Workload
 
 
@@ -34,11 +22,11 @@ from v4jax.planning.workload import Workload
 class Compiled:
     """What the compiler says of one device's program.
 
-    argument_bytes: weights, cache and inputs. output_bytes: of these not written over arguments.
-    peak_bytes: arguments, outputs and temporaries in memory at the fullest moment.
-    flops: by the compiler's cost analysis, which sees neither into kernels nor how often a loop of
-    unknown length runs. seconds: of tracing and compiling, by the clock; cpu_seconds: the same in
-    the time of processor cores, which other work on the machine does not lengthen.
+    argument_bytes: weights, cache and inputs. output_bytes: results that are not written over
+    arguments. peak_bytes: arguments, outputs and temporaries at the fullest moment. flops: by the
+    compiler's cost analysis, which sees neither into kernels nor how often a loop of unknown length
+    runs. seconds: of tracing and compiling, by the clock. cpu_seconds: the same in the time of
+    processor cores, which other work on the machine does not lengthen.
     """
 
     argument_bytes: int
@@ -57,13 +45,8 @@ class Compiled:
         return self.argument_bytes + self.output_bytes + self.temporary_bytes + self.code_bytes
 
 
-def compile_step(
-    work: Workload, build: Callable[[Workload, Layout], Program] | None = None
-) -> Compiled:
+def compile_step(work: Workload) -> Compiled:
     """Compiles one step of a workload for its topology; takes minutes.
-
-    Args:
-      build: makes the program; None: `serving_program`, which knows no training.
 
     Raises:
       UnsupportedError: libtpu is missing, the chip is no TPU, or there are several slices.
@@ -81,7 +64,7 @@ def compile_step(
     start, cpu_start = time.perf_counter(), time.process_time()
     with log.phase("plan", f"compiling for {work.topology.name}") as phase:
         with dispatch.compiling_for("tpu", devices[0].device_kind):
-            function, arguments = (build or serving_program)(work, layout)
+            function, arguments = build_program(work, layout)
             compiled = function.lower(*arguments).compile()
         phase.note("compiled")
     text = compiled.as_text()
@@ -97,31 +80,6 @@ def compile_step(
         seconds=time.perf_counter() - start,
         cpu_seconds=time.process_time() - cpu_start,
     )
-
-
-def serving_program(work: Workload, layout: Layout) -> Program:
-    """Returns the step of decode or prefill: abstract first, then shardings."""
-    assert work.regime != "train", work.regime
-    config, numerics = work.config, work.numerics
-    model = abstract_transformer(config, numerics, storage=work.storage)
-    model = annotate_shardings(model, layout)
-    model.layout = layout
-    model = with_shardings(model, weight_shardings(model, layout))
-    sizes = work.batch, work.context, entry_shards(layout)
-    cache = jax.eval_shape(lambda: init_cache(config, numerics, *sizes))
-
-    def sharding(*names: str | None) -> NamedSharding:
-        return NamedSharding(layout.mesh, layout.array_spec(*names, tokens=work.tokens))
-
-    cache = with_shardings(cache, jax.tree.map(lambda names: sharding(*names), cache_axes(cache)))
-    tokens = jax.ShapeDtypeStruct(
-        (work.batch, work.chunk),
-        jnp.int32,
-        sharding=sharding("batch", "tokens"),
-    )
-    lengths = jax.ShapeDtypeStruct((work.batch,), jnp.int32, sharding=sharding("batch"))
-    # The very function that `Transformer.extend(…, donate=True)` calls after checking arguments.
-    return passes.extend_donating, (model, tokens, cache, lengths, "last")
 
 
 def as_text(compiled: Compiled, held: DeviceBytes) -> str:

@@ -1,96 +1,75 @@
-"""Bytes of one device by kind: weights, cache, gradients and optimizer, activations.
+"""Bytes of one device by kind: weights, cache, optimizer, temporaries.
 
-Every array is asked of the code that makes it, and split by the rules that split it there
-(`parallel.weight_sharding.weight_spec`, `parallel.axes`). Activations are an estimate from traced
-layers (`layer_trace.py`); `v4jax plan --compile` asks the compiler instead.
+All but the temporaries are the arguments of the program that would run, split as it splits them.
+Temporaries are an estimate from the traced step (`step_trace.py`); `v4jax plan --compile` asks the
+compiler instead.
 """
 
+import collections
 import dataclasses
-import math
 
-import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import PartitionSpec
-
-from v4jax.cache import init_cache
-from v4jax.config.run import LoraConfig
-from v4jax.costs.inventory import CacheArray, Weight, list_cache
-from v4jax.model import take_inventory
-from v4jax.parallel.weight_sharding import weight_spec
-from v4jax.planning.layer_trace import trace_layers
+from v4jax.costs.inventory import CacheArray, device_bytes, list_cache
+from v4jax.planning.programs import abstract_cache, sharded_weights, train_state
+from v4jax.planning.step_trace import trace_step
 from v4jax.planning.workload import Workload
-from v4jax.quant import ScaledArray
-from v4jax.shapes import ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """What one device holds during a step, by kind and within a kind by what it is."""
+    """What one device holds during a step, by kind and within a kind by what it is.
+
+    weights: served or frozen ones. optimizer: trained weights in float32, and moments. temporaries:
+    an estimate of what the step makes beside its arguments, at the fullest moment.
+    """
 
     weights: dict[str, int]
     cache: dict[str, int]
     optimizer: dict[str, int]
-    activations: dict[str, int]
+    temporaries: dict[str, int]
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return sum(sum(getattr(self, field.name).values()) for field in dataclasses.fields(self))
+        return self.arguments + sum(self.temporaries.values())
 
     @property
     def arguments(self) -> int:
-        """Bytes that a step is given; the others it makes.
-
-        Where weights are trained, it is given them in float32, and makes what it computes with.
-        """
-        kept = sum(size for name, size in self.optimizer.items() if name != "gradients")
-        weights = 0 if "float32 weights" in self.optimizer else sum(self.weights.values())
-        return weights + sum(self.cache.values()) + kept
+        """Bytes that a step is given."""
+        return sum(sum(kind.values()) for kind in (self.weights, self.cache, self.optimizer))
 
 
-def count_bytes(work: Workload, traced: bool = True) -> DeviceBytes:
-    """Returns the bytes of one device by kind.
-
-    Args:
-      traced: whether layers are traced for their activations (seconds); left out otherwise.
-    """
-    return DeviceBytes(
-        weights=weight_bytes(work),
-        cache={} if work.regime == "train" else cache_bytes(work),
-        optimizer=optimizer_bytes(work) if work.regime == "train" else {},
-        activations=activation_bytes(work) if traced else {},
-    )
+def count_bytes(work: Workload) -> DeviceBytes:
+    """Returns the bytes of one device by kind; traces the step, which takes some seconds."""
+    fixed = fixed_temporaries(work)
+    activations = max(trace_step(work).peak_bytes - sum(fixed.values()), 0)
+    temporaries = fixed | {"activations": activations}
+    return dataclasses.replace(count_arguments(work), temporaries=temporaries)
 
 
-def weight_bytes(work: Workload) -> dict[str, int]:
-    """Returns format → bytes of the weights on one device, scales included."""
-    sums: dict[str, int] = {}
-    for weight in take_inventory(work.config, work.storage).weights:
-        size = sum(_bytes(array) for array in local_arrays(weight, work))
-        sums[weight.fmt] = sums.get(weight.fmt, 0) + size
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-
-def local_arrays(weight: Weight, work: Workload) -> list[jax.ShapeDtypeStruct]:
-    """Returns the arrays of a weight as one device holds them: values, then scales.
+def count_arguments(work: Workload) -> DeviceBytes:
+    """Returns the bytes of the step's arguments; nothing is traced.
 
     Raises:
       ConfigError: a mesh axis does not divide what the code computes on.
     """
-    spec = weight_spec(weight.path, weight.value, weight.axes, work.layout)
-    arrays = jax.tree.leaves(weight.value)
-    return [_divide(array, spec, work) for array in arrays]
+    if work.regime != "train":
+        return DeviceBytes(_by_format(sharded_weights(work)), cache_bytes(work), {}, {})
+    state = train_state(work)
+    frozen = [weight for weight in sharded_weights(work) if weight.path not in state.weights]
+    weights = "adapters" if work.training == "lora" else "float32 weights"
+    moments = "muon state" if work.training == "muon" else "adamw state"
+    optimizer = {
+        weights: device_bytes(state.weights),
+        moments: device_bytes(state.optimizer),
+    }
+    return DeviceBytes(_by_format(frozen), {}, optimizer, {})
 
 
-def _divide(array, spec: PartitionSpec, work: Workload) -> jax.ShapeDtypeStruct:
-    parts = [work.layout.size(split) if split else 1 for split in map(_names, spec)]
-    shape = tuple(ceil_div(size, part) for size, part in zip(array.shape, parts, strict=True))
-    return jax.ShapeDtypeStruct(shape, array.dtype)
-
-
-def _names(split) -> tuple[str, ...]:
-    return () if split is None else (split,) if isinstance(split, str) else tuple(split)
+def _by_format(weights) -> dict[str, int]:
+    sums = collections.Counter()
+    for weight in weights:
+        sums[weight.fmt] += device_bytes(weight.value)
+    return dict(sums.most_common())
 
 
 def cache_bytes(work: Workload) -> dict[str, int]:
@@ -99,88 +78,31 @@ def cache_bytes(work: Workload) -> dict[str, int]:
     Entries are split over the devices of a sequence; windows and unfinished windows are on each.
     """
     sums: dict[str, int] = {}
-    for array in list_local_cache(work):
+    for array in sharded_cache(work):
         name = "unfinished windows" if array.holds.startswith("unfinished") else array.holds
-        size = array.bytes // (work.parts("entries") if array.entries else 1)
-        sums[name] = sums.get(name, 0) + size
+        sums[name] = sums.get(name, 0) + device_bytes(array.value)
     return sums
 
 
-def list_local_cache(work: Workload) -> tuple[CacheArray, ...]:
-    """Returns the cache of the sequences that one device has, their entries whole."""
-    sizes = work.local_batch, work.context, work.parts("entries")
-    return list_cache(jax.eval_shape(lambda: init_cache(work.config, work.numerics, *sizes)))
+def sharded_cache(work: Workload) -> tuple[CacheArray, ...]:
+    """Returns the arrays of the cache; `device_bytes` says what a device has of them."""
+    return list_cache(abstract_cache(work, work.layout))
 
 
-def optimizer_bytes(work: Workload) -> dict[str, int]:
-    """Returns gradients and optimizer state of one device, as optax would allocate them.
+def fixed_temporaries(work: Workload) -> dict[str, int]:
+    """Returns the temporaries that do not depend on the number of tokens.
 
-    Beside bfloat16 weights stand a float32 copy that is updated and its state, float32 too: two
-    moments (AdamW), or momentum for matrices (Muon). LoRA trains, beside frozen weights, two
-    float32 matrices of its rank for every projection of attention and of the experts.
+    Serving: the weights of one round of the scan over layers, taken out of their stacks; kernels
+    read routed experts where they are. Training: weights in the dtype of the computation, made of
+    the float32 ones, and a gradient for each. Adapters are read as they are; their gradients are
+    float32.
     """
-    trained = trained_arrays(work)
-    gradients = sum(map(_bytes, trained))
-    copies = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in trained]
-    matrices = [x for x in copies if x.ndim >= 2] if work.training == "muon" else []
-    others = [x for x in copies if x.ndim < 2] if work.training == "muon" else copies
-    state = sum(map(_bytes, matrices)) + _state_bytes(others)
+    weights = sharded_weights(work)
+    if work.regime != "train":
+        scanned = [w for w in weights if w.axes[0] == "layers" and not w.is_routed]
+        return {"a round's weights": sum(device_bytes(w.value) // w.shape[0] for w in scanned)}
+    trained = train_state(work).weights
     if work.training == "lora":
-        return {"adapters": gradients, "gradients": gradients, "adamw state": state}
-    name = f"{work.training} state"
-    return {"float32 weights": sum(map(_bytes, copies)), "gradients": gradients, name: state}
-
-
-def _state_bytes(parameters: list) -> int:
-    state = jax.eval_shape(optax.adamw(1e-4).init, parameters)
-    return sum(map(_bytes, jax.tree.leaves(state)))
-
-
-def activation_bytes(work: Workload) -> dict[str, int]:
-    """Returns what a step holds beside its arguments → bytes on one device at the fullest moment.
-
-    In training the input of every layer is kept, unless the host has it, and the layer computed
-    again in the backward pass.
-    Logits are those of one token per sequence: a training step makes its own chunk by chunk.
-    """
-    config = work.config
-    tokens = work.local_batch * work.local_tokens
-    dtype = jnp.dtype(work.numerics.activation_dtype)
-    streams = tokens * config.hc_mult * config.hidden_size * dtype.itemsize
-    if work.regime == "train" and "streams" not in work.offload:
-        streams *= config.num_hidden_layers + config.num_nextn_predict_layers
-    vocab = config.vocab_size // work.weight_parts("vocab")
-    largest = max(trace.peak_bytes for trace in trace_layers(work))
-    return {
-        "streams": streams,
-        "largest layer": largest,
-        "logits": work.local_batch * vocab * 4,
-    }
-
-
-def trained_arrays(work: Workload) -> list[jax.ShapeDtypeStruct]:
-    """Returns the arrays that get gradients, as one device holds them: those of a run's defaults.
-
-    Indexers are frozen then; adapters stand where `LoraConfig` says.
-    """
-    weights = take_inventory(work.config, work.storage).weights
-    if work.training != "lora":
-        trained = [w for w in weights if w.trained and ".indexer." not in w.path]
-        return [x for weight in trained for x in local_arrays(weight, work)]
-    targets = [f".{target}." for target in LoraConfig().targets]
-    arrays = []
-    for weight in weights:
-        if weight.is_matrix and any(target in f".{weight.path}." for target in targets):
-            values = local_arrays(weight, work)[0]
-            if isinstance(weight.value, ScaledArray) and weight.value.is_fp4:
-                values = jax.ShapeDtypeStruct(
-                    (*values.shape[:-1], 2 * values.shape[-1]), values.dtype
-                )
-            *lead, out, width = values.shape
-            for shape in ((*lead, out, work.lora_rank), (*lead, work.lora_rank, width)):
-                arrays.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    return arrays
-
-
-def _bytes(array) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
+        return {"gradients": device_bytes(trained)}
+    size = sum(device_bytes(w.value) for w in weights if w.path in trained)
+    return {f"{work.storage} weights": size, "gradients": size}

@@ -1,4 +1,4 @@
-"""A plan as data and as text: what a device holds, computes, sends; whether it fits, how fast."""
+"""A plan as data and as text: what a device holds, computes and sends; whether it fits."""
 
 import dataclasses
 from typing import Any
@@ -12,14 +12,16 @@ from v4jax.planning.remedies import Remedy
 from v4jax.planning.roofline import Times
 from v4jax.planning.workload import Workload
 
+_NEAR = 0.9  # part of the limit; compiled steps took up to a tenth more than their estimates
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The answer to a `Workload`.
 
-    parameters: of the model with its MTP block; active ones a token passes, without embedding and
-    MTP. largest_batch: that fits on the same mesh, None where the plan does not fit. remedies: what
-    would make it fit, empty where it does.
+    parameters: of the model with its MTP block. active_parameters: those that every token passes,
+    without embedding and MTP. largest_batch: about how many sequences would fit on the same mesh,
+    None where the plan does not fit. remedies: what would make it fit, empty where it does.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Plan:
 
 
 def make_plan(name: str, work: Workload) -> Plan:
-    """Returns the plan of a workload; traces its layers, which takes some seconds."""
+    """Returns the plan of a workload; traces its step, which takes some seconds."""
     held = memory.count_bytes(work)
     fits = held.total <= work.topology.chip.device_limit_bytes
     weights = take_inventory(work.config, work.storage).weights
@@ -71,7 +73,7 @@ def make_plan(name: str, work: Workload) -> Plan:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """Returns the plan as what JSON can say; sizes in bytes, times in seconds."""
+    """Returns the plan as values for JSON; sizes in bytes, times in seconds."""
     work, times, chip = plan.work, plan.times, plan.work.topology.chip
     return {
         "model": plan.name,
@@ -108,7 +110,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
 
 def as_text(plan: Plan) -> str:
-    """Returns the plan as a page to read."""
+    """Returns the plan as text."""
     parts = (_head(plan), _bytes(plan), _operations(plan), _links(plan), _time(plan))
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -141,11 +143,13 @@ def _bytes(plan: Plan) -> list[str]:
             continue
         shown = sorted(kinds.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{name} {log.format_bytes(size)}" for name, size in shown)
-        estimate = "estimate: " if field.name == "activations" else ""
+        estimate = "estimate: " if field.name == "temporaries" else ""
         lines.append(_row(field.name, log.format_bytes(sum(kinds.values())), estimate + parts))
     verdict = f"fits: {held.total / limit:.0%} used"
     if plan.largest_batch is not None:
-        verdict += f"; room for {plan.largest_batch:,} sequences"
+        verdict += f"; room for about {plan.largest_batch:,} sequences"
+    if held.total > _NEAR * limit:
+        verdict += "; near the limit, ask the compiler (--compile)"
     if not plan.fits:
         verdict = f"DOES NOT FIT: {log.format_bytes(held.total - limit)} too much"
     lines.append(_row("total", log.format_bytes(held.total), verdict))
@@ -154,7 +158,7 @@ def _bytes(plan: Plan) -> list[str]:
     for number, remedy in enumerate(plan.remedies):
         lead = "smallest change" if number == 0 else "or"
         size = log.format_bytes(remedy.device_bytes)
-        lines.append(f"  {lead + ':':<17}{remedy.change}  ({size} a device)")
+        lines.append(f"  {lead + ':':<17}{remedy.change}  (about {size} a device)")
     return lines
 
 
@@ -188,7 +192,7 @@ def _operations(plan: Plan) -> list[str]:
 def _links(plan: Plan) -> list[str]:
     if not plan.times.traffic:
         return []
-    lines = ["sent by one device in a step (from the traced layers)"]
+    lines = ["sent by one device in a step (from the traced step)"]
     for item in plan.times.traffic:
         network = f", {log.format_bytes(item.network_bytes)} between slices"
         lines.append(

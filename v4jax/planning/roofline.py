@@ -1,7 +1,7 @@
 """How long a step takes at best: operations, bytes of memory and bytes of links at their peaks.
 
-A device does its share of a step's operations: its tokens and sequences, its heads, experts and
-entries. What the rules leave whole is computed on every device that has it.
+A device does its part of a step's operations: its tokens and sequences, its heads, experts and
+entries. What the rules of the mesh leave whole is computed on every device that has it.
 """
 
 import dataclasses
@@ -9,9 +9,10 @@ import dataclasses
 from v4jax.cache.formats import entry_format
 from v4jax.config import LayerKind
 from v4jax.costs import flops
-from v4jax.costs.inventory import count_layers
+from v4jax.costs.inventory import count_layers, device_bytes
 from v4jax.model import take_inventory
 from v4jax.planning import communication, memory
+from v4jax.planning.programs import sharded_weights
 from v4jax.planning.workload import Workload
 
 # Rules (of weights) over which a component's products are split; others repeat along them.
@@ -27,10 +28,10 @@ _STREAM_PASSES = 3  # a site reads the streams to mix them, reads and writes the
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step if nothing but its floor held it up; the step takes at least the largest.
+    """Lower bounds of a step's seconds: it takes at least the largest of them.
 
-    flops: operations of one device by component. traffic: collectives. memory_bytes: read and
-    written by one device.
+    flops: operations of one device by component. memory_bytes: what one device reads and writes.
+    traffic: collectives.
     """
 
     flops: dict[str, float]
@@ -128,7 +129,9 @@ def device_traffic(work: Workload) -> dict[str, float]:
     if work.regime != "decode":
         moved["selected entries"] = passes * _selected_bytes(work, tokens)
     if work.regime == "train":
-        moved["optimizer"] = 2.0 * sum(memory.optimizer_bytes(work).values())
+        state = memory.count_arguments(work).optimizer
+        gradients = memory.fixed_temporaries(work)["gradients"]
+        moved["optimizer"] = 2.0 * (sum(state.values()) + gradients)
     else:
         moved["cache"] = float(_cache_read(work))
     return moved
@@ -139,12 +142,12 @@ def _weights_read(work: Workload) -> float:
     config = work.config
     miss = (1 - config.num_experts_per_tok / config.n_routed_experts) ** work.step_tokens
     read = 0.0
-    for weight in take_inventory(config, work.storage).weights:
+    for weight in sharded_weights(work):
         if weight.component == "embedding" or (
             weight.component == "MTP" and work.regime != "train"
         ):
             continue
-        size = sum(array.size * array.dtype.itemsize for array in memory.local_arrays(weight, work))
+        size = device_bytes(weight.value)
         read += size * (1 - miss) if weight.is_routed else size
     return read
 
@@ -158,8 +161,9 @@ def _selected_bytes(work: Workload, tokens: int) -> float:
 def _cache_read(work: Workload) -> float:
     """Returns the cache bytes that a step reads on one device, at the full context."""
     read = 0.0
-    for array in memory.list_local_cache(work):
-        size = array.bytes / (work.parts("read_entries") if array.entries else 1)
+    for array in memory.sharded_cache(work):
+        parts = work.parts("batch") * (work.parts("read_entries") if array.entries else 1)
+        size = array.bytes / parts
         if array.holds == "csa":
             size *= min(1.0, work.config.index_topk / array.entries)
         read += size

@@ -1,9 +1,9 @@
-"""What is planned: a model, a slice, a mesh on it, and what runs there."""
+"""What is planned: a model, a slice, a mesh over its devices, and what runs there."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import AbstractMesh, AxisType
 
@@ -23,11 +23,11 @@ _LORA_RANK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One plan's question. Build it with `build_workload`, which checks it.
+    """The question of one plan. Build it with `build_workload`, which checks it.
 
     regime: what a step does. context: tokens of a sequence, prompt and answer together. batch:
     sequences of a step, over all devices. chunk: tokens of each sequence that one step reads (1 in
-    decode, all in training). training: which parameters get gradients and what the optimizer keeps.
+    decode, all in training). training: "adamw" or "muon" for all weights, "lora" for adapters.
     offload: what a training step keeps in the host's memory, as `train.offload`.
     """
 
@@ -93,37 +93,13 @@ class Workload:
         """Returns over how many devices an axis of the weights is split."""
         return self.layout.size(self.layout.weight_axes(name))
 
-    def with_mesh(self, mesh: Mapping[str, int], topology: Topology | None = None) -> "Workload":
-        """Returns the same work on another mesh, checked."""
-        return self._rebuild(mesh=mesh, topology=topology or self.topology)
-
-    def with_batch(self, batch: int) -> "Workload":
-        """Returns the same work on another number of sequences, checked."""
-        return self._rebuild(batch=batch)
-
-    def with_context(self, context: int) -> "Workload":
-        """Returns the same work on sequences of another length, checked."""
-        return self._rebuild(context=context)
-
-    def with_chunk(self, chunk: int) -> "Workload":
-        """Returns the same prefill in chunks of another length, checked."""
-        return self._rebuild(chunk=chunk)
-
-    def _rebuild(self, chunk: int | None = None, **changes) -> "Workload":
-        fields = dict(mesh=self.sizes, topology=self.topology, batch=self.batch)
-        fields |= dict(context=self.context) | changes
-        if self.regime == "prefill" and chunk is None and self.chunk <= fields["context"]:
-            chunk = self.chunk
-        return build_workload(
-            self.config,
-            self.numerics,
-            regime=self.regime,
-            chunk=chunk,
-            training=self.training,
-            lora_rank=self.lora_rank,
-            offload=self.offload,
-            **fields,
-        )
+    def changed(self, **changes: Any) -> "Workload":
+        """Returns the work with other values of some fields, checked; a mesh is axis → size."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields |= {"mesh": self.sizes} | changes
+        if self.regime != "prefill" or fields["chunk"] > fields["context"]:
+            fields["chunk"] = None
+        return build_workload(fields.pop("config"), fields.pop("numerics"), **fields)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

@@ -66,13 +66,13 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
     flops = batch * 4 * channels * heads * keys
     rounds, assumes = (), ""
     if ratio and tokens == 1:
-        # A block is attended to as it is loaded; the second loop awaits what nobody needs.
+        # A block is attended to as it is loaded; the second loop waits for nothing.
         rounds = (blocks, 0)
         assumes = f"every sequence at {context:,} tokens: {blocks} blocks of {block} entries"
     elif ratio:
         tile = dense_tpu.TILE_ROWS // heads
         tiles = ceil_div(tokens, tile)
-        halves = min(tiles, 2)  # each decodes its blocks in its first tile
+        halves = min(tiles, 2)  # parts of the grid; each decodes its blocks in its first tile
         blind = (ratio - 1) // tile if first == 0 else 0  # tiles before an entry is complete
         rounds = (blocks * halves / tiles, whole, (blocks - whole) * (1 - blind / tiles))
         assumes = f"positions {first:,} to {context:,}: {whole} of {blocks} blocks without mask"
@@ -99,8 +99,8 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
 def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
     """CSA layers. FLOPs: 4 · channels · (window + selected) per query head.
 
-    The rows of a product are the heads of one token, since each has its own entries: where a
-    matrix unit is wider, the rest of it idles, whichever operand stays in the unit.
+    The rows of a product are the heads of one token, because every token has its own entries. Where
+    a matrix unit is wider, the rest of it idles, whichever operand stays in the unit.
     """
     from v4jax.kernels import attention
     from v4jax.kernels.attention import rows_tpu
@@ -154,7 +154,7 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
 
 
 def _union_sort(queries, window: int, count: int) -> Kernel:
-    """Sorts what each group of neighbours selected: twice a call, a column for each group."""
+    """Describes the sort of a group's selections: two in a call, a column for each group."""
     from v4jax.kernels.attention import sort_tpu, sparse_prefill_tpu
     from v4jax.kernels.tpu import LANES
 
@@ -171,10 +171,10 @@ def _union_sort(queries, window: int, count: int) -> Kernel:
 
 
 def _random_selection(queries, window: int, count: int) -> dict:
-    """Returns rounds where neighbours select nothing in common: the most work there is.
+    """Returns rounds where neighbours select nothing in common, which is the most work.
 
-    Of a group's union every block is full. While a block is computed the rows of a later one are
-    requested, but for the last ones of a tile: two branches of one loop.
+    Every block of a group's union is then full. While a block is computed, the rows of a later one
+    are requested, except in the last rounds of a tile: two branches of one loop.
     """
     from v4jax.kernels.attention import sparse_prefill_tpu
 
@@ -245,10 +245,11 @@ def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
     return cases
 
 
-# (entries to select, one query a program) → chunks of a block, refreshes in a million tokens, then
-# the rounds of each loop each time it is entered, in program order: a loop per chunk, 12 of a
-# refresh, the others of the last write. Counted on random scores in random order by `python -m
-# benchmarks.kernels.count_rounds`; count again when the kernel's loops change.
+# Rounds by (entries to select, whether a program has one query): chunks of a block, refreshes in a
+# million tokens, then the rounds of each loop each time it is entered, in program order: one loop
+# for each chunk, 12 for a refresh, the others for the last write. `python -m
+# benchmarks.kernels.count_rounds` counted them on random scores in random order; count again when
+# the kernel's loops change.
 _SELECTION_ROUNDS = {
     (512, False): (
         *(2, 7),

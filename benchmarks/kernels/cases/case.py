@@ -15,9 +15,9 @@ spec = jax.ShapeDtypeStruct
 class Kernel:
     """One Pallas kernel of a case."""
 
-    name: str  # as `pallas_call` is told
+    name: str  # the one given to `pallas_call`
     result: tuple[int, ...] = ()  # shape of the first result, where two kernels share a name
-    flops: float | None = None  # that the result needs; None: not stated
+    flops: float | None = None  # FLOPs that the result needs; None: not stated
     moved_bytes: float | None = None  # every operand and result once, at least
     # Sizes of the grid's dimensions that are known on device only, in order.
     grid: tuple[int, ...] = ()
@@ -27,7 +27,7 @@ class Kernel:
     # First and last of these loops → share of the visits in which the smallest skippable region
     # around both runs.
     visits: Mapping[tuple[int, int], float] = dataclasses.field(default_factory=dict)
-    # Loop or region → share of the visits in which it runs at all; by place.
+    # Name of a loop or region → share of the visits in which it runs at all.
     entered: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depth: int | None = None  # channels a product sums over, where fewer than the unit is wide
     rows: int | None = None  # rows or columns of a product, where fewer than the unit is wide

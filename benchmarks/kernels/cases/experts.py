@@ -42,7 +42,7 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
     arguments = _expert_arguments(config, tokens, experts, kind)
     tile = pallas_tpu.choose_tile(chip, tokens * config.num_experts_per_tok, experts)
     assignments, used, tiles, assumes = _even_load(config, tokens, experts, tile)
-    # Weights are expanded by the loops before the last ones, once per expert and block of outputs.
+    # The first loops expand weights, once for each expert and block of outputs.
     expansions = (0, 0) if kind == "bfloat16" else (2, 1)
     entered = [
         {f"0.{i}": used / tiles for i in range(loops)}
@@ -189,10 +189,10 @@ def _even_load(config: ModelConfig, tokens: int, experts: int, tile: int):
 
 
 def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
-    """Linear layers in FP8: the widest, queries up. FLOPs: tokens · 2 · rows · columns.
+    """The widest linear layer in FP8, queries up. FLOPs: tokens · 2 · rows · columns.
 
-    And stored weights expanded whole, as training's gradients and adapters need them: those of an
-    eighth of the experts, and queries up. Their result needs no product, so they state no FLOPs.
+    Then stored weights that are expanded whole, as training's gradients and adapters need them: an
+    eighth of the experts, and queries up. The result needs no product, and no FLOPs are stated.
     """
     from v4jax.kernels import scaled_matmul
     from v4jax.kernels.scaled_matmul import pallas_tpu
