@@ -42,6 +42,7 @@ def make_config(kinds: str, *, mtp: bool = False, **changes) -> ModelConfig:
     layers = [LayerKind[kind.upper()] for kind in kinds.split()]
     blocks = [*layers, LayerKind.WINDOW] if mtp else layers
     fields = dict(
+        hc_sinkhorn_iters=2,  # unrolled: fewer compile sooner
         num_hidden_layers=len(layers),
         num_nextn_predict_layers=int(mtp),
         compress_ratios=tuple(RATIOS[kind] for kind in blocks),

@@ -18,7 +18,6 @@ from oracle.test_oracles import J4_CONFIG, J4_IDS, J4_MTP_TABLE, J4_TABLE
 from v4jax.checkpoint import names
 from v4jax.config.numerics import FLOAT32
 from v4jax.config.run import LossConfig
-from v4jax.model.passes import read_drafts, read_logits, run_layers
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
@@ -104,14 +103,17 @@ def extend_in_chunks(model, tokens_t, chunks, shape):
 # ---- transformers ----
 
 
-@pytest.mark.parametrize("name", ["flash", "pro"])
+ALSO = pytest.mark.slow  # the suite has one configuration by each way; conformance has both ways
+
+
+@pytest.mark.parametrize("name", ["flash", pytest.param("pro", marks=ALSO)])
 def test_whole_sequence(name):
     made, model = small_models.golden_file(name), small_models.golden_model(name)
     logits_tv = np.asarray(model(made["ids"].astype(np.int32)[None])[0])
     np.testing.assert_allclose(logits_tv[made["positions"]], made["logits"], 0, FLOAT32_LOGITS)
 
 
-@pytest.mark.parametrize("name", ["flash", "pro"])
+@pytest.mark.parametrize("name", [pytest.param("flash", marks=ALSO), "pro"])
 def test_chunks(name):
     made, model = small_models.golden_file(name), small_models.golden_model(name)
     logits_tv = extend_in_chunks(model, made["ids"], CHUNKS, CHUNK_SHAPE)
@@ -132,36 +134,9 @@ def test_32768_positions():
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """Logits, draft logits, losses and gradients by released name, in one compilation.
-
-    The same functions as under `model(tokens)` and `model.predict_ahead(tokens)`, with the layers
-    run once for both.
-    """
-    model = small_models.load_tensors(J4_TENSORS, J4_CONFIG)
-    tokens = jnp.asarray(J4_IDS[None], jnp.int32)
-    definition, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, rest):
-        model = nnx.merge(definition, params, rest)
-        streams, _ = run_layers(model, tokens)
-        logits_tv, drafts_tv = (
-            read_logits(model, streams)[0],
-            read_drafts(model, streams, tokens)[0],
-        )
-        main = cross_entropy(logits_tv[:-1], J4_IDS[1:])
-        mtp = cross_entropy(drafts_tv[:-1], J4_IDS[2:])
-        return main + MTP_WEIGHT * mtp, (main, mtp, logits_tv, drafts_tv)
-
-    (total, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest)
-    main, mtp, logits_tv, drafts_tv = jax.tree.map(np.asarray, aux)
-    return Plain(np.asarray(logits_tv), drafts_tv, (main, mtp, total), by_name(model, gradients))
-
-
-@pytest.fixture(scope="module")
-def trained(plain):
-    """The same losses and gradients by training's own functions: tiles of logits, layers computed
-    again in the backward pass. What it does not give is as in `plain`.
+def trained():
+    """Losses, and gradients by released name, as training computes them: tiles of logits, layers
+    computed again in the backward pass.
     """
     model = small_models.load_tensors(J4_TENSORS, J4_CONFIG)
     tokens = jnp.asarray(J4_IDS[None], jnp.int32)
@@ -176,22 +151,7 @@ def trained(plain):
         return total, (parts["loss"], parts["mtp_loss"])
 
     (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest)
-    return dataclasses.replace(plain, losses=(*parts, total), gradients=by_name(model, gradients))
-
-
-@dataclasses.dataclass
-class Plain:
-    """What one pass forward and back through the specification's model gives."""
-
-    logits: np.ndarray
-    drafts: np.ndarray
-    losses: tuple
-    gradients: dict[str, np.ndarray]
-
-
-def cross_entropy(logits_tv, targets_t):
-    chosen_t = jnp.take_along_axis(logits_tv, jnp.asarray(targets_t)[:, None], 1)[:, 0]
-    return jnp.mean(jax.nn.logsumexp(logits_tv, axis=1) - chosen_t)
+    return (*parts, total), by_name(model, gradients)
 
 
 def by_name(model, gradients):
@@ -225,18 +185,11 @@ def check_table(table, logits_tv, tolerance):
         np.testing.assert_allclose(row[:4], first, 0, tolerance)
 
 
-def test_specified_logits(plain, specified):
-    for table, made, expected in (
-        (J4_TABLE, plain.logits, specified[False][0]),
-        (J4_MTP_TABLE, plain.drafts, specified[False][1]),
-    ):
-        np.testing.assert_allclose(made, expected, 0, SPECIFIED_PLAIN)
-        check_table(table[False], made, SPECIFIED_PLAIN)
-
-
-def test_specified_logits_with_quantizers(specified):
-    """FP8 entries and FP4 index keys on otherwise exact arithmetic."""
-    numerics = dataclasses.replace(FLOAT32, name="qat", entry_format="fp8", index_format="fp4")
+@pytest.mark.parametrize("qat", [False, True], ids=["plain", "with quantizers"])
+def test_specified_logits(qat, specified):
+    """With FP8 entries and FP4 index keys on otherwise exact arithmetic, and without."""
+    formats = {"name": "qat", "entry_format": "fp8", "index_format": "fp4"} if qat else {}
+    numerics = dataclasses.replace(FLOAT32, **formats)
     model = small_models.load_tensors(J4_TENSORS, J4_CONFIG, numerics)
 
     @jax.jit
@@ -245,24 +198,21 @@ def test_specified_logits_with_quantizers(specified):
 
     logits_tv, drafts_tv = map(np.asarray, run(model))
     for table, made, expected in (
-        (J4_TABLE, logits_tv, specified[True][0]),
-        (J4_MTP_TABLE, drafts_tv, specified[True][1]),
+        (J4_TABLE, logits_tv, specified[qat][0]),
+        (J4_MTP_TABLE, drafts_tv, specified[qat][1]),
     ):
         difference = np.abs(made - expected)
-        assert np.median(difference) < SPECIFIED_QAT_MEDIAN
-        assert difference.max() < SPECIFIED_QAT_MAX
-        check_table(table[True], made, SPECIFIED_QAT_MAX)
+        assert np.median(difference) < (SPECIFIED_QAT_MEDIAN if qat else SPECIFIED_PLAIN)
+        assert difference.max() < (SPECIFIED_QAT_MAX if qat else SPECIFIED_PLAIN)
+        check_table(table[qat], made, SPECIFIED_QAT_MAX if qat else SPECIFIED_PLAIN)
 
 
-@pytest.mark.parametrize("by", ["plain", "trained"])
-def test_losses(by, request):
-    losses = request.getfixturevalue(by).losses
-    np.testing.assert_allclose(losses, [MAIN_LOSS, MTP_LOSS, LOSS], 0, LOSS_ABSOLUTE)
+def test_losses(trained):
+    np.testing.assert_allclose(trained[0], [MAIN_LOSS, MTP_LOSS, LOSS], 0, LOSS_ABSOLUTE)
 
 
-@pytest.mark.parametrize("by", ["plain", "trained"])
-def test_gradient_norms(by, request):
-    gradients = request.getfixturevalue(by).gradients
+def test_gradient_norms(trained):
+    gradients = trained[1]
     for name, norm in GRADIENT_NORMS.items():
         found = np.linalg.norm(gradients[name].astype(np.float64))
         limit = GRADIENT_RELATIVE * norm + PRINTED_GRADIENT
@@ -271,16 +221,17 @@ def test_gradient_norms(by, request):
     assert total == pytest.approx(GLOBAL_NORM, rel=GRADIENT_RELATIVE)
 
 
-def test_selection_passes_no_gradient(plain):
-    found = {name: g for name, g in plain.gradients.items() if ".indexer." in name}
+def test_selection_passes_no_gradient(trained):
+    found = {name: g for name, g in trained[1].items() if ".indexer." in name}
     assert len(found) == 2 * 6
     assert all((g == 0).all() for g in found.values())
 
 
-def test_everything_else_gets_a_gradient(plain):
+def test_everything_else_gets_a_gradient(trained):
     """Router biases and tables are no parameters; an expert that no token chose has none."""
-    without = [name for name, g in plain.gradients.items() if not g.any()]
+    gradients = trained[1]
+    without = [name for name, g in gradients.items() if not g.any()]
     assert all(".indexer." in name or ".experts." in name for name in without)
-    chosen = [name for name in plain.gradients if ".experts." in name and name not in without]
+    chosen = [name for name in gradients if ".experts." in name and name not in without]
     assert len(chosen) > 3 * 6 * 4
-    assert not any("gate.bias" in name or "tid2eid" in name for name in plain.gradients)
+    assert not any("gate.bias" in name or "tid2eid" in name for name in gradients)

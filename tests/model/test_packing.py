@@ -4,7 +4,6 @@ Every row has the same length, so that all packings are one program; the row of 
 fills it is also run without `begin`.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,9 +17,8 @@ from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
-# Two scanned pairs of CSA and HCA, and an MTP block with a window. CSA selects 8 entries. Fewer
-# iterations compile sooner.
-CONFIG = dataclasses.replace(small_models.PAIRS, hc_sinkhorn_iters=2)
+# CSA, of which 8 entries are selected, HCA, and an MTP block with a window.
+CONFIG = small_models.make_config("csa hca", mtp=True)
 ROW = 10 * DOCUMENT_UNIT
 MODE = Mode(remat="none")  # compiles in half the time
 LENGTHS = (1, 5, 127, 128, 129, 300)
