@@ -11,7 +11,7 @@ from v4jax.errors import RequestError
 
 SUMMARY = "says what fits on which chips and how fast it can be, without any chip"
 USAGE = """
-Counts the arrays of the abstract model and cache as the mesh splits them, traces the layers as one
+Counts the arrays of the abstract model and cache as the mesh splits them, traces the step as one
 device runs them, and bounds the time of a step by the chip's published peaks. Allocates nothing.
 
   v4jax plan --model=v4_flash --topology=v6e-16 --mesh=expert=16 --context=1048576 --batch=4
