@@ -158,7 +158,8 @@ GAPS = {
     "pro_decode_v5p-64": 1.8,
     "pro_prefill_tpu7x-32": 4.3,
     "pro_decode_tpu7x-32": 5.3,
-    "flash_lora_128k": 2.7,
+    # Compiled before the streams were mixed by one kernel, of which the plan knows.
+    "flash_lora_128k": 3.1,
 }
 
 

@@ -82,9 +82,13 @@ def test_compressor(ratio, overlaps, monkeypatch):
     pull = random.standard_normal((windows, channels))
 
     def ours(x):
-        before = jnp.zeros((2, 1, ratio, rows))
-        arrays = x["x"][None], x["key_value"], x["gate"], x["bias"], before
-        pooled = compressor.compress(*arrays, jnp.zeros(1, jnp.int32), overlaps=overlaps)[0]
+        before = ratio if overlaps else 0  # rows of a window before the first; nothing pools them
+        values, gates = (
+            jnp.pad(x["x"] @ x[name].T, [(before, 0), (0, 0)])[None]
+            for name in ("key_value", "gate")
+        )
+        first = jnp.zeros(1, jnp.int32)
+        pooled = compressor.pool(values, gates, x["bias"], first, overlaps=overlaps)[0]
         normed = pooled / jnp.sqrt((pooled**2).mean(-1, keepdims=True) + 1e-6)
         return (normed * pull).sum()
 
