@@ -93,7 +93,7 @@ def prepare(call: Call, inputs: Inputs) -> tuple[Layout | None, tuple[jax.Array,
         arrays = tuple(jnp.swapaxes(x, 2, 3) for x in arrays)
         shapes = tuple(shape[::-1] for shape in shapes)
     layout = Layout(stored_as, capacity, (capacity + padding) // block, block, shapes, dtypes)
-    return layout, arrays, jnp.int32(0) if padding else layer
+    return layout, arrays, jnp.int32(0) if padding else jnp.asarray(layer)
 
 
 def scratch(layout: Layout, dtype) -> list:
