@@ -34,13 +34,16 @@ def test_folder(tmp_path):
 
 @pytest.mark.slow
 def test_random_weights():
-    """Random weights are made where they are held, the same for one seed and mesh shape."""
+    """Random weights are made where they are held, and are those of one device."""
     mesh = make_mesh(data=2, expert=2, context=2)
     made = v4jax.load("tiny", seed=4, mesh=mesh, weight_layout="train")
     down = variables(made)["stack.period.0.moe.experts.down"].get_value()
     shape = down.addressable_shards[0].data.shape
     assert np.prod(shape) * 8 == down.size
     assert np.std(np.asarray(down)) == pytest.approx(made.config.initializer_range, rel=0.02)
+    whole = variables(v4jax.load("tiny", seed=4))
+    for name, variable in variables(made).items():
+        np.testing.assert_array_equal(variable.get_value(), whole[name].get_value(), err_msg=name)
 
 
 def test_mesh_does_not_divide():

@@ -36,7 +36,7 @@ def load(
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
         folder's weights stay in their stored formats whatever it is.
       seed: makes random weights, also for a name with trained ones; None: 0 where there are none.
-        A folder ignores it. On a mesh the same seed gives other weights.
+        A folder ignores it. The weights are the same on any mesh.
       mesh: devices to lie on (`parallel.make_mesh`); None: the default device.
       weight_layout: "serve", or "train", which splits weights further and gathers them where they
         are used. See `parallel/axes.py`.

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from v4jax.config import ModelConfig
+from v4jax.model.draw import draw_normal
 from v4jax.quant import ScaledArray, abstract_weight, quantize_weight
 
 Storage = Literal["released", "float32", "bfloat16"]
@@ -95,15 +96,3 @@ def next_key(rngs: nnx.Rngs) -> jax.Array:
     count = stream.count.get_value()
     stream.count.set_value(count + 1)
     return jax.random.fold_in(stream.key.get_value(), count)
-
-
-def draw_normal(key: jax.Array, shape: tuple[int, ...], deviation: float):
-    """Returns normal values in float32, from NumPy where the key is concrete.
-
-    JAX would compile one program per shape, 80 of them for the smallest model. Under a
-    transformation (arrays made on a pod, abstract shapes) the values come from JAX and differ.
-    """
-    if isinstance(key, jax.core.Tracer):
-        return jax.random.normal(key, shape, jnp.float32) * deviation
-    generator = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key))))
-    return generator.standard_normal(shape, np.float32) * np.float32(deviation)

@@ -23,6 +23,7 @@ from v4jax.checkpoint.names import stored_formats
 from v4jax.config.run import LoraConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer
+from v4jax.model.draw import draw_normal
 from v4jax.model.weights import read_weights, variables, write_weights
 from v4jax.parallel.weight_sharding import spec_of, split_parts
 from v4jax.quant import LowRank, ScaledArray, quantize_weight
@@ -54,7 +55,7 @@ def add_adapters(
         for name in names:
             *lead, rows, columns = weights[name].shape
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            down = jax.random.normal(own, (*lead, lora.rank, columns)) / math.sqrt(columns)
+            down = draw_normal(own, (*lead, lora.rank, columns), columns**-0.5)
             made[name] = down, jnp.zeros((*lead, rows, lora.rank))
         return made
 

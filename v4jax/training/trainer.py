@@ -319,21 +319,20 @@ def load_model(config: TrainConfig) -> Transformer:
     mesh = None
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
-    seed = None if _has_weights(config) else config.seed
-    return api.load(config.model, config.numerics, seed=seed, mesh=mesh, weight_layout="train")
+    return api.load(
+        config.model, config.numerics, seed=_seed(config), mesh=mesh, weight_layout="train"
+    )
 
 
 def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     """Returns `Trainer.finished_model` of a run's checkpoint; None is the newest.
 
-    The run may continue meanwhile; its data is not opened. A run that started from weights needs no
-    mesh here, but random weights depend on the run's mesh.
+    The run may continue meanwhile; its data is not opened, and its mesh is not needed.
 
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    read = _has_weights(config)
-    model = api.load(config.model, config.numerics) if read else load_model(config)
+    model = api.load(config.model, config.numerics, seed=_seed(config))
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
     state = abstract_state(frozen, weights, biases, optimizer)
@@ -342,10 +341,11 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
         return finish(frozen, store.restore(step, state)[0])
 
 
-def _has_weights(config: TrainConfig) -> bool:
-    """Returns whether the run starts from stored weights instead of random ones."""
+def _seed(config: TrainConfig) -> int | None:
+    """Returns the seed of the weights that a run starts from, or None where they are stored."""
     packaged = config.model in pretrained_names() and not config.from_scratch
-    return packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
+    stored = packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
+    return None if stored else config.seed
 
 
 def _announce(state: TrainState, config: TrainConfig) -> None:
