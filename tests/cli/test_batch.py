@@ -69,6 +69,15 @@ def test_bad_summary_is_found_before_the_work(command, tmp_path, capsys, name, m
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a shell has ignored behind `nohup` and `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum, status, word", [(15, 143, "terminated"), (2, 130, "interrupted")])
 def test_stopped_in_the_middle(command, tmp_path, capsys, fake_model, signum, status, word):
     extend, calls = fake_model.extend, []
