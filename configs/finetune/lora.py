@@ -33,9 +33,8 @@ def get_config():
     config.optimizer = dict(
         kind="adamw",
         rate=0.002,
-        last_rate=0.0002,
-        warmup_steps=10,
-        decay_steps=50,
+        warmup_steps=0.1,
+        decay_steps=0.5,
         weight_decay=0.0,
     )
     config.checkpoint = dict(every=50)

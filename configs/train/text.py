@@ -25,6 +25,6 @@ def get_config():
         length=1024,
         batch=4,
     )
-    config.optimizer = dict(rate=0.003, last_rate=0.0003, warmup_steps=20, decay_steps=100)
+    config.optimizer = dict(rate=0.003, warmup_steps=0.1, decay_steps=0.5)
     config.checkpoint = dict(every=50)
     return config

@@ -46,7 +46,8 @@ class Stage:
       window: `sliding_window` of the model meanwhile.
       indexer: "frozen" where it has nothing to choose.
       count_gaps: HCA entries count for the positions left out as well.
-      mtp_weight: of the MTP block's loss, until the rate falls.
+      mtp_weight: of the MTP block's loss; in stages 8 to 10, nano itself had it while the rate
+        fell only.
       optimizer: further fields of the optimizer.
       entry_scale: factor on the norms of CSA entries before the stage.
     """
@@ -134,7 +135,7 @@ STAGES = (
         rate=0.003,
         needles=(MANY, FULL, FULL | dict(gaps=0.4)),
         mtp_weight=0.1,
-        optimizer=dict(warmup_steps=2, decay_steps=90, last_rate=0.0002),
+        optimizer=dict(warmup_steps=2, decay_steps=90, decay_to=1 / 15),
     ),
     Stage(
         "16,384 tokens, dense; the rate falls",
@@ -142,7 +143,8 @@ STAGES = (
         dense=60,
         rate=0.003,
         needles=(LONG, LONG | dict(gaps=0.1)),
-        optimizer=dict(warmup_steps=2, decay_steps=40, last_rate=0.0002),
+        mtp_weight=0.1,
+        optimizer=dict(warmup_steps=2, decay_steps=40, decay_to=1 / 15),
     ),
     # A long text has many HCA entries, and their share of the attention grows with their number:
     # what the window says fades. After stage 8 that cost half of the codes at 256 K. Here each
@@ -154,7 +156,8 @@ STAGES = (
         rate=0.003,
         needles=(NEAR, FAR, FAR, FAR),
         count_gaps=True,
-        optimizer=dict(warmup_steps=5, decay_steps=200, last_rate=0.0002),
+        mtp_weight=0.1,
+        optimizer=dict(warmup_steps=5, decay_steps=200, decay_to=1 / 15),
     ),
     # The 64 entries selected of 131,072 are likelier rivals than those of a training row: after
     # stage 9 they cost a quarter of the codes at 512 K. Two thirds of these came back when scores
@@ -167,7 +170,8 @@ STAGES = (
         rate=0.001,
         needles=(NEAR, FAR, FAR, FAR),
         count_gaps=True,
-        optimizer=dict(warmup_steps=5, decay_steps=95, last_rate=0.0001),
+        mtp_weight=0.1,
+        optimizer=dict(warmup_steps=5, decay_steps=95, decay_to=0.1),
         entry_scale=1.5,
     ),
 )
@@ -198,7 +202,7 @@ def build_run(number: int) -> TrainConfig:
         optimizer=OptimizerConfig(
             **dict(rate=stage.rate, adamw_rate=0.4, warmup_steps=10) | stage.optimizer
         ),
-        loss=LossConfig(mtp_weight=stage.mtp_weight, bias_speed=0.003),
+        loss=LossConfig(mtp_weight=stage.mtp_weight, late_mtp=1.0, bias_speed=0.003),
         indexer=stage.indexer,
         dense_steps=stage.dense,
         count_gaps=stage.count_gaps,

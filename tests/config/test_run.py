@@ -30,7 +30,7 @@ def test_changes_by_path():
     config = load_run(TrainConfig, CHAT, changes)
     assert (config.steps, config.optimizer.rate, config.loss.mtp_weight) == (70, 1.0, 0.0)
     assert config.data.sources[0].paths == ("talks.jsonl",)
-    assert config.optimizer.warmup_steps == 10  # as in the file
+    assert config.optimizer.spans(70) == (7, 35)  # as in the file
 
 
 BAD = {
@@ -42,7 +42,14 @@ BAD = {
     "kept": ({"keep": ["all"]}, "train.keep must hold names of ['streams', 'attention_output', "
              "'moe_output'], got 'all'"),
     "kept of all": ({"remat": "none", "offload": ["streams"]}, "'none' nothing is: use 'layers'"),
-    "schedule": ({"steps": 20}, "warmup_steps + decay_steps must not exceed train.steps = 20"),
+    "schedule": (
+        {"optimizer.warmup_steps": 51}, "warmup_steps + decay_steps must not exceed train.steps = ",
+    ),
+    "a rate of its own": (
+        {"optimizer.last_rate": 3e-4},
+        "optimizer.last_rate is no field of OptimizerConfig; give decay_to, a fraction of rate",
+    ),
+    "a weight of its own": ({"loss.late_mtp_weight": 0.1}, "give late_mtp, a fraction of mtp_weig"),
     "both": (
         {"lora": {}, "quantization_aware": True}, "the base is quantized already",
     ),

@@ -21,7 +21,7 @@ from v4jax.model.weights import read_weights
 from v4jax.training.optimizer import build_optimizer, build_schedule, orthogonalize, uses_muon
 
 MODEL = load_model_config("tiny")
-CONFIG = OptimizerConfig(rate=1e-2, last_rate=1e-3, warmup_steps=2, decay_steps=3)
+CONFIG = OptimizerConfig(rate=1e-2, decay_to=0.1, warmup_steps=2, decay_steps=3)
 STEPS = 8
 # Of the update's root mean square, after ten iterations in float32; measured 2e-4.
 NEWTON_SCHULZ_ERROR = 1e-3
@@ -75,7 +75,7 @@ def adamw(name, w, gradients, config, rate):
 
 def expected_rate(step):
     """Rise over two steps, plateau for three, cosine over the last three to the last rate."""
-    low, high = CONFIG.last_rate, CONFIG.rate
+    low, high = CONFIG.decay_to * CONFIG.rate, CONFIG.rate
     fall = [low + (high - low) * (1 + np.cos(np.pi * n / 3)) / 2 for n in (1, 2, 3)]
     return [high / 2, high, high, high, high, *fall][step]
 
@@ -256,7 +256,10 @@ SCHEDULES = {
     "no rise": ({"warmup_steps": 0, "decay_steps": 2}, 3, [1, 0.55, 0.1]),
     "rise meets fall": ({"warmup_steps": 2, "decay_steps": 2}, 4, [0.5, 1, 0.55, 0.1]),
     "all fall": ({"warmup_steps": 0, "decay_steps": 2}, 2, [0.55, 0.1]),
-    "to zero": ({"warmup_steps": 0, "decay_steps": 1, "last_rate": 0.0}, 2, [1, 0]),
+    "to zero": ({"warmup_steps": 0, "decay_steps": 1, "decay_to": 0.0}, 2, [1, 0]),
+    "another rate": ({"rate": 1e-5}, 5, [1e-3 / 2, 1e-3, 1e-3 * 0.775, 1e-3 * 0.325, 1e-4]),
+    "shares of the run": ({"warmup_steps": 0.5, "decay_steps": 0.25}, 4, [0.5, 1, 1, 0.1]),
+    "shares of a short run": ({"warmup_steps": 0.3, "decay_steps": 0.7}, 1, [1]),
 }
 
 
@@ -269,7 +272,16 @@ def test_schedule_edges(case):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("rate", 0), ("clip_norm", -1), ("momentum", 1), ("accumulate", 0)]
+    "field, value",
+    [
+        ("rate", 0),
+        ("clip_norm", -1),
+        ("momentum", 1),
+        ("accumulate", 0),
+        ("decay_to", 2.7e3),
+        ("warmup_steps", 1.5),
+        ("decay_steps", -0.5),
+    ],
 )
 def test_misuse(field, value):
     with pytest.raises(ConfigError, match=rf"train\.optimizer\.{field} must be .*{value}"):

@@ -38,15 +38,12 @@ TWO_MTP = dataclasses.replace(
     compress_ratios=(*CSA.compress_ratios, 0),
     layer_types=(*CSA.layer_types, LayerKind.WINDOW),
 )
-SILENT = LossConfig(mtp_weight=0.0, late_mtp_weight=0.0)
+SILENT = LossConfig(mtp_weight=0.0)
 # (model, changes of the run, prefixes of blocks with a part that is not trained).
 POLICIES = {
     "indexer frozen": (CSA, {}, {"stack.period.0.attention.indexer"}),
     "indexer distilled": (CSA, {"indexer": "distill"}, set()),
     "no loss reaches the MTP block": (CSA, {"loss": SILENT, "indexer": "distill"}, {"mtp.0"}),
-    "an MTP loss in the end": (
-        CSA, {"loss": LossConfig(mtp_weight=0.0), "indexer": "distill"}, set(),
-    ),
     "the second MTP block": (TWO_MTP, {"indexer": "distill"}, {"mtp.1"}),
 }  # fmt: skip
 

@@ -152,7 +152,8 @@ def build(dataclass_type: type, config_dict, path: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
     for name in values:
         if name not in fields:
-            hint = did_you_mean(name, fields)
+            instead = getattr(dataclass_type, "REPLACED", {}).get(name)
+            hint = f"; give {instead}" if instead else did_you_mean(name, fields)
             raise ConfigError(f"{_join(path, name)} is no field of {dataclass_type.__name__}{hint}")
     for name, field in fields.items():
         needed = field.default is field.default_factory is dataclasses.MISSING

@@ -4,7 +4,7 @@ A file states what differs from these defaults; `config.loading.build(TrainConfi
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from v4jax.config.data import DataConfig
 from v4jax.errors import ConfigError
@@ -69,7 +69,7 @@ class LossConfig:
 
     Attributes:
       mtp_weight: weight of the MTP block's cross-entropy.
-      late_mtp_weight: the same while the rate decays; None keeps `mtp_weight`.
+      late_mtp: what is left of `mtp_weight` while the rate decays, as a fraction of it.
       balance_weight: weight of the sequence-wise balance term.
       bias_speed: how far a step moves a router's bias toward an even load (auxiliary-loss-free); 0
         leaves biases alone.
@@ -79,13 +79,15 @@ class LossConfig:
     """
 
     mtp_weight: float = 0.3
-    late_mtp_weight: float | None = 0.1
+    late_mtp: float = 1 / 3
     balance_weight: float = 1e-4
     bias_speed: float = 1e-3
     distill_weight: float = 1.0
 
+    REPLACED: ClassVar = {"late_mtp_weight": "late_mtp, a fraction of mtp_weight"}
+
     def __post_init__(self):
-        for field in ("mtp_weight", "balance_weight", "bias_speed", "distill_weight"):
+        for field in ("mtp_weight", "late_mtp", "balance_weight", "bias_speed", "distill_weight"):
             value = getattr(self, field)
             require(value >= 0, f"loss.{field}", "must not be negative", value)
 
@@ -94,10 +96,11 @@ class LossConfig:
 class OptimizerConfig:
     """Muon for matrices, AdamW for the rest (report), or AdamW for all; the rate's schedule.
 
-    The rate rises linearly to `rate` in `warmup_steps`, stays, and falls as a cosine to `last_rate`
-    over the last `decay_steps`.
+    The rate rises linearly to `rate` in `warmup_steps`, stays, and falls as a cosine over the last
+    `decay_steps`. Both are numbers of steps or, below 1, shares of the run.
 
     Attributes:
+      decay_to: the last rate, as a fraction of `rate`.
       adamw_rate: rate of the weights under AdamW, relative to `rate`.
       undecayed: parts of names without weight decay. The report decays indexer and router; here
         they are left out by default, because a router that fine-tuning hardly moves would only
@@ -110,10 +113,10 @@ class OptimizerConfig:
 
     kind: Literal["muon", "adamw"] = "muon"
     rate: float = 2.7e-4
-    last_rate: float = 2.7e-5
+    decay_to: float = 0.1
     adamw_rate: float = 1.0
-    warmup_steps: int = 100
-    decay_steps: int = 0
+    warmup_steps: float = 0.1
+    decay_steps: float = 0
     weight_decay: float = 0.1
     undecayed: tuple[str, ...] = ("indexer", "router")
     momentum: float = 0.95
@@ -125,16 +128,33 @@ class OptimizerConfig:
     accumulate: int = 1
     moments: Literal["float32", "bfloat16"] = "float32"
 
+    REPLACED: ClassVar = {"last_rate": "decay_to, a fraction of rate"}
+
     def __post_init__(self):
         for field in ("rate", "adamw_rate", "update_rms", "clip_norm", "accumulate", "epsilon"):
             value = getattr(self, field)
             require(value > 0, f"optimizer.{field}", "must be positive", value)
-        for field in ("warmup_steps", "decay_steps", "last_rate", "weight_decay"):
+        for field in ("warmup_steps", "decay_steps"):
             value = getattr(self, field)
-            require(value >= 0, f"optimizer.{field}", "must not be negative", value)
+            rule = "must be a whole number of steps, or a share of the run from 0 to below 1"
+            require(0 <= value < 1 or value % 1 == 0 < value, f"optimizer.{field}", rule, value)
+        require(
+            self.weight_decay >= 0,
+            "optimizer.weight_decay",
+            "must not be negative",
+            self.weight_decay,
+        )
+        rule = "must be a fraction of rate, from 0 to 1"
+        require(0 <= self.decay_to <= 1, "optimizer.decay_to", rule, self.decay_to)
         for field in ("momentum", "beta1", "beta2"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", "must be in [0, 1)", value)
+
+    def spans(self, steps: int) -> tuple[int, int]:
+        """Returns how many of the run's steps the rate rises, and how many it falls."""
+        spans = self.warmup_steps, self.decay_steps
+        rise, fall = (int(span * steps if span < 1 else span) for span in spans)
+        return rise, fall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +309,9 @@ class TrainConfig:
                 "train.count_gaps is for documents that leave positions out; set data.gaps, or "
                 "leave it out"
             )
-        last = self.optimizer.warmup_steps + self.optimizer.decay_steps
+        last = sum(self.optimizer.spans(self.steps))
         if last > self.steps:
             raise ConfigError(
                 f"train.optimizer.warmup_steps + decay_steps must not exceed train.steps = "
-                f"{self.steps}, got {last}"
+                f"{self.steps}, got {last}; below 1 they are shares of the run"
             )

@@ -72,16 +72,15 @@ def build_optimizer(
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear rise, plateau, cosine fall (spec G.3)."""
-    rise = optax.linear_schedule(0.0, config.rate, config.warmup_steps)
-    if not config.decay_steps:
+    rising, falling = config.spans(steps)
+    rise = optax.linear_schedule(0.0, config.rate, rising)
+    if not falling:
         fall = optax.constant_schedule(config.rate)
     else:
-        last = config.last_rate / config.rate
-        fall = optax.cosine_decay_schedule(config.rate, config.decay_steps, last)
+        fall = optax.cosine_decay_schedule(config.rate, falling, config.decay_to)
     plateau = optax.constant_schedule(config.rate)
-    first_fall = steps - config.decay_steps
     # Steps count from 1 here: step 0 already moves, and the last step has the last rate.
-    schedule = optax.join_schedules([rise, plateau, fall], [config.warmup_steps, first_fall])
+    schedule = optax.join_schedules([rise, plateau, fall], [rising, steps - falling])
     return lambda step: schedule(step + 1)
 
 

@@ -64,8 +64,7 @@ def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
     A weight that no loss reaches would only decay: those of the second and later MTP blocks, those
     of the first without the MTP loss, and those of a draft module.
     """
-    loss = config.loss
-    drafts = bool(loss.mtp_weight or loss.late_mtp_weight)
+    drafts = bool(config.loss.mtp_weight)
 
     def trains(name: str) -> bool:
         if name.startswith("draft.") or (".indexer." in name and config.indexer == "frozen"):

@@ -211,9 +211,9 @@ class Trainer:
             distill=config.indexer == "distill",
             count_gaps=config.count_gaps,
         )
-        loss = config.loss
-        if loss.late_mtp_weight is not None and step >= config.steps - config.optimizer.decay_steps:
-            loss = dataclasses.replace(loss, mtp_weight=loss.late_mtp_weight)
+        loss, falling = config.loss, config.optimizer.spans(config.steps)[1]
+        if step >= config.steps - falling:
+            loss = dataclasses.replace(loss, mtp_weight=loss.mtp_weight * loss.late_mtp)
         return mode, loss
 
     @functools.cached_property
