@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import v4jax
+from v4jax.config import numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
+from v4jax.config.numerics import FLOAT32, RELEASED
 from v4jax.errors import ConfigError
 from v4jax.inference import Document, Engine, EngineOptions, Question, SamplingOptions
 from v4jax.training.data import needles
@@ -27,6 +29,14 @@ def test_names():
     assert random.folder is None
     with pytest.raises(ConfigError, match="seed must be an integer or None, got 'a'"):
         v4jax.load("nano", seed="a")
+
+
+def test_numerics_follow_from_the_size(monkeypatch):
+    assert v4jax.load("nano").numerics is FLOAT32
+    monkeypatch.setattr(numerics, "SMALL_PARAMETERS", 1 << 20)  # nano has four of them
+    assert v4jax.load("nano").numerics is RELEASED
+    assert v4jax.load("nano", seed=1).numerics is RELEASED
+    assert v4jax.load("nano", numerics="float32").numerics is FLOAT32
 
 
 def test_nano_finds_codes():

@@ -8,7 +8,7 @@ import pytest
 
 from v4jax import log
 from v4jax.cli import engine, main
-from v4jax.config.inference import InferenceConfig
+from v4jax.config.inference import FrameConfig, InferenceConfig
 from v4jax.config.run import MeshConfig
 
 
@@ -214,6 +214,17 @@ def test_the_mesh_and_its_chunks(monkeypatch, capsys, fake_model, given, said, c
     assert engine.identify_model(config, mesh) == "nano"
     random = dataclasses.replace(config, weights_seed=0)
     assert engine.identify_model(random, mesh) == ("nano on a mesh" if mesh else "nano")
+
+
+def test_what_follows_from_the_model():
+    """Numerics and the texts of efforts are chosen by the model's files; what is named stays."""
+    thinking = FrameConfig(thinking=True)
+    large = engine.complete(InferenceConfig("v4_flash_0731", frame=thinking))
+    assert (large.numerics, large.frame.profile) == ("released", "0731")
+    small = engine.complete(InferenceConfig("nano", frame=thinking))
+    assert (small.numerics, small.frame.profile) == ("float32", "preview")
+    named = InferenceConfig("nano", numerics="released", frame=FrameConfig(profile="0731"))
+    assert engine.complete(named) == named
 
 
 def test_a_job_continues_on_another_mesh(command, tmp_path):

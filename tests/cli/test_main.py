@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from v4jax.cli import main
-from v4jax.config import NUMERICS
+from v4jax.config import NUMERICS, model
 from v4jax.config.inference import FrameConfig, InferenceConfig
 from v4jax.tokenizer import PROFILES
 
@@ -37,7 +37,7 @@ def test_help_of_a_verb(arguments, capsys):
     assert "v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl" in out
     assert "--max_new_tokens=INT (default: 256)\n      Ends an answer" in out
     assert "--overwrite (default: off; --nooverwrite switches off)" in out
-    assert "--numerics=float32|bfloat16|released (default: float32)\n      How the" in out
+    assert "--numerics=float32|bfloat16|released (default: none)\n      How the" in out
 
 
 @pytest.mark.parametrize("name", main.VERBS)
@@ -95,8 +95,10 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
 
 def test_choices_are_those_of_the_packages():
     choices = get_type_hints(InferenceConfig) | get_type_hints(FrameConfig)
-    assert set(get_args(choices["numerics"])) == set(NUMERICS)
-    assert set(get_args(choices["profile"])) == set(PROFILES)
+    for name, known in (("numerics", NUMERICS), ("profile", PROFILES)):
+        named, none = get_args(choices[name])
+        assert set(get_args(named)) == set(known) and none is type(None)
+    assert set(model.PROFILES) == set(PROFILES)
 
 
 def test_help_does_not_load_jax():

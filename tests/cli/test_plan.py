@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from training import one_layer
 
-from v4jax.cli import main
+from v4jax.cli import engine, main
+from v4jax.config.inference import InferenceConfig
 
 MODEL = one_layer.__file__
 MINI = (f"--model={MODEL}", "--topology=v6e-4", "--mesh=expert=2,context=2", "--context=16384")
@@ -74,6 +75,14 @@ def test_the_file_of_an_inference(planned, tmp_path):
     _, work = planned(f"--config={tmp_path}/run.py", *given)
     assert (work.batch, work.chunk, work.numerics.name) == (2, 512, "bfloat16")
     assert planned(f"--config={tmp_path}/run.py", *given, "--mesh=expert=4")[1].batch == 1
+
+
+@pytest.mark.parametrize("name, numerics", [("v4_flash", "released"), ("nano", "float32")])
+def test_numerics_are_those_that_batch_would_take(planned, name, numerics):
+    for given, expected in ((None, numerics), ("bfloat16", "bfloat16")):
+        flags = [f"--model={name}", *([f"--numerics={given}"] if given else [])]
+        assert planned(*flags)[1].numerics.name == expected
+        assert engine.complete(InferenceConfig(name, numerics=given)).numerics == expected
 
 
 def test_a_plan_that_does_not_fit_says_so_by_its_status(monkeypatch, capsys):

@@ -100,6 +100,8 @@ SAME = {
     "default rope type": ({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
     "other eps": ({"rms_norm_eps": 1e-20}, {"rms_norm_eps": 1e-20}),
     "one eos in a list": ({"eos_token_id": [1]}, {}),
+    "several eos": ({"eos_token_id": [1, 5, 1, 9]}, {"more_eos_token_ids": (5, 9)}),
+    "a profile": ({"v4jax_profile": "0731"}, {"profile": "0731"}),
 }
 
 
@@ -185,7 +187,9 @@ BROKEN = {
     "groups": ({"o_groups": 7}, r"num_attention_heads must be a multiple of o_groups = 7, got 64"),
     "too many chosen": ({"num_experts_per_tok": 300}, r"must not exceed n_routed_experts = 256"),
     "token id": ({"eos_token_id": 129280}, r"eos_token_id must be a token id below vocab_size"),
-    "several eos": ({"eos_token_id": [1, 2]}, r"eos_token_id must be one token id, got \[1, 2\]"),
+    "no eos": ({"eos_token_id": []}, r"eos_token_id must name a token that ends an answer"),
+    "several eos": ({"eos_token_id": [1, 129280]}, r"must be token ids below vocab_size"),
+    "profile": ({"v4jax_profile": "0732"}, r"model.profile must be one of preview, 0731, got 0732"),
     "magnitude factor": (
         scaling(attention_factor=1.277),
         r"attention_factor must be 1.0, got 1.277",

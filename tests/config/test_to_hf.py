@@ -25,6 +25,8 @@ ODD = {
     ),
     "no YaRN": dict(rope_scaling=None),
     "a rotary factor that transformers would round down": dict(head_dim=56, qk_rope_head_dim=18),
+    "several end tokens": dict(more_eos_token_ids=(5, 7)),
+    "a later profile without a draft module": dict(profile="0731"),
     "no MTP": dict(
         num_nextn_predict_layers=0,
         compress_ratios=TINY.compress_ratios[:-1],

@@ -27,7 +27,13 @@ class FakeConfig:
     max_position_embeddings: int = 4096
     bos_token_id: int = 256
     eos_token_id: int = 257
+    profile: str = "preview"
     tokenizer: str = "byte"
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """As of a model's config."""
+        return (self.eos_token_id,)
 
 
 @functools.partial(

@@ -13,7 +13,7 @@ EOS = "<｜end▁of▁sentence｜>"
 
 def read(tokens, mode: str = "chat", prompt_tokens: int = 0) -> tuple[list[Piece], Answer]:
     """Returns the pieces shown while tokens arrive, and the whole."""
-    reader = AnswerReader(TOKENIZER, mode, prompt_tokens)
+    reader = AnswerReader(TOKENIZER, mode, prompt_tokens, (TOKENIZER.eos_id, ord("#")))
     pieces = [piece for token in tokens for piece in reader.push(token)]
     last, answer = reader.finish()
     return pieces + last, answer
@@ -33,6 +33,7 @@ class Case:
 
 CASES = {
     "ended": Case(f"An answer.{EOS}", "An answer."),
+    "ended by a token of the folder": Case("An answer.#", "An answer."),
     "cut off": Case("An ans", "An ans", "length"),
     "empty": Case(EOS, ""),
     "held back to the end": Case("a <", "a <", "length"),

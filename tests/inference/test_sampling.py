@@ -28,7 +28,7 @@ KEPT = {
 def draw_many(options: SamplingOptions, count: int) -> np.ndarray:
     """Returns tokens drawn with `count` seeds, side by side."""
     state = init_sampler([options.replace(seed=seed) for seed in range(count)], count)
-    tokens, _, _ = sample(jnp.tile(LOGITS, (count, 1)), state, eos_token=EOS)
+    tokens, _, _ = sample(jnp.tile(LOGITS, (count, 1)), state, end_tokens=(EOS,))
     return np.asarray(tokens)
 
 
@@ -54,7 +54,7 @@ def write(options: list[SamplingOptions], slots: int, steps: int) -> np.ndarray:
     """Returns the tokens of some steps over fixed logits, one column per slot."""
     state, rows = init_sampler(options, slots), []
     for _ in range(steps):
-        tokens, _, state = sample(jnp.tile(LOGITS, (slots, 1)), state, eos_token=-1)
+        tokens, _, state = sample(jnp.tile(LOGITS, (slots, 1)), state, end_tokens=(-1,))
         rows.append(np.asarray(tokens))
     return np.stack(rows)
 
@@ -77,7 +77,7 @@ def test_another_seed_and_another_step_give_other_noise():
 def test_sequences_end_by_eos_or_length():
     options = [SamplingOptions(max_new_tokens=1), SamplingOptions(max_new_tokens=2)]
     state = init_sampler(options, 3)
-    tokens, active, state = sample(jnp.tile(LOGITS, (3, 1)), state, eos_token=9)
+    tokens, active, state = sample(jnp.tile(LOGITS, (3, 1)), state, end_tokens=(9,))
     assert active.tolist() == [False, True, False]
-    _, active, _ = sample(jnp.tile(LOGITS, (3, 1)), state, eos_token=int(tokens[1]))
+    _, active, _ = sample(jnp.tile(LOGITS, (3, 1)), state, end_tokens=(5, int(tokens[1])))
     assert active.tolist() == [False, False, False]

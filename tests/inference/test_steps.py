@@ -35,7 +35,7 @@ def write(prompts: list[list[int]], options: list[SamplingOptions], slots: int) 
     model = FakeModel()
     logits, cache = prefill(model, prompts, model.init_cache(slots, 256), chunk_tokens=32)
     written: list[list[int]] = [[] for _ in prompts]
-    for step in decode(model, logits, cache, options, eos_token=EOS):
+    for step in decode(model, logits, cache, options, end_tokens=(EOS,)):
         for tokens, token in zip(written, step, strict=True):
             tokens.extend([] if token is None else [token])
     return written
@@ -63,10 +63,8 @@ def test_the_last_token_is_not_read():
     model = FakeModel()
     logits, cache = prefill(model, [[1]], model.init_cache(1, 32), chunk_tokens=8)
     model.calls.clear()
-    assert (
-        len(list(decode(model, logits, cache, [SamplingOptions(max_new_tokens=1)], eos_token=EOS)))
-        == 1
-    )
+    one = [SamplingOptions(max_new_tokens=1)]
+    assert len(list(decode(model, logits, cache, one, end_tokens=(EOS,)))) == 1
     assert model.calls == []
 
 
@@ -75,7 +73,7 @@ def test_an_answer_without_room():
     for room, fits in ((5, True), (6, False)):  # the last token is written and not read
         logits, cache = prefill(model, [[1] * 12], model.init_cache(1, 16), chunk_tokens=16)
         options = [SamplingOptions(max_new_tokens=room)]
-        steps = decode(model, logits, cache, options, eos_token=-1)
+        steps = decode(model, logits, cache, options, end_tokens=(-1,))
         if fits:
             assert len(list(steps)) == room
         else:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from v4jax import log
 from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
-from v4jax.config import Numerics, get_numerics
+from v4jax.config import Numerics, choose_numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import PathLike, is_remote, to_path
@@ -20,7 +20,7 @@ LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurati
 
 def load(
     name_or_folder: PathLike,
-    numerics: str | Numerics = "float32",
+    numerics: str | Numerics | None = None,
     *,
     seed: int | None = None,
     mesh: Mesh | None = None,
@@ -34,7 +34,8 @@ def load(
         or the name (or file) of a configuration. "nano" has trained weights in the package
         (`v4jax/pretrained`); other configurations get random ones.
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
-        folder's weights stay in their stored formats whatever it is.
+        folder's weights stay in their stored formats whatever it is. None: `released` for a large
+        model, `float32` for a small one (`config.choose_numerics`).
       seed: makes random weights, also for a name with trained ones; None: 0 where there are none.
         A folder ignores it. The weights are the same on any mesh.
       mesh: devices to lie on (`parallel.make_mesh`); None: the default device.
@@ -47,7 +48,8 @@ def load(
         the model; the message then names axis, size and the sizes that would do.
       CheckpointError: the folder's files are.
     """
-    numerics = get_numerics(numerics)
+    if numerics is not None:
+        numerics = get_numerics(numerics)  # a bad name is an error before a file is read
     if not isinstance(name_or_folder, PathLike):
         raise ConfigError(
             "load takes a checkpoint folder or the name of a configuration, got "
@@ -68,6 +70,7 @@ def load(
     if is_folder:
         return read_model(path, numerics, layout=layout)
     config = load_model_config(name_or_folder)
+    numerics = choose_numerics(numerics, config, says=numerics is None)
     if layout is not None:
         check_mesh(layout.mesh, config, layout.weight_layout)
 

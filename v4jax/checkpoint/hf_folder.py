@@ -12,14 +12,12 @@ from v4jax import log
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors_file import Tensor, read_header
 from v4jax.config import LayerKind, ModelConfig
-from v4jax.config.from_hf import model_config_from_hf
+from v4jax.config.folder import CONFIG_NAME, read_folder_config
 from v4jax.config.json_keys import parse_json
-from v4jax.config.loading import read_config_json
 from v4jax.errors import CheckpointError
 from v4jax.files import Path, PathLike, to_path
 
 INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ def open_folder(path: PathLike) -> Folder:
         raise CheckpointError(f"{path} is no folder")
     if not (path / CONFIG_NAME).exists():
         raise CheckpointError(f"{path} has no {CONFIG_NAME}; it is no checkpoint folder")
-    raw = read_config_json(path)
+    raw, config = read_folder_config(path)
     weight_map = _read_index(path)
     written = _read_headers(path, weight_map)
     layout = "transformers" if any(name.startswith("model.") for name in written) else "released"
@@ -71,7 +69,7 @@ def open_folder(path: PathLike) -> Folder:
                 f"{path} are the same"
             )
         tensors[released] = tensor
-    config = _fit_drafts(path, model_config_from_hf(raw), tensors)
+    config = _fit_drafts(path, config, tensors)
     indexed = {names.from_transformers(name): file for name, file in weight_map.items()}
     return Folder(path, layout, _fit_experts(config, raw, tensors), tensors, indexed)
 

@@ -23,7 +23,7 @@ from v4jax import log
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
 from v4jax.checkpoint.hf_sources import Source, Stacked, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
-from v4jax.config import Numerics, get_numerics
+from v4jax.config import Numerics, choose_numerics
 from v4jax.errors import CheckpointError
 from v4jax.files import PathLike
 from v4jax.model import Transformer, abstract_transformer
@@ -37,7 +37,7 @@ ALIGNMENT_BYTES = 64  # JAX takes over a host array on the CPU only if it is ali
 
 def read_model(
     folder: PathLike,
-    numerics: str | Numerics = "released",
+    numerics: str | Numerics | None = None,
     *,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
     layout: Layout | None = None,
@@ -46,7 +46,7 @@ def read_model(
 
     Args:
       folder: config.json and safetensors files, in the released layout or that of transformers.
-      numerics: how the model rounds.
+      numerics: how the model rounds; None: as `config.choose_numerics` says.
       put: places one array of the named parameter; by default on the default device.
       layout: where the model lies on a mesh, in place of `put`; every device gets its share.
 
@@ -88,7 +88,8 @@ def read_abstract(folder: PathLike, numerics: str | Numerics = "released") -> Tr
 
 
 def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source]]:
-    model = abstract_transformer(folder.config, get_numerics(numerics), storage="released")
+    numerics = choose_numerics(numerics, folder.config, says=numerics is None)
+    model = abstract_transformer(folder.config, numerics, storage="released")
     held = variables(model).items()
     return model, plan_sources(folder, {path: v.get_value().shape for path, v in held})
 

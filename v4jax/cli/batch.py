@@ -81,12 +81,12 @@ def run(flags: Flags) -> int:
     from v4jax.cli import engine
     from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
 
-    config = flags.config
     shard = parse_shard(flags.shard) if flags.shard else Shard()
     output = shard.name_file(flags.output)
     summary_file = shard.name_file(flags.summary) if flags.summary else None
-    sampling = engine.build_sampling(config)
+    sampling = engine.build_sampling(flags.config)
     _join(flags)
+    config = engine.complete(flags.config)
     mesh, options = engine.plan_engine(config)
     job = BatchJob(
         input=flags.input,

@@ -1,5 +1,6 @@
 """From an InferenceConfig to a model and an engine, for the verbs that answer."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -16,10 +17,28 @@ def build_sampling(config: InferenceConfig) -> Any:
     return SamplingOptions(**vars(config.sampling))
 
 
+def complete(config: InferenceConfig) -> InferenceConfig:
+    """Returns the configuration with what follows from the model: numerics, and prompt profile.
+
+    Every process of a job calls this, after they have joined.
+    """
+    from v4jax.config import choose_numerics
+    from v4jax.config.loading import load_model_config
+    from v4jax.parallel.agreement import on_all
+
+    # All of them read config.json, which may be missing on one.
+    model = on_all(lambda: load_model_config(config.model))
+    numerics = choose_numerics(config.numerics, model).name
+    profile = config.frame.profile or model.profile
+    frame = dataclasses.replace(config.frame, profile=profile)
+    return dataclasses.replace(config, numerics=numerics, frame=frame)
+
+
 def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any]:
     """Returns the mesh over all devices, or None for one alone, and the EngineOptions for it.
 
     Args:
+      config: as `complete` returned it.
       asks: whether questions to documents are answered, `questions_at_once` side by side.
     """
     from v4jax.config.loading import load_model_config
@@ -28,7 +47,6 @@ def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any
     from v4jax.parallel.mesh import choose_mesh
 
     frame = Frame(**vars(config.frame))
-    # All of them read config.json, which may be missing on one.
     mesh = on_all(lambda: choose_mesh(config.mesh, load_model_config(config.model)))
     sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
     sharing = sizes["expert"] * sizes["context"]
@@ -50,11 +68,16 @@ def load_engine(config: InferenceConfig, mesh: Any, options: Any) -> Any:
 
 
 def load_model(config: InferenceConfig, mesh: Any) -> Any:
-    """Returns a configuration's model; says on which devices, and if its weights are random."""
+    """Returns the model of a completed configuration.
+
+    The log says on which devices it is, how it rounds and is prompted, and if its weights are
+    random.
+    """
     import v4jax
     from v4jax import log
 
     _say_mesh(config, mesh)
+    _say_defaults(config)
     name = config.model
     with log.phase("model", f"loading {name}") as phase:
         model = v4jax.load(name, numerics=config.numerics, seed=config.weights_seed, mesh=mesh)
@@ -81,6 +104,18 @@ def identify_model(config: InferenceConfig, mesh: Any) -> str:
     trained = name in pretrained_names() and config.weights_seed is None
     random = not (trained or is_remote(name))
     return f"{name} on a mesh" if random and mesh is not None else name
+
+
+def _say_defaults(config: InferenceConfig) -> None:
+    """Says what follows from the model's files."""
+    from v4jax import log
+    from v4jax.config import choose_numerics
+    from v4jax.config.loading import load_model_config
+
+    model = load_model_config(config.model)
+    choose_numerics(config.numerics, model, says=True)
+    if config.frame.thinking and config.frame.profile == model.profile:
+        log.once(f"prompts: profile {model.profile}, as the model's files say")
 
 
 def _say_mesh(config: InferenceConfig, mesh: Any) -> None:

@@ -71,9 +71,10 @@ def run(flags: Flags) -> int:
     from v4jax.inference import run_together
 
     start_serving(flags)
-    mesh, options = engine.plan_engine(flags.config)
+    config = engine.complete(flags.config)
+    mesh, options = engine.plan_engine(config)
     return run_together(
-        lambda: engine.load_engine(flags.config, mesh, options),
+        lambda: engine.load_engine(config, mesh, options),
         lambda load_engine: _evaluate(flags, load_engine),
     )
 

@@ -46,7 +46,8 @@ def run(flags: Flags) -> int:
     given = None if flags.prompt == "-" else _check_prompt(flags.prompt)
     sampling = engine.build_sampling(flags.config)
     start_serving(flags)
-    mesh, options = engine.plan_engine(flags.config, asks=False)
+    config = engine.complete(flags.config)
+    mesh, options = engine.plan_engine(config, asks=False)
 
     def work(load_engine: Callable[[], Any]) -> int:
         text = _check_prompt(_read_stdin()) if given is None else given
@@ -59,7 +60,7 @@ def run(flags: Flags) -> int:
         )
         return 0
 
-    return run_together(lambda: engine.load_engine(flags.config, mesh, options), work)
+    return run_together(lambda: engine.load_engine(config, mesh, options), work)
 
 
 def _show(parts: Iterable[Any]) -> Any:

@@ -50,7 +50,8 @@ class Flags:
       training: Train: which weights have gradients and optimizer state. lora keeps the base as
         released.
       lora_rank: Train: rank of the adapters.
-      numerics: How the computation rounds. By default released, and bfloat16 in training.
+      numerics: How the computation rounds. By default as batch chooses it, released for large
+        models and float32 for small ones; in training bfloat16.
       json: Print JSON instead of text.
       compile: Also compile the step with the TPU compiler (libtpu), which takes minutes, and print
         the compiler's figures beside the plan's.
@@ -86,7 +87,8 @@ def _complete(flags: Flags) -> Flags:
         raise RequestError("--topology is required; --help shows examples")
     trains = flags.regime == "train"
     defaults = {"model": "v4_flash", "context": 1 << 20, "batch": 1}
-    defaults["numerics"] = "bfloat16" if trains else "released"
+    if trains:
+        defaults["numerics"] = "bfloat16"
     if flags.config:
         from v4jax.config.loading import load_run
 
@@ -108,15 +110,16 @@ def _complete(flags: Flags) -> Flags:
 
 
 def _print_plan(flags: Flags) -> int:
-    from v4jax.config import get_numerics
+    from v4jax.config import choose_numerics
     from v4jax.config.loading import load_model_config
     from v4jax.costs import chips
     from v4jax.planning import report, workload
 
     topology = chips.parse_topology(flags.topology, flags.slices)
+    config = load_model_config(flags.model)
     work = workload.build_workload(
-        load_model_config(flags.model),
-        get_numerics(flags.numerics),
+        config,
+        choose_numerics(flags.numerics, config),
         topology=topology,
         mesh=(flags.mesh or MeshConfig(expert=topology.devices)).sizes,
         regime=flags.regime,

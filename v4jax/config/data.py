@@ -1,6 +1,6 @@
 """Training data as configured: which files, in which shares, in rows of which length."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from v4jax.errors import ConfigError
@@ -26,7 +26,8 @@ class SourceConfig:
       mode: how conversations are rendered; `auto` takes thinking where a message has
         `reasoning_content`. A record's own `mode` wins.
       effort: key of the profile's efforts, in thinking mode. A record's own `effort` wins.
-      profile: the generation of checkpoints whose effort prefixes are rendered.
+      profile: the generation of checkpoints whose effort prefixes are rendered; None: that of the
+        run's model, and preview where there is no run.
       drop_thinking: leave out the reasoning before the last question, as prompts do.
       settings: fields of `training.data.needles.Needles`, for needles.
     """
@@ -37,7 +38,7 @@ class SourceConfig:
     too_long: Literal["split", "error"] | None = None
     mode: Literal["auto", "chat", "thinking"] = "auto"
     effort: str | None = None
-    profile: Literal["preview", "0731"] = "preview"
+    profile: Literal["preview", "0731"] | None = None
     drop_thinking: bool = True
     settings: Any = None
 
@@ -117,3 +118,11 @@ class DataConfig:
             )
         if self.epochs is not None and any(s.kind == "needles" for s in self.sources):
             raise ConfigError("data.epochs must be None with needles, which never end")
+
+    def with_profile(self, profile: str) -> "DataConfig":
+        """Returns the configuration whose chat sources have a profile where they named none."""
+        sources = tuple(
+            replace(source, profile=source.profile or profile) if source.kind == "chat" else source
+            for source in self.sources
+        )
+        return replace(self, sources=sources)

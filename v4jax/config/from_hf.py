@@ -75,7 +75,9 @@ _APART = (
 _ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 # Of the released inference/config.json; here where no ratios behind those of the layers count them.
 STAGES_KEY = "n_mtp_layers"
-TOKENIZER_KEY = "v4jax_tokenizer"  # our own key, written only where it is not the released one
+# Our own keys, written only where the others do not say it.
+TOKENIZER_KEY = "v4jax_tokenizer"
+PROFILE_KEY = "v4jax_profile"
 
 
 def model_config_from_hf(raw: Mapping) -> ModelConfig:
@@ -111,8 +113,10 @@ def model_config_from_hf(raw: Mapping) -> ModelConfig:
     values["draft"] = DraftConfig(stages=stages, **draft) if draft and stages else None
     values |= _storage(keys)
     values["initializer_range"] = keys.take("initializer_range", float, 0.02)
-    for key, default in (("bos_token_id", 0), ("eos_token_id", 1)):
-        values[key] = _take_token(keys, key, default)
+    values["bos_token_id"] = keys.take("bos_token_id", int, 0)
+    values |= _ends(keys)
+    # The checkpoints with a draft module are of the later generation, and nothing else tells.
+    values["profile"] = keys.take(PROFILE_KEY, str, "preview" if draft is None else "0731")
     values["tokenizer"] = keys.take(TOKENIZER_KEY, str, "v4")
     keys.check_all_used(INFORMATIONAL)
     return ModelConfig(**values)
@@ -150,13 +154,14 @@ def _take_number(keys: JsonKeys, key: str, kind: type) -> int | float:
     return value
 
 
-def _take_token(keys: JsonKeys, key: str, default: int) -> int:
-    if isinstance(keys.raw.get(key), list):
-        ids = keys.take_list(key, int)
-        if len(ids) != 1:
-            raise ConfigError(f"{keys.path}: {key} must be one token id, got {ids}")
-        return ids[0]
-    return keys.take(key, int, default)
+def _ends(keys: JsonKeys) -> dict:
+    """Reads the tokens that end an answer: one id, or a list."""
+    key = "eos_token_id"
+    ids = keys.take_list(key, int) if isinstance(keys.raw.get(key), list) else None
+    first, *more = [keys.take(key, int, 1)] if ids is None else dict.fromkeys(ids) or [None]
+    if first is None:
+        raise ConfigError(f"{keys.path}: {key} must name a token that ends an answer, got []")
+    return {key: first, "more_eos_token_ids": tuple(more)}
 
 
 def _check_agree(path: str, **values) -> None:

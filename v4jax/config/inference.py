@@ -22,13 +22,14 @@ class FrameConfig:
       effort: How long to reason, with thinking: "max" (as long as it takes), "high" or, with
         profile 0731, "low".
       profile: Generation of the checkpoint, which decides how an effort is asked for: preview for
-        V4-Flash and V4-Pro, 0731 for V4-Flash-0731 and V4-Pro-0813.
+        V4-Flash and V4-Pro, 0731 for V4-Flash-0731 and V4-Pro-0813. By default the checkpoint says
+        it, by its prompt encoder or its draft module.
     """
 
     system: str | None = None
     thinking: bool = False
     effort: str | None = None
-    profile: Literal["preview", "0731"] = "preview"
+    profile: Literal["preview", "0731"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class InferenceConfig:
       model: Checkpoint folder (released or transformers layout), or a packaged name: nano, a small
         trained model, or tiny, random weights for trying things out. Required.
       numerics: How the computation rounds: float32 (for parity and research), bfloat16, or released
-        (exactly as the published inference code).
+        (exactly as the published inference code). By default released for large models and float32
+        for small ones.
       weights_seed: Use random weights of a packaged configuration, made from this seed. By default
         its trained weights if it has some (nano), else seed 0.
       mesh: Sizes of the mesh axes data, expert, context, tensor, such as expert=8; their product is
@@ -75,7 +77,7 @@ class InferenceConfig:
     """
 
     model: str
-    numerics: Literal["float32", "bfloat16", "released"] = "float32"
+    numerics: Literal["float32", "bfloat16", "released"] | None = None
     weights_seed: int | None = None
     mesh: MeshConfig | None = None
     chunk_tokens: int | None = None

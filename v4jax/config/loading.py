@@ -18,8 +18,9 @@ from typing import Any
 
 import ml_collections
 
-from v4jax.config.from_hf import layer_kinds, model_config_from_hf, router_kinds
-from v4jax.config.json_keys import did_you_mean, parse_json
+from v4jax.config.folder import read_folder_config
+from v4jax.config.from_hf import layer_kinds, router_kinds
+from v4jax.config.json_keys import did_you_mean
 from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.files import to_path
@@ -43,7 +44,7 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
     elif name in packaged_names():
         path = MODELS / f"{name}.py"
     if path.is_dir():
-        return model_config_from_hf(read_config_json(path))
+        return read_folder_config(path)[1]
     if path.suffix != ".py" or not path.is_file():
         known = packaged_names()
         raise ConfigError(
@@ -107,24 +108,6 @@ def packaged_names() -> list[str]:
 def pretrained_names() -> list[str]:
     """Returns the names of the configurations whose trained weights are packaged."""
     return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
-
-
-def read_config_json(folder: pathlib.Path) -> dict:
-    """Returns the parsed `config.json` of a checkpoint folder.
-
-    Raises:
-      ConfigError: the file is missing, unreadable, or no JSON object.
-    """
-    path = to_path(folder) / "config.json"
-    try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
 
 
 def build(dataclass_type: type, config_dict, path: str = "") -> Any:

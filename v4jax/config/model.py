@@ -11,6 +11,8 @@ import math
 
 from v4jax.errors import ConfigError
 
+PROFILES = ("preview", "0731")  # generations of checkpoints; `tokenizer.PROFILES` has their texts
+
 
 class LayerKind(enum.Enum):
     """How a layer sees tokens older than its window."""
@@ -151,7 +153,11 @@ class ModelConfig:
     weight_block_size: tuple[int, int] = (128, 128)  # tile of one FP8 scale
     bos_token_id: int = 0
     eos_token_id: int = 1
+    more_eos_token_ids: tuple[int, ...] = ()  # end an answer too; the first one is eos_token_id
     tokenizer: str = "v4"  # v4 | byte
+    profile: str = (
+        "preview"  # preview | 0731: the generation, which decides how effort is asked for
+    )
 
     def __post_init__(self):
         check_config(self)
@@ -174,6 +180,11 @@ class ModelConfig:
         """The stages of the draft module; they route by score."""
         first, stages = self.num_hidden_layers, 0 if self.draft is None else self.draft.stages
         return tuple(self._layer(first + i, RouterKind.TOPK) for i in range(stages))
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def stack_plan(self) -> StackPlan:
@@ -268,9 +279,13 @@ def check_config(config: ModelConfig) -> None:
     require("num_experts_per_tok", config.num_experts_per_tok <= experts, rule)
     require("expert_dtype", config.expert_dtype in ("fp4", "fp8"), "must be 'fp4' or 'fp8'")
     require("tokenizer", config.tokenizer in ("v4", "byte"), "must be 'v4' or 'byte'")
+    require("profile", config.profile in PROFILES, f"must be one of {', '.join(PROFILES)}")
     rule = f"must be a token id below vocab_size = {config.vocab_size}"
     for name in ("bos_token_id", "eos_token_id"):
         require(name, 0 <= getattr(config, name) < config.vocab_size, rule)
+    ends = config.more_eos_token_ids
+    rule = f"must be token ids below vocab_size = {config.vocab_size}"
+    require("more_eos_token_ids", all(0 <= end < config.vocab_size for end in ends), rule)
     scaling = config.routed_scaling_factor
     require("routed_scaling_factor", math.isfinite(scaling), "must be finite")
     if config.draft is not None:

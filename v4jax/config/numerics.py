@@ -1,5 +1,7 @@
 """`Numerics`: how the system rounds, as a value that every module receives.
 
+`choose_numerics` is the default wherever a model answers, and where that is planned.
+
     float32    pure mathematics: for parity and research
     bfloat16   bfloat16 activations, no quantizers: what most training ports do
     released   what the published inference code computes: FP8 entries, Hadamard-rotated FP4 index
@@ -12,6 +14,8 @@ the softmax and the logits are float32 (spec B.0, dtype map of the published cod
 import dataclasses
 from typing import Literal
 
+from v4jax import log
+from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
 
 
@@ -37,6 +41,8 @@ FLOAT32 = Numerics("float32", "float32", "float32", "float32", quantize_activati
 BFLOAT16 = Numerics("bfloat16", "bfloat16", "bfloat16", "bfloat16", quantize_activations=False)
 RELEASED = Numerics("released", "bfloat16", "fp8", "fp4", quantize_activations=True)
 
+SMALL_PARAMETERS = 2 << 30  # up to here float32 costs little
+
 NUMERICS = {numerics.name: numerics for numerics in (FLOAT32, BFLOAT16, RELEASED)}
 
 
@@ -51,3 +57,34 @@ def get_numerics(numerics: str | Numerics) -> Numerics:
     if not isinstance(numerics, str) or numerics not in NUMERICS:
         raise ConfigError(f"numerics must be one of {sorted(NUMERICS)}, got {numerics!r}")
     return NUMERICS[numerics]
+
+
+def choose_numerics(
+    numerics: str | Numerics | None, config: ModelConfig, *, says: bool = False
+) -> Numerics:
+    """Returns the numerics that were asked for; None asks for those that suit the model.
+
+    A large model is served as released: it was trained with these roundings, and its cache takes a
+    quarter of float32's bytes. A small one is computed in float32.
+
+    Args:
+      says: the log tells why they are the model's default, where they are.
+
+    Raises:
+      ConfigError: the name is unknown.
+    """
+    parameters = count_most_parameters(config)
+    suits, size = (FLOAT32, "small") if parameters <= SMALL_PARAMETERS else (RELEASED, "large")
+    chosen = suits if numerics is None else get_numerics(numerics)
+    if says and chosen is suits:
+        log.once(
+            f"numerics: {chosen.name}, the default of a {size} model ({parameters / 1e9:.3g} "
+            f"billion weights in experts and vocabulary, the limit is {SMALL_PARAMETERS / 1e9:.3g})"
+        )
+    return chosen
+
+
+def count_most_parameters(config: ModelConfig) -> int:
+    """Returns the weights of the routed experts of all layers, the embedding and the head."""
+    experts = config.num_hidden_layers * config.n_routed_experts
+    return config.hidden_size * (3 * experts * config.moe_intermediate_size + 2 * config.vocab_size)

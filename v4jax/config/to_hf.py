@@ -11,6 +11,7 @@ from typing import Literal
 from v4jax.config.from_hf import (
     CSA_RATIO,
     FIXED,
+    PROFILE_KEY,
     QUANTIZATION,
     STAGES_KEY,
     TOKENIZER_KEY,
@@ -53,6 +54,10 @@ def model_config_to_hf(
         raw |= _draft(config.draft)
     if config.tokenizer != "v4":
         raw[TOKENIZER_KEY] = config.tokenizer
+    if config.profile != ("preview" if config.draft is None else "0731"):
+        raw[PROFILE_KEY] = config.profile
+    if config.more_eos_token_ids:
+        raw["eos_token_id"] = list(config.end_token_ids)
     if layout == "released":
         raw |= _released_layers(config)
         raw |= {"torch_dtype": dtype, "rope_scaling": _scaling(config, "type")}

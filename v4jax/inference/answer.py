@@ -50,6 +50,7 @@ class AnswerReader:
     tokenizer: object
     mode: str
     prompt_tokens: int
+    end_tokens: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self):
@@ -58,15 +59,17 @@ class AnswerReader:
         self._events = []
 
     def push(self, token: int) -> list[Piece]:
-        """Takes the next token, EOS included; returns the pieces of text to show."""
+        """Takes the next token, the end token included; returns the pieces of text to show."""
         self.tokens.append(token)
+        if token in self.end_tokens:  # whatever its literal, it ends a turn as EOS does
+            token = self.tokenizer.eos_id
         return self._read(self._decoder.push(token))
 
     def finish(self) -> tuple[list[Piece], Answer]:
         """Ends the answer; returns the last pieces of text and the whole."""
         pieces = self._read(self._decoder.finish(), last=True)
         message = assemble(self._events)
-        stopped = bool(self.tokens) and self.tokens[-1] == self.tokenizer.eos_id
+        stopped = bool(self.tokens) and self.tokens[-1] in self.end_tokens
         return pieces, Answer(
             text=message["content"],
             finish_reason="stop" if stopped else "length",

@@ -11,7 +11,7 @@ for questions, one token for writing, and cache capacities that are powers of tw
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class EngineOptions:
     """How the engine works. Options and request together determine the answer.
 
     Attributes:
-      frame: system message and thinking.
+      frame: system message and thinking; a missing profile becomes that of the model.
       chunk_tokens: tokens read at once.
       short_tokens: size of the chunk for texts that fit into it, such as questions.
       questions_at_once: questions of one document that are answered side by side, each with its own
@@ -116,11 +116,15 @@ class Engine:
         config = model.config
         if tokenizer is None:
             tokenizer = load_tokenizer(model.folder or config.tokenizer)
-        if tokenizer.vocab_size > config.vocab_size or tokenizer.eos_id != config.eos_token_id:
+        ends = config.end_token_ids
+        if tokenizer.vocab_size > config.vocab_size or tokenizer.eos_id not in ends:
             raise ConfigError(
                 f"tokenizer: its {tokenizer.vocab_size} ids with EOS {tokenizer.eos_id} do not fit "
-                f"a model of vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}"
+                f"a model of vocab_size {config.vocab_size} whose answers end with {list(ends)}"
             )
+        if options.frame.profile is None:
+            frame = replace(options.frame, profile=config.profile)
+            options = replace(options, frame=frame)
         if options.max_tokens and options.max_tokens > config.max_position_embeddings:
             raise ConfigError(
                 f"max_tokens must be at most the model's max_position_embeddings "
@@ -264,9 +268,9 @@ class Engine:
         logits_bv, _ = self.model.flatten().extend(
             tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
         )
-        eos_token, layout = self.model.config.eos_token_id, self.model.layout
+        end_tokens, layout = self.model.config.end_token_ids, self.model.layout
         state = init_sampler([], slots)
-        tokens, _, _ = sample(logits_bv, state, eos_token=eos_token, layout=layout)
+        tokens, _, _ = sample(logits_bv, state, end_tokens=end_tokens, layout=layout)
         tokens.block_until_ready()
 
     def _write(
@@ -277,9 +281,9 @@ class Engine:
         sampling: Sequence[SamplingOptions],
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[tuple[int, list[Piece], Answer | None]]:
-        mode, eos_token = self.options.frame.mode, self.model.config.eos_token_id
-        readers = [AnswerReader(self.tokenizer, mode, len(rest)) for rest in rests]
-        for tokens in decode(self.model, logits_bv, cache, sampling, eos_token=eos_token):
+        mode, end_tokens = self.options.frame.mode, self.model.config.end_token_ids
+        readers = [AnswerReader(self.tokenizer, mode, len(rest), end_tokens) for rest in rests]
+        for tokens in decode(self.model, logits_bv, cache, sampling, end_tokens=end_tokens):
             on_tokens(sum(token is not None for token in tokens))
             for slot, token in enumerate(tokens):
                 if token is not None:

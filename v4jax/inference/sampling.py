@@ -45,12 +45,12 @@ def init_sampler(options: Sequence[SamplingOptions], slots: int) -> SamplerState
     )
 
 
-@functools.partial(jax.jit, static_argnames=("eos_token", "layout"))
+@functools.partial(jax.jit, static_argnames=("end_tokens", "layout"))
 def sample(
     logits_bv: Float[Array, "b v"],
     state: SamplerState,
     *,
-    eos_token: int,
+    end_tokens: tuple[int, ...],
     layout: Layout | None = None,
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"], SamplerState]:
     """Chooses one token per sequence.
@@ -59,15 +59,16 @@ def sample(
     Logits are small, and every host can thereby read the tokens.
 
     Returns:
-      The tokens; which sequences go on after them (no EOS, and tokens remaining); the new state.
-      Ignore the values of sequences that had ended before.
+      The tokens; which sequences go on after them (no end token, and tokens remaining); the new
+      state. Ignore the values of sequences that had ended before.
     """
     logits_bv, state = replicate((logits_bv, state), layout)
     # Sorting a vocabulary costs far more than an argmax, and most jobs are greedy.
     tokens = jax.lax.cond(
         jnp.any((state.temperature > 0) & (state.remaining > 0)), _draw, _greedy, logits_bv, state
     )
-    remaining = jnp.where(tokens == eos_token, 0, jnp.maximum(state.remaining - 1, 0))
+    ended = jnp.isin(tokens, jnp.array(end_tokens, jnp.int32))
+    remaining = jnp.where(ended, 0, jnp.maximum(state.remaining - 1, 0))
     state = state._replace(step=state.step + 1, remaining=remaining)
     return replicate((tokens, remaining > 0, state), layout)
 

@@ -68,7 +68,7 @@ def decode(
     cache: Cache,
     options: Sequence[SamplingOptions],
     *,
-    eos_token: int,
+    end_tokens: tuple[int, ...],
 ) -> Iterator[list[int | None]]:
     """Writes one token of each sequence a step, until every sequence has ended.
 
@@ -78,7 +78,7 @@ def decode(
       options: for the first slots; further slots write nothing.
 
     Yields:
-      One token of each sequence, EOS included; None for a sequence that has ended.
+      One token of each sequence, the end token included; None for a sequence that has ended.
 
     Raises:
       CacheError: the cache has no room for an answer (whose last token needs no room).
@@ -93,7 +93,7 @@ def decode(
             )
     layout, model = model.layout, model.flatten()
     while any(left):
-        tokens, active, state = sample(logits_bv, state, eos_token=eos_token, layout=layout)
+        tokens, active, state = sample(logits_bv, state, end_tokens=end_tokens, layout=layout)
         if max(left) > 1:  # the model never reads the last token of an answer
             lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(
@@ -104,7 +104,7 @@ def decode(
             for token, remaining in zip(np.asarray(tokens), left, strict=False)
         ]
         left = [
-            0 if token is None or token == eos_token else remaining - 1
+            0 if token is None or token in end_tokens else remaining - 1
             for token, remaining in zip(chosen, left, strict=True)
         ]
         yield chosen

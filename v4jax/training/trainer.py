@@ -226,6 +226,7 @@ class Trainer:
 
     def _open_data(self, data: DataConfig) -> Loader:
         index, count = row_shares(self.layout)
+        data = data.with_profile(self.model_config.profile)
         return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
     def _next_batches(self) -> Batch:

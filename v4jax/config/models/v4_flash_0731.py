@@ -14,4 +14,5 @@ def get_config():
     config.num_nextn_predict_layers = 0
     config.compress_ratios = (0, 0) + (4, 128) * 20 + (4,) + (0,) * 3
     config.draft = dict(stages=3, target_layer_ids=(40, 41, 42), markov_rank=256)
+    config.profile = "0731"
     return config

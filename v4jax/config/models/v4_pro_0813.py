@@ -14,4 +14,5 @@ def get_config():
     config.num_nextn_predict_layers = 0
     config.compress_ratios = (*config.compress_ratios[:61], 0, 0, 0)
     config.draft = dict(stages=3, target_layer_ids=(58, 59, 60), markov_rank=512)
+    config.profile = "0731"
     return config

@@ -37,7 +37,8 @@ class ChatRecords:
 
     def __init__(self, files: Sequence[Path], config: SourceConfig, tokenizer: Vocabulary):
         try:  # reports a bad effort now instead of at every record
-            options = dict(mode="thinking", effort=config.effort, profile=config.profile)
+            self._profile = {} if config.profile is None else {"profile": config.profile}
+            options = dict(mode="thinking", effort=config.effort) | self._profile
             render_messages([{"role": "user", "content": ""}], **options)
         except ConversationError as error:
             raise ConfigError(f"data.sources: {error}") from error
@@ -70,7 +71,7 @@ class ChatRecords:
             mode=fields.get("mode") or self._config.mode,
             effort=fields.get("effort") or self._config.effort,
             drop_thinking=self._config.drop_thinking,
-            profile=self._config.profile,
+            **self._profile,
         )
 
 
