@@ -77,7 +77,7 @@ def test_what_is_left_out_is_said(tmp_path, folders, capsys):
     model = v4jax.load(tmp_path)
     assert "no tensors of a draft module: the model runs without" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="has no draft module"):
-        model.propose([1], model.init_cache(1, 8))
+        model.draft([1], model.init_cache(1, 8))
 
 
 # {what: (folder, its tensors changed, config.json changed, what the message must say)}

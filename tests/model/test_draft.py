@@ -19,6 +19,7 @@ from v4jax.config.numerics import FLOAT32
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.model.context import make_context
 from v4jax.model.passes import open_streams
+from v4jax.model.speculation import Drafts, accept_by_rejection
 from v4jax.model.stack import full_sequence
 from v4jax.parallel import ONE_DEVICE
 
@@ -84,7 +85,7 @@ def check_drafts(oracle, model, *, median, largest):
         tokens, corrected, _, confidence = oracle.markov(x, base, last)
         made, cache = read(model, IDS[: p + 1])
         assert made[-1].argmax() == last
-        drafts = model.propose([last], cache)
+        drafts = model.draft([last], cache)
         assert drafts.tokens[0].tolist() == tokens, p
         for ours, theirs in ((drafts.logits, corrected), (drafts.confidence, confidence)):
             difference = np.abs(np.asarray(ours[0]) - theirs)
@@ -121,13 +122,19 @@ def speculate(model, prompt, count, propose):
     tokens, accepted = [int(logits[-1].argmax())], []
     while len(tokens) < count:
         drafts = propose(tokens, cache)
-        logits, longer = model.extend([[tokens[-1], *drafts]], cache)
-        best = np.asarray(logits[0]).argmax(-1)
-        right = next((i for i, t in enumerate(drafts) if t != best[i]), len(drafts))
-        cache = longer.take_back(cache.lengths + right + 1)
-        tokens += [*drafts[:right], int(best[right])]
+        verified, cache = model.verify(tokens[-1:], drafts, cache)
+        right = int(verified.accepted[0])
+        tokens += [*drafts.tokens[0, :right].tolist(), int(verified.following[0])]
+        assert int(cache.lengths[0]) == len(prompt) + len(tokens) - 1
         accepted.append(right)
     return tokens[:count], accepted
+
+
+def as_drafts(tokens):
+    """Returns drafts of one sequence; greedy verification looks at the tokens alone."""
+    shape = (1, len(tokens))
+    logits = jnp.zeros((*shape, CONFIG.vocab_size))
+    return Drafts(jnp.array([tokens], jnp.int32), logits, jnp.zeros(shape))
 
 
 def test_greedy_speculation_equals_greedy_decoding(model):
@@ -135,7 +142,7 @@ def test_greedy_speculation_equals_greedy_decoding(model):
     expected = decode_greedily(model, prompt, 30)
 
     def by_module(tokens, cache):
-        return model.propose(tokens[-1:], cache).tokens[0].tolist()
+        return model.draft(tokens[-1:], cache)
 
     assert speculate(model, prompt, 12, by_module)[0] == expected[:12]
 
@@ -146,11 +153,89 @@ def test_greedy_speculation_equals_greedy_decoding(model):
         steps.append(None)
         following = (expected + [0] * 9)[len(tokens) : len(tokens) + 5]
         wrong = len(steps) % 6
-        return [(t + (i == wrong)) % CONFIG.vocab_size for i, t in enumerate(following)]
+        guesses = [(t + (i == wrong)) % CONFIG.vocab_size for i, t in enumerate(following)]
+        return as_drafts(guesses)
 
     tokens, accepted = speculate(model, prompt, 30, by_knowledge)
     assert tokens == expected
     assert set(accepted) == {0, 1, 2, 3, 4, 5}
+
+
+def test_fewer_drafts(model):
+    """Two rows are the first of five, and the tokens of a sequence may end within a block."""
+    _, cache = read(model, IDS[:20])
+    last = IDS[20:21]
+    five, two = model.draft(last, cache), model.draft(last, cache, count=2)
+    np.testing.assert_array_equal(two.tokens, five.tokens[:, :2])
+    best = int(model.extend([last], cache, logits="last")[0][0].argmax())
+    right = as_drafts([best, *[0] * 4])
+    for length, accepted, consumed in ((0, 0, 0), (1, 0, 1), (2, 1, 2)):
+        verified, longer = model.verify(last, right, cache, lengths=[length])
+        assert verified.accepted.tolist() == [accepted]
+        assert longer.lengths.tolist() == [20 + consumed]
+        if length:
+            assert int(verified.following[0]) == int(verified.logits[0, accepted].argmax())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Sampling by given uniform numbers, as the specification's program does it.
+
+    closer: how much of the target's distribution is that of the draft.
+    """
+
+    drawing: jax.Array
+    accepting: jax.Array
+    last: jax.Array
+    closer: jax.Array
+
+    def choose(self, logits, row):
+        return pick(distribution(logits), self.drawing[row])
+
+    def accept(self, drafts, logits, counts):
+        q, p = distribution(drafts.logits), distribution(logits)
+        p = p.at[:, :-1].set((1 - self.closer) * p[:, :-1] + self.closer * q)
+        accepted, left = accept_by_rejection(drafts.tokens, q, p, self.accepting[None], counts)
+        return accepted, pick(left, self.last)
+
+
+def distribution(logits, top_p=0.95):
+    q = jax.nn.softmax(logits)
+    order = jnp.argsort(-q, axis=-1, stable=True)
+    sorted_q = jnp.take_along_axis(q, order, -1)
+    kept = jnp.cumsum(sorted_q, -1) - sorted_q < top_p
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
+    q = jnp.where(kept, q, 0)
+    return q / q.sum(-1, keepdims=True)
+
+
+def pick(q, u):
+    """Returns the first id whose cumulated mass exceeds u."""
+    return jnp.sum(jnp.cumsum(q, -1) <= u, axis=-1).astype(jnp.int32)
+
+
+def test_sampled_drafts_are_verified_as_specified(model):
+    """The golden values of the specification's last table."""
+    uniform = jnp.modf(0.6180339887498949 * jnp.arange(1, 64))[0]
+    made, cache = read(model, IDS)
+    last = [int(made[-1].argmax())]
+
+    def given(accepting, last_uniform, closer):
+        return Given(uniform[:5], accepting, last_uniform, jnp.float32(closer))
+
+    drafts = model.draft(last, cache, given(uniform[5:10], uniform[10], 0))
+    assert drafts.tokens[0].tolist() == [74, 9, 87, 48, 7]
+
+    def verify(*numbers):
+        verified, _ = model.verify(last, drafts, cache, given(*numbers))
+        return int(verified.accepted[0]), int(verified.following[0])
+
+    assert verify(uniform[5:10], uniform[10], 0) == (0, 68)
+    closer = [verify(uniform[j : j + 5], uniform[j + 5], 0.5) for j in range(5, 45, 5)]
+    expected = [(0, 68), (0, 68), (0, 86), (0, 15), (3, 19), (4, 19), (4, 25), (2, 25)]
+    assert closer == expected
+    assert verify(0 * uniform[:5], uniform[10], 0.5) == (5, 70)
 
 
 def test_rejected_drafts_leave_no_trace(model):
@@ -161,7 +246,7 @@ def test_rejected_drafts_leave_no_trace(model):
         _, expected = read(model, IDS[140 : 140 + kept], clean)
         taken = cache.take_back(clean.lengths + kept)
         last = IDS[140 + kept : 141 + kept]
-        for a, b in zip(model.propose(last, taken), model.propose(last, expected), strict=True):
+        for a, b in zip(model.draft(last, taken), model.draft(last, expected), strict=True):
             np.testing.assert_allclose(a, b, 0, FLOAT32_LOGITS)
         ours, theirs = (model.extend([last], c, logits="last")[0] for c in (taken, expected))
         np.testing.assert_allclose(ours, theirs, 0, FLOAT32_LOGITS)
@@ -174,12 +259,20 @@ def test_errors(model):
     with pytest.raises(CacheError, match=r"got \[-1\]"):
         cache.take_back([21])
     with pytest.raises(CacheError, match="one token for each of 1 sequences, got 2"):
-        model.propose([1, 2], cache)
+        model.draft([1, 2], cache)
     with pytest.raises(ShapeError, match="tokens must be ids 0 … 95"):
-        model.propose([96], cache)
-    plain = small_models.make_model(small_models.CSA)
+        model.draft([96], cache)
+    with pytest.raises(ShapeError, match=r"last must have shape \[any\], got \[1, 1\]"):
+        model.draft([[1]], cache)
+    with pytest.raises(ConfigError, match=r"count must be 1 … 5, .* got 6"):
+        model.draft([1], cache, count=6)
+    with pytest.raises(CacheError, match=r"drafts must be 1 … 5 tokens, .* got 6"):
+        model.verify([1], as_drafts([1] * 6), cache)
+    with pytest.raises(ShapeError, match="lengths must be 0 … 3"):
+        model.verify([1], as_drafts([1, 2]), cache, lengths=[4])
+    plain = small_models.make_model(small_models.WINDOWS)
     with pytest.raises(ConfigError, match="has no draft module"):
-        plain.propose([1], plain.init_cache(1, 8))
+        plain.draft([1], plain.init_cache(1, 8))
 
 
 @pytest.mark.slow
@@ -215,7 +308,7 @@ def test_a_scanned_stack_taps_its_layers():
         # Layer 1 is CSA, repeat 0; layers 4 and 6 are HCA, repeats 1 and 2.
         csa, hca = means["stack.period.0"], means["stack.period.1"]
         taps = jnp.stack([csa[0], hca[1], hca[2]], axis=2)
-        return model.draft.context_keys(taps, context)
+        return model.drafter.context_keys(taps, context)
 
     for ours, expected in zip(kept, run(model), strict=True):
         np.testing.assert_allclose(ours[:, -40:], expected, 0, FLOAT32_LOGITS)

@@ -39,7 +39,7 @@ class Entry:
     @property
     def drafts(self) -> bool:
         """Whether the parameter belongs to an MTP block or a draft module."""
-        return self.path.startswith(("mtp.", "draft."))
+        return self.path.startswith(("mtp.", "drafter."))
 
 
 def census(model: Transformer) -> list[Entry]:

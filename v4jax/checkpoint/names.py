@@ -165,11 +165,11 @@ def places(config: ModelConfig) -> list[Place]:
     stages = config.draft_layers
     for number, layer in enumerate(stages):
         prefix = f"mtp.{number}."
-        found += _expand(block_rows(layer), prefix, f"draft.stages.{number}.", (), config)
+        found += _expand(block_rows(layer), prefix, f"drafter.stages.{number}.", (), config)
         if number == 0:
-            found += _expand(DRAFT_FIRST, prefix, "draft.", (), config)
+            found += _expand(DRAFT_FIRST, prefix, "drafter.", (), config)
         if number == len(stages) - 1:
-            found += _expand(DRAFT_LAST + COLLAPSE, prefix, "draft.", (), config)
+            found += _expand(DRAFT_LAST + COLLAPSE, prefix, "drafter.", (), config)
     return found
 
 

@@ -22,7 +22,7 @@ DRAFT = "draft module"
 # Component of a weight: the first pattern that its path contains.
 _COMPONENTS = (
     (r"^mtp\.", "MTP"),
-    (r"^draft\.", DRAFT),
+    (r"^drafter\.", DRAFT),
     (r"attention\.indexer\.", "index projections"),
     (r"attention\.compressor\.", "compressor"),
     (r"_hyper\.|^collapse\.", "hyper-connections"),

@@ -7,9 +7,6 @@
 Source: spec dspark 2.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,22 +22,11 @@ from v4jax.model.context import Context
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
+from v4jax.model.speculation import Choice, Drafts
 from v4jax.quant.formats import round_to
 
 
-class Drafts(NamedTuple):
-    """Tokens proposed for the places after the last token of each sequence.
-
-    logits: those each token was chosen from. confidence: logit of the estimate that a token is
-    accepted, given that those before it are.
-    """
-
-    tokens: Int[Array, "b r"]
-    logits: Float[Array, "b r v"]
-    confidence: Float[Array, "b r"]
-
-
-class Draft(nnx.Module):
+class Drafter(nnx.Module):
     """Stages that see the target's last window of context keys, and heads for all rows at once.
 
     Embedding and head are the target's. A stage is a block of a window layer whose queries all see
@@ -124,13 +110,12 @@ class Draft(nnx.Module):
         x: Float[Array, "b r d"],
         logits: Float[Array, "b r v"],
         last: Int[Array, "b"],
-        choose: Callable,
+        choice: Choice,
     ) -> Drafts:
         """Returns the tokens of all rows, each chosen with the one before it in view.
 
         Args:
           last: the token before the first row's.
-          choose: (logits [b, v], row) → tokens [b].
         """
         confidence_head = self.confidence_head[...]
         chosen, corrected, confidence = [], [], []
@@ -139,16 +124,10 @@ class Draft(nnx.Module):
             scores = logits[:, row] + matmul_float32(before_br, self.markov_head[...])
             joined = jnp.concatenate([x[:, row], before_br.astype(x.dtype)], axis=-1)
             confidence.append(matmul_float32(joined, confidence_head)[:, 0])
-            last = choose(scores, row)
+            last = choice.choose(scores, row)
             chosen.append(last)
             corrected.append(scores)
         return Drafts(*(jnp.stack(rows, axis=1) for rows in (chosen, corrected, confidence)))
-
-
-def take_best(logits: Float[Array, "b v"], row: int) -> Int[Array, "b"]:
-    """Returns the most probable token of each sequence: greedy drafts."""
-    del row
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def tap_streams(config: ModelConfig, taps: Array, streams: Array, layer_index: Array) -> Array:

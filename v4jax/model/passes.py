@@ -19,7 +19,7 @@ from v4jax.cache.hybrid import cache_axes, draft_keys, store_draft_keys
 from v4jax.config import Numerics
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.model.context import make_context
-from v4jax.model.draft import Drafts
+from v4jax.model.speculation import Choice, Drafts, Verified
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.model.weights import materialize
 from v4jax.parallel import WEIGHTS, Axes, on_shards
@@ -72,7 +72,7 @@ def run_layers(
     axes = None if cache is None else cache_axes(cache)
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
     run = on_shards(_run_layers, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
-    weights = model.embed, model.stack, model.draft
+    weights = model.embed, model.stack, model.drafter
     streams, cache = run(weights, call.pad(tokens), start, end, cache)
     if cache is None:
         return call.cut(streams), None
@@ -80,7 +80,7 @@ def run_layers(
 
 
 def _run_layers(axes, weights, tokens, start, end, cache):
-    embedding, stack, draft = weights
+    embedding, stack, drafter = weights
     start = start + axes.offset("tokens", tokens.shape[1])
     config = stack.config
     ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
@@ -88,12 +88,12 @@ def _run_layers(axes, weights, tokens, start, end, cache):
     streams = open_streams(axes, embedding, tokens, stack)
     if cache is None:
         return stack(streams, context), None
-    if draft is None:
+    if drafter is None:
         streams, cache, _ = stack.extend(streams, context, cache)
         return streams, cache
     shape = (*tokens.shape, len(config.draft.target_layer_ids), config.hidden_size)
     streams, cache, taps = stack.extend(streams, context, cache, jnp.zeros(shape, streams.dtype))
-    keys = materialize(axes, draft).context_keys(taps, context)
+    keys = materialize(axes, drafter).context_keys(taps, context)
     return streams, store_draft_keys(axes, cache, keys, start, end)
 
 
@@ -150,18 +150,19 @@ def _read_drafts(axes, weights, streams, following, end):
     return matmul_float32(normed, head[...])
 
 
-@partial(jax.jit, static_argnames="choose")
-def draft(model: "Transformer", last, cache: HybridCache, choose) -> Drafts:
-    """Returns the drafts that follow `last` [b], the tokens chosen behind what the cache holds."""
+def draft_step(
+    model: "Transformer", last, cache: HybridCache, choice: Choice, count: int
+) -> Drafts:
+    """Returns `count` drafts that follow `last` [b], which follows what the cache holds."""
     axes = cache_axes(cache)
     inputs, outputs = (WEIGHTS, P("batch"), axes), (P("batch"), P("batch", None, "vocab"))
-    run = on_shards(_draft, model.layout, "whole", inputs, outputs)
-    x, logits = run((model.embed, model.draft, model.head), last, cache)
-    x, logits = replicate((x, logits), model.layout)
-    return model.draft.choose_tokens(x, logits, last, choose)
+    run = on_shards(partial(_draft, count=count), model.layout, "whole", inputs, outputs)
+    x, logits = run((model.embed, model.drafter, model.head), last, cache)
+    x, logits, choice = replicate((x, logits, choice), model.layout)
+    return model.drafter.choose_tokens(x, logits, last, choice)
 
 
-def _draft(axes, weights, last, cache):
+def _draft(axes, weights, last, cache, count: int):
     embedding, module, head = weights
     module, head, config = materialize(axes, module), materialize(axes, head), module.config
     rows, start = config.draft.block_size, cache.lengths
@@ -170,5 +171,26 @@ def _draft(axes, weights, last, cache):
     ropes = {layer.rope for layer in config.draft_layers}
     context = make_context(tokens, start, start + rows, ropes, axes=axes)
     keys, seen = draft_keys(cache)
-    x = module(embed(axes, embedding, tokens, module.numerics), keys, seen, context)
+    x = module(embed(axes, embedding, tokens, module.numerics), keys, seen, context)[:, :count]
     return x, module.read_logits(x, head[...])
+
+
+def verify_step(
+    model: "Transformer", last, drafts: Drafts, cache: HybridCache, lengths, choice: Choice
+) -> tuple[Verified, HybridCache]:
+    """Returns what the model says about drafts, and the cache with those that are accepted.
+
+    Args:
+      lengths [b]: how many of [last, drafts …] are real; a sequence of 0 stays as it is.
+    """
+    before = cache.lengths
+    tokens = jnp.concatenate([last[:, None], drafts.tokens], axis=1)
+    logits, cache = extend_step(model, tokens, cache, lengths, "all")
+    logits, drafts, choice = replicate((logits, drafts, choice), model.layout)
+    accepted, following = choice.accept(drafts, logits, jnp.maximum(lengths - 1, 0))
+    cache = cache.take_back(before + jnp.minimum(lengths, accepted + 1))
+    return Verified(logits, accepted, following), cache
+
+
+draft = partial(jax.jit, static_argnames="count")(draft_step)
+verify, verify_donating = jax.jit(verify_step), jax.jit(verify_step, donate_argnames="cache")

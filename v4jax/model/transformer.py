@@ -1,6 +1,5 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,12 +13,13 @@ from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.model import passes
-from v4jax.model.draft import Draft, Drafts, take_best
+from v4jax.model.draft import Drafter
 from v4jax.model.flat import FlatTransformer
 from v4jax.model.hyper_connections import HyperHead
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
+from v4jax.model.speculation import GREEDY, Choice, Drafts, Verified
 from v4jax.model.stack import Stack
 from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.shard import check_batch, entry_shards, make_arrays
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(declare, config.hidden_size, "embed", config.rms_norm_eps)
         self.head = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
         self.mtp = nnx.List(MTP(declare, config, layer, numerics) for layer in config.mtp_layers)
-        self.draft = None if config.draft is None else Draft(declare, config, numerics)
+        self.drafter = None if config.draft is None else Drafter(declare, config, numerics)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Returns the next token's logits at every position of sequences that start at 0.
@@ -126,61 +126,111 @@ class Transformer(nnx.Module):
         step = passes.extend_donating if donate else passes.extend
         return step(self, tokens, cache, lengths, logits)
 
-    def propose(
-        self, last: Int[Array, "b"], cache: HybridCache, choose: Callable = take_best
+    def draft(
+        self,
+        last: Int[Array, "b"],
+        cache: HybridCache,
+        choice: Choice = GREEDY,
+        *,
+        count: int | None = None,
+        trusted: bool = False,
     ) -> Drafts:
         """Returns drafts of the tokens that follow `last`, which follows what `cache` holds.
 
-        `extend` with [last, drafts …] verifies them; `cache.take_back` then removes those that the
-        logits do not confirm.
-
         Args:
-          choose: (logits [b, v], row) → tokens [b]; by default the most probable ones. A function
-            is compiled once.
+          choice: how each row's token is chosen; by default the most probable one.
+          count: how many tokens to draft; None: as many as the module has rows. Fewer are the first
+            ones of all.
+          trusted: as for `extend`.
 
         Raises:
-          ConfigError: the model has no draft module.
+          ConfigError: the model has no draft module, or drafts fewer than `count` tokens.
           ShapeError: `last` is no vector of ids.
-          CacheError: the cache is empty, or belongs to another model.
+          CacheError: the cache belongs to another model, or has another batch.
         """
-        if self.draft is None:
+        last, count = self.check_draft(last, cache, count, trusted)
+        return passes.draft(self, last, cache, choice, count)
+
+    def verify(
+        self,
+        last: Int[Array, "b"],
+        drafts: Drafts,
+        cache: HybridCache,
+        choice: Choice = GREEDY,
+        lengths: Int[Array, "b"] | None = None,
+        *,
+        donate: bool = False,
+        trusted: bool = False,
+    ) -> tuple[Verified, HybridCache]:
+        """Checks drafts in one pass; the new cache holds `last` and the drafts that are accepted.
+
+        Greedily, a sequence gets the tokens that greedy decoding gives it. A choice by
+        `accept_by_rejection` gives them the distribution of sampling from the model.
+
+        Args:
+          drafts: what `draft` returned, or the first columns of it.
+          choice: how drafts are accepted; the one that they were drafted with.
+          lengths: how many of [last, drafts …] are real, per sequence (0 … drafts + 1); a sequence
+            of 0 stays as it is, and what is said about it means nothing. None: all.
+          donate, trusted: as for `extend`.
+
+        Raises:
+          ShapeError: an argument has the wrong shape, dtype or values.
+          CacheError: there are more drafts than the cache can take back, a sequence would exceed
+            its capacity, or the cache belongs to another model.
+        """
+        last, lengths = self.check_verify(last, drafts, cache, lengths, trusted)
+        step = passes.verify_donating if donate else passes.verify
+        return step(self, last, drafts, cache, lengths, choice)
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens `draft` proposes at most; 0 where nothing drafts."""
+        return 0 if self.drafter is None else self.config.draft.block_size
+
+    def check_draft(self, last, cache, count, trusted: bool) -> tuple[Array, int]:
+        """Returns the tokens and the count of `draft`, or raises what it raises."""
+        if not self.draft_tokens:
             raise ConfigError(
                 "this model has no draft module; V4-Flash-0731 and V4-Pro-0813 have one"
             )
-        last = self._check_tokens(jnp.asarray(last)[:, None])[:, 0]
-        cache.check_fits(self.config, self.numerics, entry_shards(self.layout))
-        if last.shape[0] != cache.batch:
-            raise CacheError(
-                f"last must have one token for each of {cache.batch} sequences, got {last.shape[0]}"
+        if count is not None and not 1 <= count <= self.draft_tokens:
+            raise ConfigError(
+                f"count must be 1 … {self.draft_tokens}, the tokens that the draft module "
+                f"proposes, got {count}"
             )
-        return passes.draft(self, last, cache, choose)
+        return self._check_last(last, cache, trusted), count or self.draft_tokens
+
+    def check_verify(self, last, drafts, cache, lengths, trusted: bool) -> tuple[Array, Array]:
+        """Returns the tokens and the lengths of `verify`, or raises what it raises."""
+        last = self._check_last(last, cache, trusted)
+        batch, count = cache.batch, drafts.tokens.shape[-1]
+        check_shape("drafts.tokens", drafts.tokens, (batch, count))
+        check_shape("drafts.logits", drafts.logits, (batch, count, self.config.vocab_size))
+        if not 1 <= count <= cache.spare:
+            raise CacheError(
+                f"drafts must be 1 … {cache.spare} tokens, as many as the cache can take back, got "
+                f"{count}; verify what `draft` returned"
+            )
+        self._check_tokens(drafts.tokens, trusted)
+        return last, self._check_lengths(lengths, cache, count + 1, trusted)
 
     def check_extend(self, tokens, cache, lengths, logits, trusted: bool) -> tuple[Array, Array]:
         """Returns the tokens and lengths of `extend` as arrays, or raises what it raises."""
         tokens = self._check_tokens(tokens, trusted)
         if logits not in ("all", "last"):
             raise ShapeError(f"logits must be 'all' or 'last', got {logits!r}")
-        if not isinstance(cache, HybridCache):
-            raise CacheError(
-                f"cache must be a HybridCache, got {type(cache).__name__}; make it with "
-                "this model's init_cache"
-            )
         batch, count = tokens.shape
+        self._check_cache(cache)
         if cache.batch != batch:
             raise CacheError(
                 f"tokens have batch {batch} but the cache holds {cache.batch} sequences; "
                 f"make it with init_cache({batch}, …)"
             )
-        cache.check_fits(self.config, self.numerics, entry_shards(self.layout))
-        lengths = np.full(batch, count, np.int32) if lengths is None else lengths
-        lengths = as_integers("lengths", lengths)
-        check_shape("lengths", lengths, (batch,))
-        if not trusted:
-            self._check_room(cache, lengths, count)
-        return tokens, jnp.asarray(lengths, jnp.int32)
+        return tokens, self._check_lengths(lengths, cache, count, trusted)
 
     def flatten(self) -> FlatTransformer:
-        """Returns the model as it is now, for loops over `extend`.
+        """Returns the model as it is now, for loops over `extend`, `draft` and `verify`.
 
         >>> extend = model.flatten().extend
         >>> while ...:
@@ -202,6 +252,35 @@ class Transformer(nnx.Module):
                     "was the text encoded with another tokenizer?"
                 )
         return jnp.asarray(tokens, jnp.int32)
+
+    def _check_last(self, last, cache, trusted: bool) -> Array:
+        """Returns `last` [b], one token for each sequence of `cache`."""
+        last = as_integers("last", last)
+        check_shape("last", last, (None,))
+        last = self._check_tokens(last[:, None], trusted)[:, 0]
+        self._check_cache(cache)
+        if last.shape[0] != cache.batch:
+            raise CacheError(
+                f"last must have one token for each of {cache.batch} sequences, got {last.shape[0]}"
+            )
+        return last
+
+    def _check_cache(self, cache):
+        if not isinstance(cache, HybridCache):
+            raise CacheError(
+                f"cache must be a HybridCache, got {type(cache).__name__}; make it with "
+                "this model's init_cache"
+            )
+        cache.check_fits(self.config, self.numerics, entry_shards(self.layout))
+
+    def _check_lengths(self, lengths, cache: HybridCache, count: int, trusted: bool) -> Array:
+        """Returns how many of `count` tokens are real, [b]; they fit into the cache."""
+        lengths = np.full(cache.batch, count, np.int32) if lengths is None else lengths
+        lengths = as_integers("lengths", lengths)
+        check_shape("lengths", lengths, (cache.batch,))
+        if not trusted:
+            self._check_room(cache, lengths, count)
+        return jnp.asarray(lengths, jnp.int32)
 
     def _check_room(self, cache: HybridCache, lengths, count: int):
         if any(isinstance(x, jax.core.Tracer) for x in (cache.lengths, lengths)):

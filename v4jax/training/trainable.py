@@ -67,7 +67,7 @@ def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
     drafts = bool(config.loss.mtp_weight)
 
     def trains(name: str) -> bool:
-        if name.startswith("draft.") or (".indexer." in name and config.indexer == "frozen"):
+        if name.startswith("drafter.") or (".indexer." in name and config.indexer == "frozen"):
             return False
         return not name.startswith("mtp.") or (drafts and name.startswith("mtp.0."))
 
