@@ -20,7 +20,7 @@ from v4jax.model.weights import read_weights
 from v4jax.parallel import make_mesh
 from v4jax.training.batch import Batch, put_batch
 from v4jax.training.forward import Mode
-from v4jax.training.optimizer import build_optimizer, orthogonalize
+from v4jax.training.optimizer import adam_epsilon, build_optimizer, orthogonalize
 from v4jax.training.state import init_state, split_model
 from v4jax.training.step import build_step
 
@@ -105,7 +105,7 @@ def check_update(state, weights):
     for name, weight in weights.items():
         first, second = (np.asarray(x[name]) for x in (adam.mu, adam.nu))
         update = first / (1 - OPTIMIZER.beta1)
-        update /= np.sqrt(second / (1 - OPTIMIZER.beta2)) + np.float32(OPTIMIZER.epsilon)
+        update /= np.sqrt(second / (1 - OPTIMIZER.beta2)) + np.float32(adam_epsilon(OPTIMIZER))
         decay = 0 if "router" in name or "indexer" in name else OPTIMIZER.weight_decay
         wanted = np.asarray(weight) - rate * (update + decay * np.asarray(weight))
         np.testing.assert_allclose(state.weights[name], wanted, 1e-6, 1e-4 * rate, err_msg=name)

@@ -18,7 +18,13 @@ from v4jax.config.run import OptimizerConfig
 from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
 from v4jax.model.weights import read_weights
-from v4jax.training.optimizer import build_optimizer, build_schedule, orthogonalize, uses_muon
+from v4jax.training.optimizer import (
+    adam_epsilon,
+    build_optimizer,
+    build_schedule,
+    orthogonalize,
+    uses_muon,
+)
 
 MODEL = load_model_config("tiny")
 CONFIG = OptimizerConfig(rate=1e-2, decay_to=0.1, warmup_steps=2, decay_steps=3)
@@ -180,6 +186,44 @@ def test_moments_in_bfloat16():
         np.testing.assert_allclose(weight, exact[name], 0, 4 * CONFIG.rate * 0.05, err_msg=name)
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert kinds == {"bfloat16", "float32"}  # the second moments of AdamW stay float32
+
+
+# First steps, sign changes, silence before a gradient, and silence after it.
+TINY_GRADIENTS = {
+    "constant": lambda random: np.ones(40),
+    "noise": lambda random: random.standard_normal(40),
+    "rare": lambda random: np.arange(40) % 13 == 12,
+    "growing": lambda random: 1.3 ** np.arange(-39, 1),
+}
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_tiny_gradients_never_exceed_the_bound(moments):
+    """Squares below the smallest float32 are 0: without a bound, updates reached 45 rates."""
+    config = OptimizerConfig("adamw", 1.0, warmup_steps=0, weight_decay=0.0, moments=moments)
+    one, two = config.beta1, config.beta2
+    bound = np.sqrt((1 - one) ** 2 / (1 - two) / (1 - one**2 / two))
+    # A step rounds the first moment by 2⁻⁹ of it, and keeps the errors of ten steps.
+    bound *= 1 + (2**-9 / (1 - one) if moments == "bfloat16" else 1e-5)
+    random, sizes = np.random.RandomState(0), np.logspace(-24, -15, 181)
+    shapes = np.stack([make(random) for make in TINY_GRADIENTS.values()])
+    gradients = (shapes[:, None] * sizes[:, None]).astype(np.float32)  # [case, size, step]
+    optimizer = build_optimizer(config, MODEL, 40)
+    weights = {"norm.weight": jnp.zeros(gradients.shape[:2])}
+
+    def step(state, gradient):
+        updates, state = optimizer.update({"norm.weight": gradient}, state, weights)
+        return state, updates["norm.weight"]
+
+    run = jax.jit(lambda series: jax.lax.scan(step, optimizer.init(weights), series)[1])
+    largest = np.abs(run(jnp.moveaxis(jnp.asarray(gradients), -1, 0))).max((0, 2))
+    assert (largest <= bound).all(), dict(zip(TINY_GRADIENTS, largest, strict=True))
+    assert (largest[:2] > 0.99).all()  # those that float32 can square move by the rate
+
+
+def test_epsilon_is_the_configured_one_where_it_can_be():
+    assert adam_epsilon(OptimizerConfig()) == pytest.approx(6.86e-19, rel=1e-3)
+    assert adam_epsilon(OptimizerConfig(epsilon=1e-8)) == 1e-8
 
 
 # ---- which weight is trained by what ----

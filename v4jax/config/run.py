@@ -106,6 +106,8 @@ class OptimizerConfig:
         they are left out by default, because a router that fine-tuning hardly moves would only
         fade.
       update_rms: root mean square of a Muon update at rate 1; with the default AdamW's rates fit.
+      epsilon: of AdamW; the report's is below what float32 can hold beside squares, and
+        `training.optimizer.adam_epsilon` then takes the smallest that it can.
       accumulate: batches whose gradients are summed for one update.
 
     Source: spec G.2.

@@ -45,7 +45,7 @@ from v4jax.training.evaluate import evaluate_text, score_batch
 from v4jax.training.export import export
 from v4jax.training.forward import Mode
 from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
-from v4jax.training.optimizer import build_optimizer, build_schedule
+from v4jax.training.optimizer import adam_epsilon, build_optimizer, build_schedule
 from v4jax.training.samples import describe_sample, predict, write_samples
 from v4jax.training.state import (
     TrainState,
@@ -355,7 +355,8 @@ def _announce(state: TrainState, config: TrainConfig) -> None:
     kept = ", ".join(config.optimizer.undecayed) or "nothing"
     log.info(
         f"train: {trained / 1e6:.1f} M weights trained by {config.optimizer.kind}, state "
-        f"{log.format_bytes(size)}; indexer {config.indexer}; no weight decay on: {kept}"
+        f"{log.format_bytes(size)}; indexer {config.indexer}; no weight decay on: {kept}; "
+        f"AdamW's epsilon: {adam_epsilon(config.optimizer):.1e}"
     )
 
 
