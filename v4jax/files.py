@@ -20,6 +20,7 @@ import contextlib
 import errno
 import io
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -55,10 +56,40 @@ def open_bytes(path: PathLike) -> BinaryIO:
     """Opens a file for reading bytes at any offset.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: it cannot be read, or is no regular file: a pipe would wait for ever, and a device
+        never ends.
       UnsupportedError: as `to_path`.
     """
-    return _Ranges(to_path(path)) if is_remote(path) else open(path, "rb", buffering=0)
+    if is_remote(path):
+        return _Ranges(to_path(path))
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError as error:  # a NUL character in the path
+        raise OSError(str(error)) from error
+    if not regular:
+        raise OSError("it is no regular file")
+    return open(path, "rb", buffering=0)
+
+
+def read_regular(path: PathLike, most_bytes: int) -> bytes:
+    """Returns the whole of a small file.
+
+    Raises:
+      OSError: as `open_bytes`, or it is larger than `most_bytes`.
+      UnsupportedError: as `to_path`.
+    """
+    size = size_of(path) if is_remote(path) else None
+    with open_bytes(path) as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        if size > most_bytes:
+            raise OSError(f"it has {size:,} bytes, and at most {most_bytes:,} are read")
+        return file.read()
+
+
+def is_there(path: PathLike) -> bool:
+    """Whether there is a file, folder or link of this name; a link may lead nowhere."""
+    path = to_path(path)
+    return path.exists() if is_remote(path) else os.path.lexists(path)
 
 
 def size_of(path: PathLike) -> int:

@@ -143,6 +143,19 @@ BROKEN_TENSORS = {
         lambda tensors: tensors.update({EXPERT.replace(".7.", ".9."): tensors[EXPERT]}),
         "fits no module of this model",
     ),
+    "no tensor": (lambda tensors: tensors.clear(), "holds no adapters: it has no tensor"),
+    "whole numbers": (
+        lambda tensors: tensors.update({EXPERT: np.zeros((32, 3), np.int32)}),
+        "must have dtype F32 or BF16 or F16, got I32",
+    ),
+    "no number": (
+        lambda tensors: tensors[EXPERT].__setitem__((4, 1), np.nan),
+        "must be finite, got nan at [4, 1]",
+    ),
+    "too large a number": (
+        lambda tensors: tensors[EXPERT].__setitem__((0, 2), -np.inf),
+        "must be finite, got -inf at [0, 2]",
+    ),
     "no LoRA": (
         lambda tensors: tensors.update({"base_model.model.head.lora_magnitude": tensors[EXPERT]}),
         "is no LoRA factor",
@@ -164,7 +177,15 @@ BROKEN_CONFIGS = {
     "another scale": ({"use_rslora": True}, "use_rslora must be False"),
     "ranks by module": ({"rank_pattern": {"wq_b": 8}}, "rank_pattern must be {}"),
     "another method": ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
-    "no rank": ({"r": None}, "r must be a positive integer"),
+    "no rank": ({"r": None}, "r must be an integer between 1 and 65536, got None"),
+    "true for a rank": ({"r": True}, "r must be an integer between 1 and 65536, got True"),
+    "absurd rank": ({"r": 10**11}, "r must be an integer between 1 and 65536, got 100000000000"),
+    "no scale": ({"lora_alpha": float("nan")}, "lora_alpha must be a number above 0 and at most"),
+    "endless scale": ({"lora_alpha": float("inf")}, "lora_alpha must be a number above 0"),
+    "absurd scale": ({"lora_alpha": 10**400}, "lora_alpha must be a number above 0"),
+    "some layers": ({"layers_to_transform": [1]}, "layers_to_transform must be None, got [1]"),
+    "unknown field": ({"use_magic": 7}, "'use_magic' (= 7) is unknown and could change"),
+    "changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of"),
 }
 
 
@@ -176,6 +197,21 @@ def test_broken_configs(tmp_path, model, adapted, case):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         read_adapters(model, tmp_path / "out")
+
+
+BROKEN_FILES = {
+    "no object": ("[3]", "adapter_config.json must hold a JSON object, got [3]"),
+    "nested without end": ("[" * 100_000, "adapter_config.json is no JSON: nested too deeply"),
+    "no JSON": ("{", "adapter_config.json is no JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
+def test_broken_files(tmp_path, model, case):
+    text, message = case
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_adapters(model, tmp_path)
 
 
 def test_what_cannot_be_written(tmp_path, model, adapted):

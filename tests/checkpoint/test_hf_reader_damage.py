@@ -1,17 +1,20 @@
 """Damaged folders: each gives an error that names tensor and file, and no model."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from v4jax.checkpoint import read_model
+from v4jax.checkpoint import read_abstract, read_model
 from v4jax.errors import CheckpointError, ConfigError
 
 from . import folders
 
+SECONDS_TO_SAY_NO = 10  # a tenth of a second on an idle core; planning 1,500 layers took minutes
 QUERY = "layers.2.attn.wq_a"
 FIRST = "model-00001-of-00003.safetensors"
 
@@ -79,6 +82,37 @@ def out_of_range(table):
     table = table.copy()
     table[3, 1] = 2**32
     return table
+
+
+def replaced(name, make):
+    """Puts something that `make(path)` makes in the place of a file."""
+
+    def replace(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return after(replace)
+
+
+def nowhere(path):
+    """Makes a link that leads nowhere."""
+    path.symlink_to("nowhere")
+
+
+def circle(path):
+    """Makes a link to itself."""
+    path.symlink_to(path.name)
+
+
+def endless(path):
+    """Makes a link to a device that never ends."""
+    path.symlink_to("/dev/zero")
+
+
+def huge(path):
+    """Makes a sparse file of a terabyte."""
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
 
 
 def no_experts_key(raw):
@@ -192,6 +226,38 @@ DAMAGE = {
         after(lambda f: (f / folders.INDEX).write_text('{"metadata": {}}')),
         r"index.json is broken: it has no weight_map",
     ),
+    "index is a pipe": (
+        replaced(folders.INDEX, os.mkfifo),
+        r"index.json cannot be read: it is no regular file",
+    ),
+    "index never ends": (
+        replaced(folders.INDEX, endless),
+        r"index.json cannot be read: it is no regular file",
+    ),
+    "index of a terabyte": (
+        replaced(folders.INDEX, huge),
+        r"index.json cannot be read: it has 1,099,511,627,776 bytes, and at most 100,000,000 are",
+    ),
+    "index leads nowhere": (
+        replaced(folders.INDEX, nowhere),
+        r"index.json cannot be read: No such file or directory",
+    ),
+    "index leads to itself": (
+        replaced(folders.INDEX, circle),
+        r"index.json cannot be read: Too many levels of symbolic links",
+    ),
+    "index names a file of 300 characters": (
+        index(lambda m: m.update({"norm.weight": "x" * 300})),
+        r"tensor norm.weight must lie in a file beside it, got 'x{57}\.\.\.x{58}'$",
+    ),
+    "index names a file with a null": (
+        index(lambda m: m.update({"norm.weight": "a\0b"})),
+        r"tensor norm.weight must lie in a file beside it, got 'a\\x00b'",
+    ),
+    "index names a file of no encoding": (
+        index(lambda m: m.update({"norm.weight": "\ud800"})),
+        r"tensor norm.weight must lie in a file beside it, got '\\ud800'",
+    ),
     "index names another folder": (
         index(lambda m: m.update({"norm.weight": "../other.safetensors"})),
         r"tensor norm.weight must lie in a file beside it, got '../other.safetensors'",
@@ -218,6 +284,53 @@ def test_damaged_folders(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         read_model(tmp_path)
+
+
+# {what is wrong with config.json: (what is put in its place, what the message must say)}
+FILES = {
+    "pipe": (os.mkfifo, r"config.json cannot be read: it is no regular file"),
+    "never ends": (endless, r"config.json cannot be read: it is no regular file"),
+    "a terabyte": (huge, r"config.json cannot be read: it has 1,099,511,627,776 bytes, and at"),
+    "leads nowhere": (nowhere, r"config.json cannot be read: No such file"),
+    "nested without end": (lambda f: f.write_text("[" * 10**6), r"config.json is no JSON: nested"),
+    "no UTF-8": (
+        lambda f: f.write_bytes(b'{"a": "\xff"}'),
+        r"config.json is no JSON: 'utf-8' codec",
+    ),
+    "a number of digits": (lambda f: f.write_text("9" * 10**4), r"config.json is no JSON: Exceeds"),
+}
+
+
+@pytest.mark.parametrize("make, message", FILES.values(), ids=FILES.keys())
+def test_files_that_are_no_config(tmp_path, make, message):
+    replaced("config.json", make)(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        read_model(tmp_path)
+
+
+def test_config_with_a_byte_order_mark(tmp_path):
+    folders.write(tmp_path)
+    for name in ("config.json", folders.INDEX):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_abstract(tmp_path).config == read_abstract(folders.write(tmp_path / "same")).config
+
+
+def test_a_claim_of_many_layers_is_answered_at_once(tmp_path):
+    """Of 1,000 layers that do not repeat, and 16,384 experts: nothing of that size is made."""
+    folders.write(tmp_path)
+    ratios = [0, 4, 128, 0, 0, 4, *np.random.RandomState(0).choice([0, 4, 128], 994).tolist(), 0]
+    claim = {"num_hidden_layers": 1000, "compress_ratios": ratios, "n_routed_experts": 16384}
+    folders.change_json(tmp_path / "config.json", lambda raw: raw.update(claim))
+    started = time.monotonic()
+    with pytest.raises(
+        CheckpointError, match=r"tensor layers.0.ffn.experts.4.w1.weight is missing"
+    ):
+        read_model(tmp_path)
+    folders.change_json(tmp_path / "config.json", lambda raw: raw.update(n_routed_experts=4))
+    with pytest.raises(CheckpointError, match=r"tensor layers.6.hc_attn_fn is missing"):
+        read_model(tmp_path)
+    assert time.monotonic() - started < SECONDS_TO_SAY_NO
 
 
 def test_broken_config(tmp_path):

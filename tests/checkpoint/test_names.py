@@ -26,7 +26,7 @@ def count(found) -> int:
 @pytest.mark.parametrize("name", FILE_TENSORS)
 def test_tensor_counts_of_the_released_models(name):
     config = load_model_config(name)
-    found = names.places(config)
+    found = list(names.places(config))
     assert count(found) == FILE_TENSORS[name]
     plain = [place for place in found if place.stored is not Stored.EXPERT]
     for number, layer in enumerate(config.layers):
@@ -57,7 +57,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("raw", CONFIGS.values(), ids=CONFIGS.keys())
 def test_agrees_with_the_tests_own_table(raw):
-    found = names.places(model_config_from_hf(raw))
+    found = list(names.places(model_config_from_hf(raw)))
     expected = {name: FORMATS[kind] for name, (_, kind) in checkpoints.tensor_table(raw).items()}
     assert {place.tensor: place.stored for place in found} == expected
     assert len({(place.parameter, place.index) for place in found}) == len(found)

@@ -1,6 +1,7 @@
 """The container: agreement with the safetensors package, and every broken header."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -80,6 +81,18 @@ BROKEN = {
     "negative size": (header({"a": entry(shape=(-2,))}), r"tensor a is malformed"),
     "fractional size": (header({"a": entry(shape=(2.0,))}), r"tensor a is malformed"),
     "three offsets": (header({"a": entry(offsets=(0, 4, 8))}), r"tensor a is malformed"),
+    "a number for the shape": (
+        header({"a": {**entry(), "shape": 2}}),
+        r"the header entry of tensor a is malformed: \{'data_offsets': \[0, 8\], 'dtype': 'F32'",
+    ),
+    "text for the offsets": (header({"a": {**entry(), "data_offsets": "08"}}), r"a is malformed"),
+    "a list for the dtype": (header({"a": {**entry(), "dtype": ["F32"]}}), r"a is malformed"),
+    "a million axes": (header({"a": entry(shape=[10**9] * 1_000_000)}), r"a is malformed.{,200}$"),
+    "two lines in a name": (
+        header({"a\nb": entry()}),
+        r"the name of a tensor must be printable and of at most 500 characters, got 'a\\nb'",
+    ),
+    "long name": (header({"a" * 10_000: entry()}), r"the name of a tensor must .{,200}$"),
     "unknown dtype": (header({"a": entry("F4")}), r"tensor a has the unknown dtype 'F4'"),
     "size and shape": (
         header({"a": entry(shape=(3,))}),
@@ -100,6 +113,19 @@ def test_broken_files(tmp_path, data, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         st.read_header(path)
     assert str(path) in str(caught.value)
+
+
+def test_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, message in (
+        (tmp_path / "pipe", "it is no regular file"),
+        ("/dev/zero", "it is no regular file"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+        (tmp_path, "it is no regular file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be read: {message}"):
+            st.read_header(path)
 
 
 def test_no_file(tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from v4jax.config import LayerKind, Rope, RouterKind, YarnScaling
+from v4jax.config import LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
 from v4jax.config.from_hf import FIXED, INFORMATIONAL, model_config_from_hf
 from v4jax.config.loading import load_model_config
 from v4jax.errors import ConfigError
@@ -59,7 +59,10 @@ BROKEN_DRAFTS = {
         {"compress_ratios": [*FLASH_0731["compress_ratios"][:-1], 4]},
         "model.compress_ratios must be 0 for the draft stages, got [0, 0, 4]",
     ),
-    "no rows": ({"dspark_block_size": 0}, "model.draft.block_size must be positive, got 0"),
+    "no rows": (
+        {"dspark_block_size": 0},
+        "model.draft.block_size must be between 1 and 1024, got 0",
+    ),
 }
 
 
@@ -166,11 +169,11 @@ BROKEN = {
     ),
     "expert dtype": (
         {"expert_dtype": "int4"},
-        r"model.expert_dtype must be 'fp4' or 'fp8', got int4",
+        r"model.expert_dtype must be 'fp4' or 'fp8', got 'int4'",
     ),
     "two expert dtypes": (
         quantization(expert_dtype="fp8"),
-        r"expert_dtype = fp8 and expert_dtype_outside = fp4 contradict",
+        r"expert_dtype = 'fp8' and expert_dtype_outside = 'fp4' contradict",
     ),
     "vision": ({"vision_n_layers": 32}, r"vision_n_layers is a key of a vision checkpoint"),
     "nested": ({"text_config": {}}, r"text_config is a key of a nested"),
@@ -183,13 +186,13 @@ BROKEN = {
     "text for a number": ({"hidden_size": "4096"}, r"hidden_size must be an integer, got '4096'"),
     "true for a number": ({"hc_mult": True}, r"hc_mult must be an integer, got True"),
     "no number": ({"rope_theta": float("nan")}, r"rope_theta must be finite, got nan"),
-    "zero": ({"sliding_window": 0}, r"model.sliding_window must be positive, got 0"),
+    "zero": ({"sliding_window": 0}, r"model.sliding_window must be between 1 and 1048576, got 0"),
     "groups": ({"o_groups": 7}, r"num_attention_heads must be a multiple of o_groups = 7, got 64"),
     "too many chosen": ({"num_experts_per_tok": 300}, r"must not exceed n_routed_experts = 256"),
     "token id": ({"eos_token_id": 129280}, r"eos_token_id must be a token id below vocab_size"),
     "no eos": ({"eos_token_id": []}, r"eos_token_id must name a token that ends an answer"),
     "several eos": ({"eos_token_id": [1, 129280]}, r"must be token ids below vocab_size"),
-    "profile": ({"v4jax_profile": "0732"}, r"model.profile must be one of preview, 0731, got 0732"),
+    "profile": ({"v4jax_profile": "0732"}, r"model.profile must be one of preview, 0731, got"),
     "magnitude factor": (
         scaling(attention_factor=1.277),
         r"attention_factor must be 1.0, got 1.277",
@@ -249,6 +252,38 @@ def test_broken_files(change, message):
     raw = {key: value for key, value in (FLASH | change).items() if value is not ...}
     with pytest.raises(ConfigError, match=message):
         model_config_from_hf(raw)
+
+
+SIZES = [field.name for field in dataclasses.fields(ModelConfig) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_that_no_model_has(name):
+    """Each is refused with one short line, or is one that the field may have."""
+    accepted = set()
+    for value in (10**9, 10**12, 10**400, -1, 1e300):
+        try:
+            model_config_from_hf(FLASH | {name: value})
+            accepted.add(value)
+        except ConfigError as error:
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 300
+    bases = name in ("rope_theta", "compress_rope_theta", "swiglu_limit")
+    assert accepted == ({10**9, 10**12} if bases else set())
+
+
+BLOCKS = {"none": [], "one": [128], "three": [128] * 3, "zero": [0, 128], "huge": [10**30, 1]}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+def test_blocks_of_scales(block):
+    with pytest.raises(ConfigError, match=r"model.weight_block_size must be"):
+        model_config_from_hf(FLASH | quantization(weight_block_size=block))
+
+
+def test_long_values_are_shown_in_part():
+    with pytest.raises(ConfigError, match=r"unknown key 'x+\.\.\.x+' .= \[0, 1, 2") as caught:
+        model_config_from_hf(FLASH | {"x" * 10_000: list(range(10_000))})
+    assert len(str(caught.value)) < 400
 
 
 def test_every_released_key_is_used_or_explained():

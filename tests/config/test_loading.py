@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 import json
 from typing import Literal
 
@@ -10,6 +11,7 @@ import pytest
 
 from v4jax.config import LayerKind, ModelConfig, RouterKind
 from v4jax.config.loading import build, load_model_config, packaged_names
+from v4jax.config.model import StackPlan, plan_stack
 from v4jax.errors import ConfigError
 
 from .released import FLASH
@@ -206,3 +208,25 @@ def test_bad_names_and_folders(tmp_path):
 def test_a_dataclass_passes_through():
     config = load_model_config("tiny")
     assert build(ModelConfig, config) is config
+
+
+def plan_by_trial(layers):
+    """Returns the plan with the fewest blocks, found by trying all."""
+    count, best = len(layers), StackPlan(len(layers), 0, 0, 0)
+    for prefix in range(count):
+        for period in range(1, (count - prefix) // 2 + 1):
+            unit, repeats = layers[prefix : prefix + period], 1
+            while layers[prefix + repeats * period :][:period] == unit:
+                repeats += 1
+            plan = StackPlan(prefix, period, repeats, count - prefix - repeats * period)
+            fewer = (
+                plan.prefix + plan.period + plan.suffix < best.prefix + best.period + best.suffix
+            )
+            best = plan if repeats > 1 and fewer else best
+    return best
+
+
+def test_plan_of_layers():
+    every = [kinds for length in range(8) for kinds in itertools.product("ab", repeat=length)]
+    for kinds in [*every, *itertools.permutations("aabbcc")]:
+        assert plan_stack(kinds) == plan_by_trial(kinds), kinds

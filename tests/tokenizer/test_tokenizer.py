@@ -152,6 +152,7 @@ def small_tokenizer_json(**changes):
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": name, "special": True, **flags} for i, name in enumerate(names)]
     model = {"type": "BPE", "vocab": {**{n: i for i, n in enumerate(names)}, "a": 3}, "merges": []}
+    model["vocab"] |= changes.pop("vocab", {})
     return json.dumps({"version": "1.0", "added_tokens": added, "model": model, **changes})
 
 
@@ -186,6 +187,13 @@ def test_unknown_source():
 
 BAD_FILES = {
     "no JSON": ("{", "is no readable tokenizer.json"),
+    "hole": (small_tokenizer_json(vocab={"b": 5}), "one token for every id, but has none for id 4"),
+    "far away": (small_tokenizer_json(vocab={"b": 2**32 - 1}), "but has none for id 4"),
+    "twice": (small_tokenizer_json(vocab={"b": 3}), "but has two tokens for one id"),
+    "alphabet": (
+        small_tokenizer_json(vocab={"a b": 4}),
+        "token 'a b' of .* is not of the byte-lev",
+    ),
     "other model": (small_tokenizer_json(added_tokens=[]), "lacks the V4 tokens <｜begin▁of▁"),
 }
 
@@ -194,6 +202,12 @@ BAD_FILES = {
 def test_bad_file(tmp_path, text, message):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_no_absent_file(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("blob")
+    with pytest.raises(ConfigError, match=r"is no readable tokenizer.json .*No such file"):
         load_tokenizer(tmp_path)
 
 

@@ -27,7 +27,7 @@ from v4jax.checkpoint import names
 from v4jax.checkpoint.names import Place
 from v4jax.checkpoint.new_folder import check_new, new_folder
 from v4jax.checkpoint.safetensors_file import Tensor, read_header, read_tensor
-from v4jax.config.json_keys import did_you_mean
+from v4jax.config.json_keys import brief, did_you_mean, read_json
 from v4jax.errors import CheckpointError
 from v4jax.files import Path, PathLike, to_path
 from v4jax.model import Transformer
@@ -38,6 +38,7 @@ from v4jax.quant import LowRank
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_DTYPES = ("F32", "BF16", "F16")
 _FACTORS = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
 
 # Modules below a layer: (released, transformers).
@@ -76,6 +77,27 @@ _REQUIRED: dict[str, Any] = {
     "trainable_token_indices": None,
     "layer_replication": None,
 }
+# Of newer versions, or of some layers only: required likewise, and not written.
+_REQUIRED_TOO: dict[str, Any] = {
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+}
+# Some ways to start change the base as well, which the file of the adapters does not hold.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+# What says how adapters were found or trained, and nothing about what they compute.
+_IGNORED = """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
+    inference_mode init_lora_weights loftq_config lora_alpha lora_dropout lora_ga_config
+    megatron_config megatron_core peft_version qalora_group_size r revision runtime_config
+    target_modules task_type velora_config
+"""
+_MOST_RANK, _MOST_ALPHA = 1 << 16, 1 << 20
 
 
 def write_adapters(
@@ -135,7 +157,19 @@ def read_adapters(model: Transformer, folder: PathLike) -> Transformer:
     scale, rank = _read_config(folder)
     found: dict[tuple[str, str], Tensor] = {}
     for tensor in read_header(folder / WEIGHTS_NAME):
-        found[_parse_name(tensor)] = tensor
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.file} must have dtype {' or '.join(_DTYPES)}, "
+                f"got {tensor.dtype}"
+            )
+        part = _parse_name(tensor)
+        if part in found:
+            raise CheckpointError(
+                f"tensors {found[part].name} and {tensor.name} in {tensor.file} are the same"
+            )
+        found[part] = tensor
+    if not found:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} holds no adapters: it has no tensor")
     groups, weights = names.by_parameter(names.places(model.config)), read_weights(model)
     adapted, held = {}, variables(model)
     for name, places in groups.items():
@@ -205,7 +239,14 @@ def _stack(tensors: list[tuple[Place, Tensor]], shape, factor: str, rank: int) -
                 f"tensor {tensor.name} in {tensor.file} must have shape {list(expected)}, got "
                 f"{list(tensor.shape)}"
             )
-        out[place.index] = read_tensor(tensor)
+        values = read_tensor(tensor).astype(np.float32)
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.file} must be finite, got "
+                f"{values[tuple(bad[0])]} at {bad[0].tolist()}; the run that wrote it had diverged"
+            )
+        out[place.index] = values
     return out
 
 
@@ -275,18 +316,41 @@ def _read_config(folder: Path) -> tuple[float, int]:
     """Returns scale and rank."""
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    for field, value in _REQUIRED.items():
+        config = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {brief(config)}")
+    required = _REQUIRED | _REQUIRED_TOO
+    for field, value in required.items():
         if config.get(field, value) != value and (config[field] or value):
             raise CheckpointError(
-                f"{path}: {field} must be {value!r}, got {config[field]!r}: adapters of this kind "
-                "are not computed here"
+                f"{path}: {field} must be {value!r}, got {brief(config[field])}: adapters of this "
+                "kind are not computed here"
+            )
+    if config.get("init_lora_weights") not in _STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights must be one of {list(_STARTS)}, got "
+            f"{brief(config['init_lora_weights'])}: adapters that began so go with another base; "
+            "convert them with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    for field in sorted(config.keys() - required.keys() - set(_IGNORED.split())):
+        if config[field]:
+            raise CheckpointError(
+                f"{path}: {brief(field)} (= {brief(config[field])}) is unknown and could change "
+                f"what the adapters compute{did_you_mean(field, required)}; remove it if it does "
+                "not"
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
         raise CheckpointError(
-            f"{path}: r must be a positive integer and lora_alpha a number, got {rank!r}, {alpha!r}"
+            f"{path}: r must be an integer between 1 and {_MOST_RANK}, got {brief(rank)}"
+        )
+    if type(alpha) not in (int, float) or not 0 < alpha <= _MOST_ALPHA:
+        raise CheckpointError(
+            f"{path}: lora_alpha must be a number above 0 and at most {_MOST_ALPHA}, got "
+            f"{brief(alpha)}"
         )
     return alpha / rank, rank

@@ -10,14 +10,15 @@ from typing import Literal
 
 from v4jax import log
 from v4jax.checkpoint import names
-from v4jax.checkpoint.safetensors_file import Tensor, read_header
+from v4jax.checkpoint.safetensors_file import Tensor, check_name, read_header
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.folder import CONFIG_NAME, read_folder_config
-from v4jax.config.json_keys import parse_json
+from v4jax.config.json_keys import brief, read_json
 from v4jax.errors import CheckpointError
-from v4jax.files import Path, PathLike, to_path
+from v4jax.files import Path, PathLike, is_there, to_path
 
 INDEX_NAME = "model.safetensors.index.json"
+_LONGEST_FILE_NAME = 255  # of the common file systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def open_folder(path: PathLike) -> Folder:
     path = to_path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")
-    if not (path / CONFIG_NAME).exists():
+    if not is_there(path / CONFIG_NAME):
         raise CheckpointError(f"{path} has no {CONFIG_NAME}; it is no checkpoint folder")
     raw, config = read_folder_config(path)
     weight_map = _read_index(path)
@@ -101,7 +102,8 @@ def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelC
     count, counted = len(numbers), config.num_nextn_predict_layers
     if numbers != {str(i) for i in range(count)}:
         raise CheckpointError(
-            f"{path}: blocks mtp.N must be numbered from 0 without a gap, got {sorted(numbers)}"
+            f"{path}: blocks mtp.N must be numbered from 0 without a gap, got "
+            f"{brief(sorted(numbers))}"
         )
     if not count:
         if counted or config.draft is not None:
@@ -133,20 +135,24 @@ def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelC
 def _read_index(path: Path) -> dict[str, str]:
     """Returns {tensor: file} as the index says it; empty where there is none."""
     index = path / INDEX_NAME
-    if not index.exists():
+    if not is_there(index):
         return {}
     try:
-        raw = parse_json(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = read_json(index)
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise CheckpointError(f"{index} is broken: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is broken: it has no weight_map {{tensor: file}}")
     present: dict[str, bool] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or os.path.basename(file) != file:
+        check_name(index, name)
+        beside = isinstance(file, str) and file.isprintable() and os.path.basename(file) == file
+        if not beside or len(file) > _LONGEST_FILE_NAME:
             raise CheckpointError(
-                f"{index}: tensor {name} must lie in a file beside it, got {file!r}"
+                f"{index}: tensor {name} must lie in a file beside it, got {brief(file)}"
             )
         if file not in present:
             present[file] = (path / file).exists()  # asked once: a bucket takes its time
@@ -195,7 +201,7 @@ def _fit_experts(config: ModelConfig, raw: dict, tensors: dict[str, Tensor]) -> 
         if said not in (None, found):
             raise CheckpointError(
                 f"tensor {tensor.name} in {tensor.file} is {tensor.dtype} ({found}), but "
-                f"{CONFIG_NAME} says expert_dtype = {said!r}"
+                f"{CONFIG_NAME} says expert_dtype = {brief(said)}"
             )
         return dataclasses.replace(config, expert_dtype=found)
     return config

@@ -21,7 +21,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
-from v4jax.checkpoint.hf_sources import Source, Stacked, plan_sources
+from v4jax.checkpoint.hf_sources import Source, Stacked, check_present, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
 from v4jax.config import Numerics, choose_numerics
 from v4jax.errors import CheckpointError
@@ -88,6 +88,7 @@ def read_abstract(folder: PathLike, numerics: str | Numerics = "released") -> Tr
 
 
 def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source]]:
+    check_present(folder)
     numerics = choose_numerics(numerics, folder.config, says=numerics is None)
     model = abstract_transformer(folder.config, numerics, storage="released")
     held = variables(model).items()

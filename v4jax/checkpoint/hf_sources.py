@@ -127,6 +127,19 @@ def plan_sources(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return sources
 
 
+def check_present(folder: Folder) -> None:
+    """Raises unless the folder has every tensor of its configuration's model.
+
+    It ends at the first that is missing, and knows no module: a configuration that claims far more
+    layers than there are is answered at once.
+
+    Raises:
+      CheckpointError: a tensor is missing.
+    """
+    for place in names.places(folder.config):
+        _find(folder, place.tensor)
+
+
 def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
     tensors = [_find(folder, place.tensor) for place in found]
     kinds = {}

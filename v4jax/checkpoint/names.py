@@ -15,6 +15,7 @@ Source: spec D.2, D.5; files written by `save_pretrained` of transformers 5.23.
 import dataclasses
 import enum
 import re
+from collections.abc import Iterable, Iterator
 
 from v4jax.config import Layer, LayerKind, ModelConfig, RouterKind
 
@@ -151,26 +152,25 @@ class Place:
     stored: Stored
 
 
-def places(config: ModelConfig) -> list[Place]:
-    """Returns the place of every tensor, scales aside, in the order of the released files."""
-    found = _expand(EMBED, "", "", (), config)
+def places(config: ModelConfig) -> Iterator[Place]:
+    """Yields the place of every tensor, scales aside, in the order of the released files."""
+    yield from _expand(EMBED, "", "", (), config)
     for number, layer in enumerate(config.layers):
         module, index = block_path(config, number)
-        found += _expand(block_rows(layer), f"layers.{number}.", f"{module}.", index, config)
-    found += _expand(HEAD + COLLAPSE, "", "", (), config)
+        yield from _expand(block_rows(layer), f"layers.{number}.", f"{module}.", index, config)
+    yield from _expand(HEAD + COLLAPSE, "", "", (), config)
     for number, layer in enumerate(config.mtp_layers):
         prefix = f"mtp.{number}."
-        found += _expand(block_rows(layer), prefix, f"{prefix}block.", (), config)
-        found += _expand(MTP + COLLAPSE, prefix, prefix, (), config)
+        yield from _expand(block_rows(layer), prefix, f"{prefix}block.", (), config)
+        yield from _expand(MTP + COLLAPSE, prefix, prefix, (), config)
     stages = config.draft_layers
     for number, layer in enumerate(stages):
         prefix = f"mtp.{number}."
-        found += _expand(block_rows(layer), prefix, f"drafter.stages.{number}.", (), config)
+        yield from _expand(block_rows(layer), prefix, f"drafter.stages.{number}.", (), config)
         if number == 0:
-            found += _expand(DRAFT_FIRST, prefix, "drafter.", (), config)
+            yield from _expand(DRAFT_FIRST, prefix, "drafter.", (), config)
         if number == len(stages) - 1:
-            found += _expand(DRAFT_LAST + COLLAPSE, prefix, "drafter.", (), config)
-    return found
+            yield from _expand(DRAFT_LAST + COLLAPSE, prefix, "drafter.", (), config)
 
 
 def stored_formats(config: ModelConfig) -> dict[str, str]:
@@ -201,7 +201,7 @@ def block_path(config: ModelConfig, number: int) -> tuple[str, tuple[int, ...]]:
     return f"stack.suffix.{repeated - plan.period * plan.repeats}", ()
 
 
-def by_parameter(found: list[Place]) -> dict[str, list[Place]]:
+def by_parameter(found: Iterable[Place]) -> dict[str, list[Place]]:
     """Groups places by parameter path, in the order of first appearance."""
     groups: dict[str, list[Place]] = {}
     for place in found:
@@ -209,18 +209,16 @@ def by_parameter(found: list[Place]) -> dict[str, list[Place]]:
     return groups
 
 
-def _expand(rows, tensor_prefix, module_prefix, index, config) -> list[Place]:
-    found = []
+def _expand(rows, tensor_prefix, module_prefix, index, config) -> Iterator[Place]:
     for row in rows:
         slot = () if row.slot is None else (row.slot,)
         parameter = module_prefix + row.parameter
         if "{expert}" not in row.tensor:
-            found.append(Place(tensor_prefix + row.tensor, parameter, index + slot, row.stored))
+            yield Place(tensor_prefix + row.tensor, parameter, index + slot, row.stored)
             continue
         for expert in range(config.n_routed_experts):
             tensor = tensor_prefix + row.tensor.format(expert=expert)
-            found.append(Place(tensor, parameter, (*index, expert, *slot), row.stored))
-    return found
+            yield Place(tensor, parameter, (*index, expert, *slot), row.stored)
 
 
 def scale_name(tensor: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from v4jax.config.json_keys import parse_json
+from v4jax.config.json_keys import brief, parse_json
 from v4jax.errors import CheckpointError
 from v4jax.files import Path, open_bytes
 
@@ -43,6 +43,7 @@ _LENGTH_BYTES = 8
 PAGE_BYTES = 4096
 BLOCK_BYTES = 4 << 20  # of rows read to be cut
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
+_MOST_AXES, _LONGEST_NAME = 8, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +105,15 @@ def read_header(path: Path) -> list[Tensor]:
 
 
 def _parse_entry(path, name, entry) -> tuple[Tensor, tuple[int, int]]:
-    fits = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-    lists = [*entry["shape"], *entry["data_offsets"]] if fits else [None]
-    if not all(type(x) is int and x >= 0 for x in lists) or len(entry["data_offsets"]) != 2:
-        raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed: {entry!r}")
+    check_name(path, name)
+    if not _is_entry(entry):
+        raise CheckpointError(
+            f"{path}: the header entry of tensor {name} is malformed: {brief(entry)}"
+        )
     if entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {entry['dtype']!r}")
+        raise CheckpointError(
+            f"{path}: tensor {name} has the unknown dtype {brief(entry['dtype'])}"
+        )
     tensor = Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 0)
     first, last = entry["data_offsets"]
     if last - first != tensor.nbytes:
@@ -118,6 +122,29 @@ def _parse_entry(path, name, entry) -> tuple[Tensor, tuple[int, int]]:
             f"{tensor.nbytes} bytes, its header gives it {last - first}"
         )
     return tensor, (first, last)
+
+
+def check_name(path: Path, name: str) -> None:
+    """Raises unless a tensor's name can be shown in one line of a message.
+
+    Raises:
+      CheckpointError: it cannot.
+    """
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{path}: the name of a tensor must be printable and of at most {_LONGEST_NAME} "
+            f"characters, got {brief(name)}"
+        )
+
+
+def _is_entry(entry) -> bool:
+    """Whether what a header says of a tensor has a dtype, few axes, and two offsets."""
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        return False
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    fits = isinstance(entry["dtype"], str) and isinstance(shape, list) and isinstance(offsets, list)
+    fits = fits and len(shape) <= _MOST_AXES and len(offsets) == 2
+    return fits and all(type(x) is int and x >= 0 for x in (*shape, *offsets))
 
 
 def read_into(tensor: Tensor, out: np.ndarray, box: tuple[slice, ...] | None = None) -> None:

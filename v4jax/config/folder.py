@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from v4jax.config.from_hf import PROFILE_KEY, model_config_from_hf
-from v4jax.config.json_keys import JsonKeys, parse_json
+from v4jax.config.json_keys import MOST_BYTES, JsonKeys, read_json
 from v4jax.config.model import ModelConfig
 from v4jax.errors import ConfigError
-from v4jax.files import Path, PathLike, to_path
+from v4jax.files import Path, PathLike, read_regular, to_path
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -54,7 +54,7 @@ def read_object(path: Path) -> dict:
       ConfigError: the file is missing, unreadable, or no JSON object.
     """
     try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -97,6 +97,6 @@ def _encoders(folder: Path, names: set[str]) -> Iterator[str]:
             found = (folder / ENCODERS).iterdir()
             files = [*sorted(path for path in found if path.name.endswith(".py")), *files]
         for file in files:
-            yield file.read_text(encoding="utf-8")
+            yield read_regular(file, MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: its prompt encoder cannot be read: {error}") from error

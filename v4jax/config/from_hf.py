@@ -10,8 +10,9 @@ Source: spec A.2, A.3; transformers `DeepseekV4Config` (5.17 to 5.23).
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from v4jax.config.json_keys import JsonKeys
+from v4jax.config.json_keys import JsonKeys, brief
 from v4jax.config.model import DraftConfig, LayerKind, ModelConfig, RouterKind, YarnScaling
+from v4jax.config.ranges import check_range
 from v4jax.errors import ConfigError
 
 MODEL_TYPE = "deepseek_v4"
@@ -151,6 +152,7 @@ def _take_number(keys: JsonKeys, key: str, kind: type) -> int | float:
     other = alias and keys.take(alias, kind, None)
     value = keys.take(key, kind, ... if other is None else other)
     _check_agree(keys.path, **{key: value, str(alias): other})
+    check_range(ModelConfig, key, value, "model.")  # before lists of that length are made
     return value
 
 
@@ -168,14 +170,15 @@ def _check_agree(path: str, **values) -> None:
     """Raises unless all values that are not None are equal."""
     given = {name: value for name, value in values.items() if value is not None}
     if any(value != next(iter(given.values())) for value in given.values()):
-        raise ConfigError(
-            f"{path}: " + " and ".join(f"{k} = {v}" for k, v in given.items()) + " contradict"
-        )
+        said = " and ".join(f"{name} = {brief(value)}" for name, value in given.items())
+        raise ConfigError(f"{path}: {said} contradict")
 
 
 def _rope(keys: JsonKeys, head_dim: int) -> dict:
     """Reads both rotations: flat keys as released, `rope_parameters` as transformers."""
     factor = keys.take("partial_rotary_factor", float, None)
+    if factor is not None and not 0 < factor <= 1:
+        raise ConfigError(f"{keys.path}: partial_rotary_factor must be in (0, 1], got {factor}")
     dim = keys.take("qk_rope_head_dim", int, ... if factor is None else round(factor * head_dim))
     _check_rotated(keys, factor, dim, head_dim)
     released = _scaling(keys.take_object("rope_scaling", None), dim, head_dim)
@@ -239,6 +242,7 @@ def _draft(keys: JsonKeys) -> dict | None:
             f"{keys.path} has some dspark_ keys but no dspark_{missing[0]}; copy the config.json "
             "of the checkpoint"
         )
+    check_range(DraftConfig, "stages", stages, "model.draft.")
     return fields | {"stages": stages}
 
 
@@ -299,7 +303,9 @@ def _routers(keys: JsonKeys, layers: int) -> tuple[RouterKind, ...]:
 def _member(enum: type, name: str, keys: JsonKeys, key: str):
     names = [member.value for member in enum]
     if name not in names:
-        raise ConfigError(f"{keys.path}: every entry of {key} must be one of {names}, got {name!r}")
+        raise ConfigError(
+            f"{keys.path}: every entry of {key} must be one of {names}, got {brief(name)}"
+        )
     return enum(name)
 
 

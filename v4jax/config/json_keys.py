@@ -3,10 +3,17 @@
 import difflib
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from v4jax.errors import ConfigError
+from v4jax.files import PathLike, read_regular
+
+MOST_BYTES = 100_000_000  # of a file of JSON: what the format of the weights allows its headers
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 120, 120, 40
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 8
 
 _KINDS = {
     int: "an integer",
@@ -23,7 +30,7 @@ class JsonKeys:
 
     def __init__(self, raw: Mapping, path: str):
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"{path} must be an object, got {raw!r}")
+            raise ConfigError(f"{path} must be an object, got {brief(raw)}")
         self.raw, self.path, self.used = raw, path, set()
 
     def take(self, key: str, kind: type, default=...):
@@ -37,9 +44,9 @@ class JsonKeys:
         accepted = (int, float) if kind is float else kind
         wrong = isinstance(value, bool) and kind is not bool
         if wrong or not isinstance(value, accepted):
-            raise ConfigError(f"{self.path}: {key} must be {_KINDS[kind]}, got {value!r}")
-        if kind is float and not math.isfinite(value):
-            raise ConfigError(f"{self.path}: {key} must be finite, got {value!r}")
+            raise ConfigError(f"{self.path}: {key} must be {_KINDS[kind]}, got {brief(value)}")
+        if kind is float and not is_finite(value):
+            raise ConfigError(f"{self.path}: {key} must be finite, got {brief(value)}")
         return float(value) if kind is float else value
 
     def check_fixed(self, fixed: Mapping[str, tuple]) -> None:
@@ -50,7 +57,7 @@ class JsonKeys:
             if value is not None and value not in accepted:
                 wanted = " or ".join(map(repr, accepted))
                 raise ConfigError(
-                    f"{self.path}: {key} must be {wanted}, got {value!r}; v4jax computes "
+                    f"{self.path}: {key} must be {wanted}, got {brief(value)}; v4jax computes "
                     "nothing else"
                 )
 
@@ -59,8 +66,9 @@ class JsonKeys:
         for key in self.raw:
             if key not in self.used and key not in known:
                 raise ConfigError(
-                    f"{self.path}: unknown key {key!r} (= {self.raw[key]!r}) could change what the "
-                    f"model computes{did_you_mean(key, self.used)}; remove it if it does not"
+                    f"{self.path}: unknown key {brief(key)} (= {brief(self.raw[key])}) could "
+                    f"change what the model computes{did_you_mean(key, self.used)}; remove it if "
+                    "it does not"
                 )
 
     def take_list(self, key: str, kind: type) -> list | None:
@@ -69,7 +77,7 @@ class JsonKeys:
         for item in items or ():
             if not isinstance(item, kind) or isinstance(item, bool):
                 raise ConfigError(
-                    f"{self.path}: every entry of {key} must be {_KINDS[kind]}, got {item!r}"
+                    f"{self.path}: every entry of {key} must be {_KINDS[kind]}, got {brief(item)}"
                 )
         return items
 
@@ -77,6 +85,16 @@ class JsonKeys:
         """Returns the object under `key` as another `JsonKeys`."""
         raw = self.take(key, dict, default)
         return None if raw is None else JsonKeys(raw, f"{self.path}: {key}")
+
+
+def read_json(path: PathLike, most_bytes: int = MOST_BYTES) -> Any:
+    """Returns what a file of JSON says. A byte-order mark is no content.
+
+    Raises:
+      OSError: it cannot be read, is no regular file, or is larger than `most_bytes`.
+      ValueError: as `parse_json`, or it is not UTF-8.
+    """
+    return parse_json(read_regular(path, most_bytes).decode("utf-8-sig"))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -95,9 +113,22 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"{key!r} appears twice")
+            raise ValueError(f"{brief(key)} appears twice")
         result[key] = value
     return result
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float: no integer of 400 digits is."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def brief(value: Any) -> str:
+    """Returns what a message shows of a value that may be as long as a file."""
+    return _BRIEF.repr(value)
 
 
 def did_you_mean(name: str, known) -> str:

@@ -20,8 +20,9 @@ import ml_collections
 
 from v4jax.config.folder import read_folder_config
 from v4jax.config.from_hf import layer_kinds, router_kinds
-from v4jax.config.json_keys import did_you_mean
+from v4jax.config.json_keys import brief, did_you_mean
 from v4jax.config.model import ModelConfig
+from v4jax.config.ranges import check_range
 from v4jax.errors import ConfigError
 from v4jax.files import to_path
 
@@ -128,7 +129,7 @@ def build(dataclass_type: type, config_dict, path: str = "") -> Any:
     if isinstance(config_dict, dataclass_type):
         return config_dict
     if not isinstance(config_dict, Mapping | ml_collections.ConfigDict):
-        raise ConfigError(f"{path or 'config'} must be a ConfigDict, got {config_dict!r}")
+        raise ConfigError(f"{path or 'config'} must be a ConfigDict, got {brief(config_dict)}")
     values = {str(key): config_dict[key] for key in config_dict}
     if dataclass_type is ModelConfig:
         values = _expand_layers(values, path)
@@ -158,6 +159,7 @@ def _expand_layers(values: dict, path: str) -> dict:
     if "num_hash_layers" in values and "mlp_layer_types" not in values:
         hash_layers = _convert(int, values.pop("num_hash_layers"), _join(path, "num_hash_layers"))
         layers = _convert(int, values.get("num_hidden_layers"), _join(path, "num_hidden_layers"))
+        check_range(ModelConfig, "num_hidden_layers", layers, f"{path}." if path else "")
         values["mlp_layer_types"] = router_kinds(hash_layers, layers)
     return values
 
@@ -176,7 +178,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"{path} must be one of {list(arguments)}, got {value!r}")
+        raise ConfigError(f"{path} must be one of {list(arguments)}, got {brief(value)}")
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
     if dataclasses.is_dataclass(hint):
@@ -185,13 +187,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         for member in hint:
             if value in (member, member.value, member.name):
                 return member
-        raise ConfigError(f"{path} must be one of {[m.value for m in hint]}, got {value!r}")
+        raise ConfigError(f"{path} must be one of {[m.value for m in hint]}, got {brief(value)}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     fits = isinstance(hint, type) and isinstance(value, hint)
     if fits and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ConfigError(f"{path} must be {getattr(hint, '__name__', hint)}, got {brief(value)}")
 
 
 def _convert_first(hints: list, value: Any, path: str) -> Any:
@@ -204,16 +206,16 @@ def _convert_first(hints: list, value: Any, path: str) -> Any:
         except ConfigError:
             continue
     names = ", ".join(getattr(hint, "__name__", str(hint)) for hint in hints)
-    raise ConfigError(f"{path} must be one of the types {names}, got {value!r}")
+    raise ConfigError(f"{path} must be one of the types {names}, got {brief(value)}")
 
 
 def _convert_tuple(arguments: tuple, value: Any, path: str) -> tuple:
     if not isinstance(value, tuple | list):
-        raise ConfigError(f"{path} must be a tuple, got {value!r}")
+        raise ConfigError(f"{path} must be a tuple, got {brief(value)}")
     if len(arguments) == 2 and arguments[1] is ...:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
-        raise ConfigError(f"{path} must have {len(arguments)} entries, got {value!r}")
+        raise ConfigError(f"{path} must have {len(arguments)} entries, got {brief(value)}")
     return tuple(
         _convert(hint, item, f"{path}[{i}]")
         for i, (hint, item) in enumerate(zip(arguments, value, strict=True))

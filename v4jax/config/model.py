@@ -7,8 +7,13 @@ Read `from_hf.py` for how a released or transformers `config.json` becomes one o
 
 import dataclasses
 import enum
-import math
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 
+import numpy as np
+
+from v4jax.config.json_keys import brief
+from v4jax.config.ranges import check_ranges, within
 from v4jax.errors import ConfigError
 
 PROFILES = ("preview", "0731")  # generations of checkpoints; `tokenizer.PROFILES` has their texts
@@ -33,17 +38,13 @@ class RouterKind(enum.Enum):
 class YarnScaling:
     """Frequency interpolation of the compressed layers' rotation (spec B.5); no magnitude."""
 
-    factor: float = 16.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    original_max_position_embeddings: int = 65536
+    factor: float = within(1e-3, 1e6, 16.0)
+    beta_fast: float = within(1e-6, 1e6, 32.0)
+    beta_slow: float = within(1e-6, 1e6, 1.0)
+    original_max_position_embeddings: int = within(1, 1 << 28, 65536)
 
     def __post_init__(self):
-        for field in ("factor", "beta_slow", "original_max_position_embeddings"):
-            if not getattr(self, field) > 0:
-                raise ConfigError(
-                    f"model.rope_scaling.{field} must be positive, got {getattr(self, field)}"
-                )
+        check_ranges(self, "model.rope_scaling.")
         if not self.beta_fast > self.beta_slow:
             raise ConfigError(
                 f"model.rope_scaling.beta_fast must exceed beta_slow = {self.beta_slow}, "
@@ -88,11 +89,11 @@ class DraftConfig:
     Source: spec dspark 1.2, 2.
     """
 
-    stages: int
-    target_layer_ids: tuple[int, ...]
-    markov_rank: int
-    block_size: int = 5
-    noise_token_id: int = 128799
+    stages: int = within(1, 64)
+    target_layer_ids: tuple[int, ...] = within(0, 1023)
+    markov_rank: int = within(1, 1 << 17)
+    block_size: int = within(1, 1024, 5)
+    noise_token_id: int = within(0, 1 << 24, 128799)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,41 +117,43 @@ class ModelConfig:
     Source: spec A.2; released `config.json` of V4-Flash and V4-Pro.
     """
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    q_lora_rank: int
-    o_groups: int
-    n_routed_experts: int
-    moe_intermediate_size: int
-    index_topk: int
-    routed_scaling_factor: float
-    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block or draft stage
+    hidden_size: int = within(1, 1 << 17)
+    num_hidden_layers: int = within(1, 1024)
+    num_attention_heads: int = within(1, 1 << 12)
+    q_lora_rank: int = within(1, 1 << 17)
+    o_groups: int = within(1, 1 << 12)
+    n_routed_experts: int = within(1, 1 << 14)
+    moe_intermediate_size: int = within(1, 1 << 18)
+    index_topk: int = within(1, 1 << 20)
+    routed_scaling_factor: float = within(0, 1e6)
+    # One per layer, then one per MTP block or draft stage.
+    compress_ratios: tuple[int, ...] = within(0, 1 << 20)
     layer_types: tuple[LayerKind, ...]  # one per entry of compress_ratios
     mlp_layer_types: tuple[RouterKind, ...]  # one per layer; blocks behind them are always TOPK
 
-    vocab_size: int = 129280
-    head_dim: int = 512
-    qk_rope_head_dim: int = 64
-    o_lora_rank: int = 1024
-    sliding_window: int = 128
-    index_n_heads: int = 64
-    index_head_dim: int = 128
-    num_experts_per_tok: int = 6
-    swiglu_limit: float = 10.0
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    compress_rope_theta: float = 160000.0
+    vocab_size: int = within(1, 1 << 24, 129280)
+    head_dim: int = within(1, 1 << 13, 512)
+    qk_rope_head_dim: int = within(2, 1 << 13, 64)
+    o_lora_rank: int = within(1, 1 << 17, 1024)
+    sliding_window: int = within(1, 1 << 20, 128)
+    index_n_heads: int = within(1, 1 << 12, 64)
+    index_head_dim: int = within(1, 1 << 13, 128)
+    num_experts_per_tok: int = within(1, 1 << 10, 6)
+    swiglu_limit: float = within(1e-6, 1e30, 10.0)
+    hc_mult: int = within(1, 64, 4)
+    hc_sinkhorn_iters: int = within(1, 1000, 20)
+    hc_eps: float = within(1e-30, 1, 1e-6)
+    rms_norm_eps: float = within(1e-30, 1, 1e-6)
+    rope_theta: float = within(1e-3, 1e15, 10000.0)
+    compress_rope_theta: float = within(1e-3, 1e15, 160000.0)
     rope_scaling: YarnScaling | None = YarnScaling()
-    num_nextn_predict_layers: int = 1  # serial MTP blocks; 0 where there is a draft module
+    # Serial MTP blocks; 0 where there is a draft module.
+    num_nextn_predict_layers: int = within(0, 64, 1)
     draft: DraftConfig | None = None
-    max_position_embeddings: int = 1048576
-    initializer_range: float = 0.02
+    max_position_embeddings: int = within(1, 1 << 28, 1048576)
+    initializer_range: float = within(0, 1e3, 0.02)
     expert_dtype: str = "fp4"  # stored format of the routed experts: fp4 | fp8
-    weight_block_size: tuple[int, int] = (128, 128)  # tile of one FP8 scale
+    weight_block_size: tuple[int, int] = within(1, 1 << 16, (128, 128))  # tile of one FP8 scale
     bos_token_id: int = 0
     eos_token_id: int = 1
     more_eos_token_ids: tuple[int, ...] = ()  # end an answer too; the first one is eos_token_id
@@ -162,7 +165,7 @@ class ModelConfig:
     def __post_init__(self):
         check_config(self)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The main layers as data, in order."""
         return tuple(self._layer(i, router) for i, router in enumerate(self.mlp_layer_types))
@@ -186,7 +189,7 @@ class ModelConfig:
         """The tokens that end an answer."""
         return (self.eos_token_id, *self.more_eos_token_ids)
 
-    @property
+    @cached_property
     def stack_plan(self) -> StackPlan:
         """The folding of `layers` with the fewest blocks to compile."""
         return plan_stack(self.layers)
@@ -205,33 +208,30 @@ class ModelConfig:
         return Layer(kind, ratio, router, rope)
 
 
-def plan_stack(layers: tuple[Layer, ...]) -> StackPlan:
+def plan_stack(layers: Sequence[Hashable]) -> StackPlan:
     """Finds the prefix, repeated period and suffix with the fewest distinct blocks.
 
-    >>> a, b, c = (Layer(LayerKind.HCA, r, RouterKind.TOPK, Rope(1e4, None, 8)) for r in (1, 2, 3))
-    >>> plan_stack((a, b, c, b, c, b, c))
+    >>> plan_stack("abcbcbc")
     StackPlan(prefix=1, period=2, repeats=3, suffix=0)
     """
-    count = len(layers)
-    best = StackPlan(count, 0, 0, 0)
-    for prefix in range(count):
-        for period in range(1, (count - prefix) // 2 + 1):
-            unit = layers[prefix : prefix + period]
-            repeats = 1
-            while layers[prefix + repeats * period :][:period] == unit:
-                repeats += 1
-            suffix = count - prefix - repeats * period
-            blocks = prefix + period + suffix
-            if repeats > 1 and blocks < best.prefix + best.period + best.suffix:
-                best = StackPlan(prefix, period, repeats, suffix)
+    count, numbers = len(layers), {}
+    ids = np.array([numbers.setdefault(layer, len(numbers)) for layer in layers], np.int64)
+    best, saved = StackPlan(count, 0, 0, 0), 0
+    for period in range(1, count // 2 + 1):
+        # run[i]: how many layers from i on equal the one a period later; a unit of `period` layers
+        # at i comes run[i] // period times again, and saves as many blocks.
+        differs = np.flatnonzero(ids[:-period] != ids[period:])
+        starts = np.arange(count - period)
+        ends = np.append(differs, count - period)
+        run = ends[np.searchsorted(differs, starts)] - starts
+        again = run // period
+        prefix = int(np.argmax(again))  # the first of the best
+        blocks = int(again[prefix]) * period
+        if blocks > saved or (blocks == saved and blocks and prefix < best.prefix):
+            repeats = int(again[prefix]) + 1
+            saved = blocks
+            best = StackPlan(prefix, period, repeats, count - prefix - repeats * period)
     return best
-
-
-# Numbers that may be 0 or less, or have a rule of their own.
-_NOT_POSITIVE = (
-    "num_nextn_predict_layers qk_rope_head_dim routed_scaling_factor initializer_range "
-    "bos_token_id eos_token_id"
-)
 
 
 def check_config(config: ModelConfig) -> None:
@@ -244,13 +244,11 @@ def check_config(config: ModelConfig) -> None:
 
     def require(field: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ConfigError(f"model.{field} {rule}, got {getattr(config, field)}")
+            raise ConfigError(f"model.{field} {rule}, got {brief(getattr(config, field))}")
 
-    for field in dataclasses.fields(config):
-        if field.type in (int, float) and field.name not in _NOT_POSITIVE.split():
-            require(field.name, getattr(config, field.name) > 0, "must be positive")
+    check_ranges(config, "model.")
+    require("weight_block_size", len(config.weight_block_size) == 2, "must be rows and columns")
     blocks, layers = config.num_nextn_predict_layers, config.num_hidden_layers
-    require("num_nextn_predict_layers", blocks >= 0, "must not be negative")
     if config.draft is not None:
         require("num_nextn_predict_layers", blocks == 0, "must be 0 beside a draft module")
         blocks = config.draft.stages
@@ -271,7 +269,7 @@ def check_config(config: ModelConfig) -> None:
     rule = f"must be a multiple of o_groups = {groups}"
     require("num_attention_heads", heads % groups == 0, rule)
     rotated, experts = config.qk_rope_head_dim, config.n_routed_experts
-    require("qk_rope_head_dim", rotated > 0 and rotated % 2 == 0, "must be positive and even")
+    require("qk_rope_head_dim", rotated % 2 == 0, "must be even")
     for name in ("head_dim", "index_head_dim"):
         rule = f"must be at least qk_rope_head_dim = {rotated}"
         require(name, getattr(config, name) >= rotated, rule)
@@ -286,8 +284,6 @@ def check_config(config: ModelConfig) -> None:
     ends = config.more_eos_token_ids
     rule = f"must be token ids below vocab_size = {config.vocab_size}"
     require("more_eos_token_ids", all(0 <= end < config.vocab_size for end in ends), rule)
-    scaling = config.routed_scaling_factor
-    require("routed_scaling_factor", math.isfinite(scaling), "must be finite")
     if config.draft is not None:
         check_draft(config)
 
@@ -302,10 +298,9 @@ def check_draft(config: ModelConfig) -> None:
 
     def require(field: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ConfigError(f"model.draft.{field} {rule}, got {getattr(draft, field)}")
+            raise ConfigError(f"model.draft.{field} {rule}, got {brief(getattr(draft, field))}")
 
-    for field in ("stages", "markov_rank", "block_size"):
-        require(field, getattr(draft, field) > 0, "must be positive")
+    check_ranges(draft, "model.draft.")
     ids = draft.target_layer_ids
     ascend = bool(ids) and all(0 <= i < layers for i in ids) and sorted(set(ids)) == list(ids)
     require("target_layer_ids", ascend, f"must be ascending layers 0 … {layers - 1}")
@@ -314,5 +309,5 @@ def check_draft(config: ModelConfig) -> None:
     behind = config.compress_ratios[layers:]
     if any(behind):
         raise ConfigError(
-            f"model.compress_ratios must be 0 for the draft stages, got {list(behind)}"
+            f"model.compress_ratios must be 0 for the draft stages, got {brief(list(behind))}"
         )

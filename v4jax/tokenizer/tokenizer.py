@@ -1,13 +1,14 @@
 """Text to token ids and back: the V4 tokenizer, `load_tokenizer`, and text from a stream of ids."""
 
 import codecs
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from v4jax.config.folder import CONFIG_NAME, read_object
+from v4jax.config.json_keys import MOST_BYTES, brief
 from v4jax.errors import ConfigError
-from v4jax.files import to_path
+from v4jax.files import is_there, read_regular, to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
 from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -25,7 +26,8 @@ class Tokenizer(Vocabulary):
         import tokenizers
 
         try:
-            trusted = tokenizers.Tokenizer.from_str(to_path(path).read_text(encoding="utf-8"))
+            text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
+            trusted = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise ConfigError(
                 f"tokenizer: {path} is no readable tokenizer.json ({error}); fetch it again"
@@ -46,6 +48,7 @@ class Tokenizer(Vocabulary):
                 f"tokenizer: {path} lacks the V4 tokens {', '.join(missing)}; "
                 "use the tokenizer.json of a V4 checkpoint"
             )
+        _check_vocabulary(path, trusted.get_vocab(), controls)
         super().__init__(controls, trusted.get_vocab_size())
         self._bytes: dict[int, bytes] = {i: text.encode() for text, i in controls.items()}
 
@@ -89,22 +92,41 @@ def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
         raise ConfigError(
             f'tokenizer: expected a checkpoint folder, "v4" or "byte", got {str(source)!r}'
         )
-    if (folder / "tokenizer.json").is_file():
+    if is_there(folder / "tokenizer.json"):
         return Tokenizer(folder / "tokenizer.json")
     return load_tokenizer(_name_by_size(folder))
 
 
 def _name_by_size(folder: Path) -> str:
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    config = read_object(folder / CONFIG_NAME) if is_there(folder / CONFIG_NAME) else {}
     sizes = {129_280: "v4", BYTE_VOCAB_SIZE: "byte"}
     vocab_size = config.get("vocab_size", 129_280)
-    if vocab_size not in sizes:
+    if type(vocab_size) is not int or vocab_size not in sizes:
         raise ConfigError(
-            f"tokenizer: {folder} has no tokenizer.json, and its vocab_size {vocab_size} is "
+            f"tokenizer: {folder} has no tokenizer.json, and its vocab_size {brief(vocab_size)} is "
             f"that of no packaged tokenizer ({sizes}); copy the model's tokenizer.json there"
         )
     return sizes[vocab_size]
+
+
+def _check_vocabulary(path, ids: Mapping[str, int], controls: Mapping[str, int]) -> None:
+    """Raises unless every id up to the last has a token whose letters stand for bytes.
+
+    Raises:
+      ConfigError: it has a hole, two tokens, or another alphabet.
+    """
+    numbers = set(ids.values())
+    missing = next((i for i in range(max(numbers, default=0)) if i not in numbers), None)
+    if missing is not None or len(numbers) < len(ids):
+        what = "two tokens for one id" if missing is None else f"none for id {missing}"
+        raise ConfigError(f"tokenizer: {path} must have one token for every id, but has {what}")
+    alphabet = _BYTE_OF_LETTER.keys()
+    if not set().union(*(ids.keys() - controls.keys())) <= alphabet:
+        text = next(text for text in ids if text not in controls and not alphabet >= set(text))
+        raise ConfigError(
+            f"tokenizer: the token {brief(text)} of {path} is not of the byte-level alphabet; use "
+            "the tokenizer.json of a V4 checkpoint"
+        )
 
 
 def _packaged_v4_file() -> Path:
