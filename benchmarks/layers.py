@@ -161,7 +161,7 @@ def choose_token(logits):
 def take_gradient(config: ModelConfig, tokens: int) -> float:
     """Returns the seconds of the loss's gradient for one row."""
     data = DataConfig((SourceConfig("text", paths=("none",)),), length=tokens, batch=1)
-    run = TrainConfig(model="v4_flash", output="none", data=data, numerics="bfloat16")
+    run = TrainConfig("v4_flash", "none", data, steps=1000, numerics="bfloat16")
     model = make_model(config, "float32")
     frozen, weights, biases = split_trained(model, run)
     weights = {name: as_float32(value) for name, value in weights.items()}

@@ -49,7 +49,7 @@ def main() -> None:
 def measure(length: int, rows: int, steps: int) -> str:
     """Returns a line of the table."""
     data = DataConfig((SourceConfig("text", paths=("none",)),), length=length, batch=rows)
-    config = TrainConfig(model="nano", output="none", data=data, numerics="float32")
+    config = TrainConfig("nano", "none", data, steps=1000, numerics="float32")
     model = v4jax.load("nano", config.numerics, weight_layout="train")
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, model.config, config.steps)

@@ -232,4 +232,4 @@ RUNS = {
 def test_run_in_a_bucket(fields, message):
     data = DataConfig((SourceConfig("text", ("a.txt",)),), length=128, batch=1)
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(model="tiny", data=data, **fields)
+        TrainConfig(model="tiny", data=data, steps=10, **fields)

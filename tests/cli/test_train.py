@@ -87,6 +87,8 @@ def test_dry_run_shows_what_would_run(capsys, fake):
     said = capsys.readouterr().out
     assert "steps: 10\n" in said and "  accumulate: 3\n" in said and "  batch: 4\n" in said
     assert "10 steps of 1,536 tokens: 15,360 tokens, " in said
+    assert train("--dry_run", "--set=data.epochs=3", "--set=steps=None") == 0
+    assert "3 epochs, in steps of 256 tokens and " in capsys.readouterr().out
     assert not hasattr(fake, "made") and not list(pathlib.Path().iterdir())
 
 

@@ -45,6 +45,7 @@ BAD = {
     "schedule": (
         {"optimizer.warmup_steps": 51}, "warmup_steps + decay_steps must not exceed train.steps = ",
     ),
+    "no length": ({"steps": None}, "say how long the run is by train.steps or by data.epochs"),
     "a rate of its own": (
         {"optimizer.last_rate": 3e-4},
         "optimizer.last_rate is no field of OptimizerConfig; give decay_to, a fraction of rate",

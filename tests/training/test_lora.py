@@ -165,7 +165,7 @@ def test_adapters_are_merged_before_they_are_written(tmp_path):
 
 def config_of(**changes):
     data = None  # not read here
-    return TrainConfig("model", "output", data, lora=LORA, numerics="float32", **changes)
+    return TrainConfig("model", "output", data, 10, lora=LORA, numerics="float32", **changes)
 
 
 def test_what_a_run_keeps():

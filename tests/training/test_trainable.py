@@ -25,7 +25,7 @@ from v4jax.training.trainable import split_trained
 
 
 def config_of(**changes):
-    return TrainConfig("model", "output", None, **changes)  # data is not read here
+    return TrainConfig("model", "output", None, steps=10, **changes)  # data is not read here
 
 
 def abstract(config=CSA, numerics="float32"):

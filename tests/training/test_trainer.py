@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import resource
 
@@ -165,14 +166,36 @@ def test_too_many_bad_steps_stop_the_run():
 
 def test_data_that_ends():
     """What was trained is kept."""
-    pathlib.Path("text.txt").write_text("short\n" * 100)  # five rows, one a batch
-    config = configured()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, epochs=1))
-    trainer = Trainer(config)
-    with pytest.raises(TrainingError, match=r"train.data ended at step 5 of 10: every record was "):
+    trainer = Trainer(of_epochs(5, {"optimizer.accumulate": 2, "steps": 10}))
+    with pytest.raises(TrainingError, match=r"train.data ended at step 3 of 10: every record was "):
         trainer.run()
     trainer.close()
-    assert trainer.store.latest() == 5 and len(lines_of("run")) == 5
+    assert trainer.store.latest() == 3 and len(lines_of("run")) == 3
+
+
+def of_epochs(records: int, changes: dict) -> TrainConfig:
+    """Returns a run of one epoch on that many conversations, one a batch."""
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    pathlib.Path("talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for _ in range(records)))
+    data = {"sources": [{"kind": "chat", "paths": ["talks.jsonl"]}], "batch": 1, "packing": False}
+    data |= {"length": 128, "epochs": 1}
+    return configured(**{f"data.{name}": value for name, value in data.items()} | changes)
+
+
+def test_a_run_of_epochs(capfd):
+    """It ends with its data, whose remainder is a step with the loss of its own targets."""
+    trainer = run(of_epochs(5, {"optimizer.accumulate": 2, "steps": None}))
+    assert trainer.step == trainer.config.steps == 3
+    assert trainer.config.optimizer.spans(3) == (2, 0)
+    said = capfd.readouterr().err
+    assert "data: data.epochs = 1 makes 5 batches, 3 steps" in said
+    assert "data: 5 documents, " in said
+    # All conversations are equal: a mean over padding as well would halve the last loss.
+    losses = [line["loss"] for line in lines_of("run")]
+    alone = run(of_epochs(1, {"optimizer.accumulate": 2, "steps": None, "output": "alone"}))
+    assert alone.step == 1 and lines_of("alone")[0]["loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert lines_of("alone")[0]["grad_norm"] == pytest.approx(lines_of("run")[0]["grad_norm"], 1e-5)
+    assert run(of_epochs(5, {"optimizer.accumulate": 2, "steps": None})).step == 3  # is finished
 
 
 @pytest.fixture

@@ -153,8 +153,12 @@ def _show_size(config: Any) -> None:
     model, data = load_model_config(config.model), config.data
     tokens = data.batch * data.length * config.optimizer.accumulate
     row = flops.total(flops.count_training(take_inventory(model), data.length, remat=False))
-    work = row / data.length * tokens * config.steps
+    work = row / data.length * tokens
+    most = "FLOPs (at most: as if every row were one document)"
+    if config.steps is None:
+        print(f"\n{data.epochs} epochs, in steps of {tokens:,} tokens and {work:.3g} {most}")
+        return
     print(
         f"\n{config.steps:,} steps of {tokens:,} tokens: {config.steps * tokens:,} tokens, "
-        f"{work:.3g} FLOPs (at most: as if every row were one document)"
+        f"{work * config.steps:.3g} {most}"
     )

@@ -80,6 +80,7 @@ class DataConfig:
       shuffle: in a new order every epoch; False: in the order of the files.
       seed: of shuffling, 0 to 2³² − 1.
       epochs: how often every record is read, whatever the weights; None: without end, by weights.
+        A run without `steps` is so long.
       on_bad_record: `error` stops at a record that cannot be used; `skip` warns and counts it.
       prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
     """

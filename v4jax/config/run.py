@@ -237,7 +237,7 @@ class TrainConfig:
       model: a checkpoint folder, whose weights are the start, or a packaged configuration: nano
         starts from its trained weights, another from random ones.
       output: folder for checkpoints, metrics and the finished model.
-      steps: optimizer updates.
+      steps: optimizer updates; None: as many as `data.epochs` gives.
       seed: makes the random weights of a run that starts from such.
       from_scratch: starts from random weights where `model` is a packaged configuration.
       numerics: how the computation rounds (`config.numerics`).
@@ -262,7 +262,7 @@ class TrainConfig:
     model: str
     output: str
     data: DataConfig
-    steps: int = 1000
+    steps: int | None = None
     seed: int = 0
     from_scratch: bool = False
     numerics: Literal["float32", "bfloat16", "released"] = "bfloat16"
@@ -286,7 +286,11 @@ class TrainConfig:
     def __post_init__(self):
         for field in ("steps", "max_skipped", "log_every"):
             value = getattr(self, field)
-            require(value >= 1, field, "must be at least 1", value)
+            require(value is None or value >= 1, field, "must be at least 1", value)
+        if self.steps is None and self.data.epochs is None:
+            raise ConfigError(
+                "train.steps is missing: say how long the run is by train.steps or by data.epochs"
+            )
         require(self.dense_steps >= 0, "dense_steps", "must not be negative", self.dense_steps)
         rule = "must be on a disk or in gs:// (Orbax, which writes checkpoints, has no s3://)"
         require(not self.output.startswith("s3://"), "output", rule, self.output)
@@ -311,8 +315,8 @@ class TrainConfig:
                 "train.count_gaps is for documents that leave positions out; set data.gaps, or "
                 "leave it out"
             )
-        last = sum(self.optimizer.spans(self.steps))
-        if last > self.steps:
+        last = 0 if self.steps is None else sum(self.optimizer.spans(self.steps))
+        if self.steps is not None and last > self.steps:
             raise ConfigError(
                 f"train.optimizer.warmup_steps + decay_steps must not exceed train.steps = "
                 f"{self.steps}, got {last}; below 1 they are shares of the run"

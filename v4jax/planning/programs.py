@@ -107,6 +107,7 @@ def run_config(work: Workload) -> TrainConfig:
         model="planned",
         output="planned",
         data=DataConfig(sources=(planned,), length=work.context, batch=work.batch),
+        steps=1000,
         numerics=work.numerics.name,
         optimizer=OptimizerConfig(kind="adamw" if adapts else work.training),
         lora=LoraConfig(rank=work.lora_rank) if adapts else None,

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -81,15 +82,17 @@ class Trainer:
         )
         model = load_model(config)
         self.model_config = model.config
-        self.frozen, weights, biases = split_trained(model, config)
         self.layout = model.layout
+        self.frozen, weights, biases = split_trained(model, config)
+        self.tokenizer = load_tokenizer(model.folder or model.config.tokenizer)
+        self.loader = self._open_data(config.data)
+        if config.steps is None:
+            config = self.config = dataclasses.replace(config, steps=self._count_steps())
         self.optimizer = build_optimizer(config.optimizer, model.config, config.steps)
         self.rate = build_schedule(config.optimizer, config.steps)
         self.state = init_state(self.frozen, weights, biases, self.optimizer)
-        self.tokenizer = load_tokenizer(model.folder or self.model_config.tokenizer)
         del model, weights, biases
         _announce(self.state, config)
-        self.loader = self._open_data(config.data)
         self._resume()
         self.metrics = Metrics(self.folder, config.report_to, first_step=self.step + 1)
         self._steps: dict[tuple[Mode, LossConfig], Callable] = {}  # compiled
@@ -229,8 +232,33 @@ class Trainer:
         data = data.with_profile(self.model_config.profile)
         return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
+    def _count_steps(self) -> int:
+        """Returns how many steps `data.epochs` make."""
+        with log.phase("data") as phase:
+            batches = self.loader.count()
+            steps = math.ceil(batches / self.config.optimizer.accumulate)
+            epochs = self.config.data.epochs
+            phase.note(f"data.epochs = {epochs} makes {batches:,} batches, {steps:,} steps")
+        if not steps:
+            raise TrainingError(
+                "train.data has no document to learn from: every record was bad and skipped"
+            )
+        return steps
+
     def _next_batches(self) -> Batch:
-        batches = [next(self.loader) for _ in range(self.config.optimizer.accumulate)]
+        """Returns the batches of a step, stacked.
+
+        What is left at the end of the data is a step as well: padding is in place of what lacks.
+        Losses are means over targets, and padding has none.
+
+        Raises:
+          StopIteration: nothing is left.
+        """
+        count = self.config.optimizer.accumulate
+        batches = list(itertools.islice(self.loader, count))
+        if not batches:
+            raise StopIteration
+        batches += [self.loader.padding] * (count - len(batches))
         return put_batch(jax.tree.map(lambda *x: np.stack(x), *batches), self.layout)
 
     def _data_ended(self, step: int) -> TrainingError:
@@ -240,7 +268,7 @@ class Trainer:
         return TrainingError(
             f"train.data ended at step {step} of {self.config.steps}: every record was read "
             f"data.epochs = {self.config.data.epochs} times. The newest checkpoint is "
-            f"{self._newest()}; lower train.steps, or leave data.epochs out"
+            f"{self._newest()}; leave train.steps out, and data.epochs says how long the run is"
         )
 
     def _make_step(self, step: int, batches: Batch) -> dict:

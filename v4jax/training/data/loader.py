@@ -9,14 +9,18 @@ Every batch is the same for every number of hosts. Host i of n makes the rows fr
 reads only their records, and never waits for another host.
 """
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
 
 from v4jax.config.data import DataConfig
 from v4jax.errors import ConfigError, DataError
 from v4jax.tokenizer import Vocabulary
 from v4jax.training.batch import Batch
-from v4jax.training.data.packing import Counts
+from v4jax.training.data.packing import Counts, empty_row
 from v4jax.training.data.sources import open_source
 
 
@@ -44,15 +48,17 @@ class Loader:
         sources = [open_source(config, i, tokenizer) for i in range(len(config.sources))]
         self._data = _describe(config, [len(source) for source in sources])
         rows = config.batch // shard_count
-        self._iterator = pipeline.build_iterator(
-            sources,
-            config,
-            range(shard_index * rows, (shard_index + 1) * rows),
-            tokenizer.pad_id,
+        lanes = range(shard_index * rows, (shard_index + 1) * rows)
+        self._open = functools.partial(
+            pipeline.build_iterator, sources, config, lanes, tokenizer.pad_id
         )
+        self._iterator = self._open()
         # Ends the thread that makes batches ahead. It is called at exit too, because the iterator
         # must be gone before the interpreter unloads its modules.
         self.close = weakref.finalize(self, vars(self).pop, "_iterator", None)
+        row = empty_row(config.length, tokenizer.pad_id, gaps=config.gaps)
+        # A batch without a document.
+        self.padding = jax.tree.map(lambda array: np.repeat(array, rows, axis=0), row)
 
     def __iter__(self) -> "Loader":
         return self
@@ -65,6 +71,14 @@ class Loader:
           DataError: a record is bad where that is fatal; the message names its place.
         """
         return next(self._iterator)
+
+    def count(self) -> int:
+        """Returns how many batches `epochs` make from the beginning, by making them all.
+
+        Raises:
+          DataError: as `__next__`.
+        """
+        return sum(1 for _ in self._open())
 
     def state(self) -> dict:
         """Returns the position after the last returned batch, JSON-able.
