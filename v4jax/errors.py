@@ -29,6 +29,10 @@ class RequestError(V4JaxError, ValueError):
     """One request (document, question, sampling option) is bad; other requests go on."""
 
 
+class NonFiniteError(RequestError):
+    """The model computed NaN or infinity for one request; other requests go on."""
+
+
 class ConversationError(RequestError):
     """A list of messages cannot be rendered; the message names the position in the list."""
 

@@ -81,6 +81,17 @@ def test_reopened_log_knows_its_records_before_and_after_the_end(path):
     assert "s3:" not in path or names() == ["answers.jsonl"]
 
 
+def test_failures_can_be_taken_out(path):
+    write(path, record(1), failure(2), record(3), failure(4), ends="s3:" in path)
+    write(path, failure(5))
+    write(path, record(4), retry_failed=True, ends=True)
+    assert read(path) == [record(1), record(3), record(4)]
+    write(path, failure(5), ends=True)  # it can fail again
+    write(path, retry_failed=True, ends=True)
+    assert read(path) == [record(1), record(3), record(4)]
+    assert "s3:" not in path or names() == ["answers.jsonl"]
+
+
 def test_overwriting_begins_anew(path):
     write(path, record(1), job="old", ends=True)
     write(path, record(2), job="new", overwrite=True)

@@ -1,18 +1,29 @@
 """The job: answers, error lines, continuing, and refusing what does not belong together."""
 
+import hashlib
 import json
 import re
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from v4jax.errors import RequestError, UnsupportedError, V4JaxError
-from v4jax.inference import BatchJob, SamplingOptions, run_batch
+from v4jax.inference import (
+    BatchJob,
+    Document,
+    Frame,
+    Question,
+    SamplingOptions,
+    batch,
+    run_batch,
+)
 from v4jax.inference.engine import Engine
+from v4jax.tokenizer import ByteTokenizer
 
-from .fake_model import FakeModel, make_engine
+from .fake_model import FakeModel, expected_tokens, make_engine
 
 SAMPLING = SamplingOptions(max_new_tokens=6)
 LINES = [
@@ -180,6 +191,148 @@ def test_a_document_beyond_the_memory_fails_alone(source):
         "a document of 262 tokens does not fit into the memory of the device: "
         "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
     )
+
+
+class SickModel(FakeModel):
+    """Computes NaN for a sequence as soon as it holds a certain token."""
+
+    def __init__(self, token: int):
+        super().__init__()
+        self.token = token
+
+    def extend(self, tokens, cache, lengths=None, logits="all", **options):
+        logits_bv, extended = super().extend(tokens, cache, lengths, logits, **options)
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        sick = ((tokens == self.token) & real).any(axis=1, keepdims=True)
+        return jnp.where(sick, jnp.nan, logits_bv), extended
+
+
+def test_numbers_that_are_not_finite_fail_what_computed_them(source):
+    """One document in its reading, two questions of another: their neighbours have answers."""
+    source.write_text("".join(json.dumps(line) + "\n" for line in SICK_LINES))
+    healthy = run(source)[1]
+    source.with_name("answers.jsonl").unlink()
+    summary, lines = run(source, make_engine(SickModel(ord("@"))))
+    failed = {line["line"]: line["error"] for line in lines if "error" in line}
+    assert [line for line in lines if "error" not in line] == [
+        line
+        for line in healthy
+        if "@" not in SICK_LINES[line["line"] - 1]["text"] + line["question"]
+    ]
+    assert (summary.documents, summary.failed, summary.questions) == (3, 2, 4)
+    assert {error["kind"] for error in failed.values()} == {"NonFiniteError"}
+    assert failed[1]["message"].startswith(
+        "the model computed NaN or infinity in tokens 65 to 104:"
+    )
+    assert failed[2]["message"].startswith(
+        "no answer to question_index 1, 3: the model computed NaN or infinity for token 1 of the"
+    )
+
+
+SICK_LINES = [
+    {"text": "x" * 70 + "@" + "x" * 31, "question": "Who?"},
+    {"text": "Healthy.", "questions": ["Who?", "Who@?", "When?", "Why@?", "Where?"]},
+    {"text": "Last.", "question": "Who?"},
+]
+
+
+def test_an_answer_that_stops_being_finite_keeps_its_neighbour():
+    engine = make_engine(SickModel(expected_tokens(prompt("Who?"), 3)[1]))
+    encoded = engine.encode(Document("Text.", (Question("Who?"), Question("When?"))))
+    sick, well = engine.answer(encoded, engine.read(encoded), range(2))
+    assert sick.finish_reason == "error" and sick.answer_tokens == 2
+    assert "NaN or infinity for token 3 of the answer" in sick.error
+    assert well.error == "" and well.answer_tokens == len(expected_tokens(prompt("When?"), 256))
+
+
+def prompt(question: str) -> list[int]:
+    """Returns the prompt of a question to the document "Text."."""
+    tokenizer, frame = ByteTokenizer(), Frame()
+    before = frame.encode_document(tokenizer, "Text.")
+    return before + frame.encode_question(tokenizer, question)
+
+
+GUARDED = {
+    "while it is built": ("build_document", OverflowError("int too large to convert to float")),
+    "while its line is parsed": ("parse_line", RecursionError("maximum recursion depth exceeded")),
+    "while it is read": ("build_document", MemoryError()),
+}
+
+
+@pytest.mark.parametrize("place, error", GUARDED.values(), ids=GUARDED.keys())
+def test_whatever_a_document_raises_is_its_own_error(source, monkeypatch, place, error):
+    """One of the lines raises, each time it is touched."""
+    original = getattr(batch, place)
+
+    def touch(line, *arguments):
+        if "Second" in str(line):
+            raise error
+        return original(line, *arguments)
+
+    monkeypatch.setattr(batch, place, touch)
+    summary, lines = run(source)
+    assert [line["line"] for line in lines] == [1, 1, 1, 2, 3, 3]
+    assert (summary.failed, summary.questions) == (1, 5)
+    message = lines[3]["error"]["message"]
+    assert (
+        message.startswith(f"{type(error).__name__}: {error}") or "do not fit into the" in message
+    )
+
+
+def test_an_engine_that_raises_what_nobody_expected_goes_on(source, monkeypatch):
+    engine = make_engine()
+    read = engine.read
+    monkeypatch.setattr(
+        engine,
+        "read",
+        lambda encoded, **rest: read(encoded, **rest) if len(encoded.tokens) < 99 else 1 // 0,
+    )
+    summary, lines = run(source, engine)
+    assert (summary.failed, summary.questions) == (1, 5)
+    assert lines[3]["error"]["message"].startswith("ZeroDivisionError: ")
+
+
+def test_failed_documents_are_retried_when_asked(source):
+    (source.with_name("third.txt")).unlink()
+    _, lines = run(source)
+    assert lines[-1]["error"]["message"].endswith("No such file or directory")
+    (source.with_name("third.txt")).write_text("Third text.")
+    assert run(source)[1] == lines
+    summary, again = run(source, retry_failed=True)
+    assert again[:4] == lines[:4] and [line["line"] for line in again[4:]] == [3, 3]
+    assert (summary.failed, summary.questions, summary.questions_before) == (0, 6, 4)
+    assert run(source, retry_failed=True)[1] == again
+
+
+def test_a_file_that_changed_is_another_document(source, capsys):
+    path = source.with_name("third.txt")
+    _, lines = run(source)
+    assert lines[-1]["file"] == {
+        "bytes": 11,
+        "sha256": hashlib.sha256(b"Third text.").hexdigest()[:32],
+    }
+    for text in ("Third, longer.", "third text."):
+        path.write_text(text)
+        with pytest.raises(RequestError, match=r"third\.txt, which line 3 of .* changed since"):
+            run(source)
+    path.unlink()
+    assert run(source)[1] == lines and "its file is gone" in capsys.readouterr().err
+    path.write_text("Third, longer.")
+    assert len(run(source, overwrite=True)[1]) == 6
+
+
+def test_an_output_that_is_removed_ends_the_job(source):
+    engine, output = make_engine(), source.with_name("answers.jsonl")
+    answer = engine.answer
+
+    def remove(*arguments, **options):
+        output.unlink(missing_ok=True)
+        return answer(*arguments, **options)
+
+    engine.answer = remove
+    with pytest.raises(V4JaxError, match="was removed or replaced while this job was writing it"):
+        run(source, engine)
+    assert not output.exists()
 
 
 def test_a_broken_program_stops_the_job_and_loses_nothing(source):

@@ -1,5 +1,6 @@
 """The engine: a document's state serves every question, and nothing leaks from one to another."""
 
+import jax.numpy as jnp
 import pytest
 
 from v4jax.errors import ConfigError, RequestError
@@ -116,6 +117,19 @@ def test_exactly_the_context_fits():
 def test_tokenizer_of_another_model():
     with pytest.raises(ConfigError, match="its 320 ids with EOS 257 do not fit a model"):
         make_engine(FakeModel(FakeConfig(vocab_size=300)))
+
+
+def test_rows_beyond_the_tokenizer_are_never_written():
+    """A padded head: the tokens are those of a model without the padding."""
+
+    class Padded(FakeModel):
+        def extend(self, *arguments, **options):
+            logits, cache = super().extend(*arguments, **options)
+            return jnp.pad(logits, ((0, 0), (0, 64)), constant_values=99.0), cache
+
+    questions = [Question(f"{i}?", WARM.replace(seed=i)) for i in range(4)]
+    padded = make_engine(Padded(FakeConfig()))
+    assert ask(padded, TEXT, *questions) == ask(make_engine(), TEXT, *questions)
 
 
 def test_bad_options():

@@ -37,7 +37,7 @@ def test_forecast(clock):
     meter.answered(2, tokens=20)
     assert meter.total == 520 + 1000 + 2 * 10
     assert meter.seconds_left == pytest.approx(1000 / 250 + 2 * 10 / 20)
-    meter.skip_document(2000, questions=2)
+    meter.give_up(2000, questions=2)
     assert (meter.total, meter.seconds_left) == (meter.done, 0)
 
 

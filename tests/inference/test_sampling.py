@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from v4jax.inference.request import SamplingOptions
-from v4jax.inference.sampling import init_sampler, sample
+from v4jax.inference.sampling import NOT_FINITE, init_sampler, sample
 
 EOS = 0
 PROBABILITIES = np.array([0.02, 0.4, 0.3, 0.15, 0.08, 0.05])  # of tokens 0 … 5; 0 is EOS
@@ -72,6 +72,23 @@ def test_another_seed_and_another_step_give_other_noise():
     rows = write([SamplingOptions(temperature=1.0, seed=s) for s in (0, 1)], 2, 40)
     assert not np.array_equal(rows[:, 0], rows[:, 1])
     assert not np.array_equal(rows[:20, 0], rows[20:, 0])
+
+
+def test_rows_that_are_not_finite_have_no_token():
+    rows = jnp.stack([LOGITS, LOGITS.at[3].set(jnp.nan), LOGITS.at[0].set(jnp.inf), LOGITS])
+    for options in (SamplingOptions(), SamplingOptions(temperature=1.0)):
+        tokens, active, state = sample(rows, init_sampler([options] * 4, 4), end_tokens=(EOS,))
+        assert (tokens == NOT_FINITE).tolist() == [False, True, True, False]
+        assert active.tolist() == [True, False, False, True]
+        assert state.remaining.tolist() == [255, 0, 0, 255]
+
+
+def test_ids_without_text_are_never_chosen():
+    warm, greedy = SamplingOptions(temperature=1.0), SamplingOptions()
+    rows = jnp.tile(LOGITS.at[4].set(9.0).at[5].set(jnp.nan), (64, 1))
+    state = init_sampler([*[warm.replace(seed=i) for i in range(63)], greedy], 64)
+    tokens, _, _ = sample(rows, state, end_tokens=(EOS,), choices=4)
+    assert set(tokens.tolist()) == {0, 1, 2, 3} and int(tokens[-1]) == 1
 
 
 def test_sequences_end_by_eos_or_length():

@@ -71,7 +71,7 @@ def run_piece(model, piece, x=None, streams=None, low_rank=None, ids=None):
     if piece.endswith("_compressor"):
         return dict(entries=read_table(module.attention.compressor(x, memory)[0]))
     indexer = module.attention.indexer
-    chosen, _ = indexer(x, low_rank, context, memory)
+    chosen = indexer(x, low_rank, context, memory)[0]
     return dict(keys=read_table(indexer.compressor(x, memory)[0]), chosen=jnp.sort(chosen, -1))
 
 

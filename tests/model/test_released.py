@@ -129,7 +129,7 @@ def our_pieces(model, x, low_rank, streams, ids):
         if kind != "window":
             outputs[f"{kind}_entries"] = read_table(attention.compressor(x, memory)[0])
         if kind == "csa":
-            chosen, _ = attention.indexer(x, low_rank, context, memory)
+            chosen = attention.indexer(x, low_rank, context, memory)[0]
             outputs["chosen"] = jnp.sort(chosen, -1)
             outputs["index_keys"] = read_table(attention.indexer.compressor(x, memory)[0])
     first = block(model, 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,13 +10,13 @@ from v4jax.cli import outputs
 from v4jax.cli.hosts import HostFlags, find_hosts, start_serving
 from v4jax.config.inference import InferenceConfig
 from v4jax.errors import RequestError, UnsupportedError
-from v4jax.files import is_same_file
+from v4jax.files import is_remote, is_same_file
 
 SUMMARY = "reads documents and answers questions about each"
 USAGE = """
 Reads every document of a JSONL file once, answers its questions from the state after reading, and
 appends the answers to another JSONL file. If it is killed, at any moment, the same command
-continues. A document that fails becomes a line with the reason.
+continues. A document that fails becomes a line with the reason; --retry_failed tries it again.
 
   v4jax batch --model=/models/v4-flash --input=docs.jsonl --output=answers.jsonl
   v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl --summary=summary.json
@@ -62,6 +63,10 @@ class Flags:
       input: JSONL file of documents. Required.
       output: JSONL file that answers are appended to. Required.
       overwrite: Start again instead of continuing the output.
+      retry_failed: Try documents again that failed before; their error lines are taken out of the
+        output.
+      documents_under: Folder that every document's path must lead into, links followed. Without it
+        a line can name any file that this user can read.
       summary: File for the summary as JSON, which is also printed as text.
       shard: Which part of the input to answer: INDEX/COUNT, indices from 0. auto/COUNT takes the
         index from JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID or SLURM_PROCID.
@@ -71,6 +76,8 @@ class Flags:
     input: str
     output: str
     overwrite: bool = False
+    retry_failed: bool = False
+    documents_under: str | None = None
     summary: str | None = None
     shard: str | None = None
     hosts: HostFlags
@@ -81,6 +88,7 @@ def run(flags: Flags) -> int:
     from v4jax.cli import engine
     from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
 
+    _check_flags(flags)
     shard = parse_shard(flags.shard) if flags.shard else Shard()
     output = shard.name_file(flags.output)
     summary_file = shard.name_file(flags.summary) if flags.summary else None
@@ -104,6 +112,8 @@ def run(flags: Flags) -> int:
         },
         sampling=sampling,
         overwrite=flags.overwrite,
+        retry_failed=flags.retry_failed,
+        documents_under=flags.documents_under,
         shard=shard,
     )
 
@@ -117,6 +127,17 @@ def run(flags: Flags) -> int:
 
     summary = Summary(**run_together(lambda: engine.load_engine(config, mesh, options), work))
     return 1 if summary.documents and summary.failed == summary.documents else 0
+
+
+def _check_flags(flags: Flags) -> None:
+    if flags.overwrite and flags.retry_failed:
+        raise RequestError(
+            "--overwrite answers everything anew, failed or not: leave out "
+            "--retry_failed, or --overwrite to keep the answers"
+        )
+    under = flags.documents_under
+    if under is not None and not (is_remote(under) or os.path.isdir(under)):
+        raise RequestError(f"--documents_under must be a folder or a bucket's, got {under!r}")
 
 
 def _join(flags: Flags) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from v4jax.inference.sampling import NOT_FINITE
 from v4jax.tokenizer import (
     COMPLETION_CONTROLS,
     ContentText,
@@ -21,13 +22,15 @@ class Answer:
 
     Attributes:
       text: the answer itself.
-      finish_reason: `"stop"` if the model ended it, `"length"` if max_new_tokens did.
+      finish_reason: `"stop"` if the model ended it, `"length"` if max_new_tokens did, `"error"` if
+        it had to be given up.
       reasoning: the text before the answer; empty without thinking.
       tool_calls: the model's calls, as in a chat message; usually none.
       prompt_tokens: tokens of the prompt, without those of the shared document.
       answer_tokens: tokens written, EOS included.
       warning: how the model's output left the format and was read nevertheless; empty if it did
         not.
+      error: why the answer was given up; `text` is what the model wrote until then.
     """
 
     text: str
@@ -37,6 +40,15 @@ class Answer:
     reasoning: str = ""
     tool_calls: tuple[dict, ...] = ()
     warning: str = ""
+    error: str = ""
+
+
+def explain_not_finite(where: str) -> str:
+    """Returns the message about numbers that are not finite, with what to do."""
+    return (
+        f"the model computed NaN or infinity {where}: its weights are damaged, or too large for "
+        "these numerics; fetch the checkpoint again, or compare with --numerics=float32"
+    )
 
 
 @dataclass
@@ -57,9 +69,13 @@ class AnswerReader:
         self._splitter = StreamSplitter(self.mode, tolerant=True)
         self._decoder = StreamDecoder(self.tokenizer, keep=COMPLETION_CONTROLS)
         self._events = []
+        self._error = ""
 
     def push(self, token: int) -> list[Piece]:
-        """Takes the next token, the end token included; returns the pieces of text to show."""
+        """Takes the next token, the end token included, or `NOT_FINITE`; returns text to show."""
+        if token == NOT_FINITE:
+            self._error = explain_not_finite(f"for token {len(self.tokens) + 1:,} of the answer")
+            return []
         self.tokens.append(token)
         if token in self.end_tokens:  # whatever its literal, it ends a turn as EOS does
             token = self.tokenizer.eos_id
@@ -72,12 +88,13 @@ class AnswerReader:
         stopped = bool(self.tokens) and self.tokens[-1] in self.end_tokens
         return pieces, Answer(
             text=message["content"],
-            finish_reason="stop" if stopped else "length",
+            finish_reason="error" if self._error else "stop" if stopped else "length",
             prompt_tokens=self.prompt_tokens,
             answer_tokens=len(self.tokens),
             reasoning=message["reasoning_content"],
             tool_calls=tuple(message["tool_calls"]),
             warning=self._describe_departures(),
+            error=self._error,
         )
 
     def _read(self, text: str, last: bool = False) -> list[Piece]:

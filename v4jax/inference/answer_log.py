@@ -13,6 +13,7 @@ An answer, and a document that failed:
     tokens.answer   EOS included
     reasoning, tool_calls, warning   only where there are any
     input, job      digests of the input line and of the job's settings
+    file            size and digest of the file that the line names
 
 No crash loses or doubles an answer: `answer_output.py`.
 """
@@ -34,6 +35,7 @@ class AnswerLog:
       path: file on a disk or in a bucket; created if it does not exist.
       job: digest of the settings that determine the answers.
       overwrite: begin with an empty output.
+      retry_failed: take the lines of documents that failed out of the output.
 
     Attributes:
       records: (line, question index) → its record, without the texts.
@@ -42,7 +44,7 @@ class AnswerLog:
       V4JaxError: another job holds the output, or another job or program wrote it.
     """
 
-    def __init__(self, path: str, job: str, *, overwrite: bool = False):
+    def __init__(self, path: str, job: str, *, overwrite: bool = False, retry_failed: bool = False):
         self.path, self.job = path, job
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
         self._output = open_output(path, overwrite=overwrite)
@@ -54,6 +56,11 @@ class AnswerLog:
                         f"{place} repeats an answer; overwrite the file or choose another output"
                     )
                 self.records[_key(record)] = _without_texts(record)
+            if retry_failed and any(index == _ERROR_INDEX for _, index in self.records):
+                self._output.drop(lambda data: "error" in json.loads(data))
+                self.records = {
+                    key: record for key, record in self.records.items() if key[1] != _ERROR_INDEX
+                }
         except BaseException:
             self.close()
             raise
@@ -109,4 +116,8 @@ def _key(record: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in ("line", "input", "tokens", "error") if name in record}
+    return {
+        name: record[name]
+        for name in ("line", "input", "file", "tokens", "error")
+        if name in record
+    }

@@ -31,11 +31,12 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from v4jax import log
 from v4jax.errors import V4JaxError
 from v4jax.files import BucketPath, is_remote, read_all, remove_all, to_path
+from v4jax.retries import retry
 
 FOLDER_ENDING = ".parts"
 _WRITER = b'{"writer": '  # beginning of a part that holds no answers
@@ -64,9 +65,11 @@ class FileOutput:
                 "lines of one; copy the answers on when it has ended"
             )
         with _explained(f"cannot write {path}"):
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self.descriptor = _open_locked(path)
+            self._opened = os.fstat(self.descriptor)
             try:
-                self._lock()
+                if not self._is_in_place():  # the job that held it replaced it just now
+                    raise _in_use(path)
                 if overwrite:
                     os.ftruncate(self.descriptor, 0)
                 _sync_folder(path)
@@ -85,19 +88,41 @@ class FileOutput:
                 end += len(data)
                 yield f"{self.path} line {number}", data
 
+    def drop(self, goes: Callable[[bytes], bool]) -> None:
+        """Takes lines out: another file with the others takes the place of this one."""
+        place = os.path.realpath(self.path)
+        new = f"{place}.retrying"
+        with _explained(f"cannot write {new}"):
+            descriptor = _open_locked(new)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.fchmod(descriptor, os.fstat(self.descriptor).st_mode)
+                with open(self.path, "rb") as old, open(descriptor, "ab", closefd=False) as file:
+                    file.writelines(line for line in old if not goes(line))
+                os.fsync(descriptor)
+                os.replace(new, place)
+                _sync_folder(place)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        self.close()
+        self.descriptor, self._opened = descriptor, os.fstat(descriptor)
+
     def append(self, data: bytes) -> None:
         """Writes lines as one piece, and returns when they are on disk.
 
         Raises:
-          V4JaxError: they could not be written.
+          V4JaxError: they could not be written, or the file was removed.
         """
+        self._check_in_place()
         with _explained(f"cannot write {self.path}", _CONTINUES):
             while data:
                 data = data[os.write(self.descriptor, data) :]
             os.fsync(self.descriptor)
 
     def finish(self) -> None:
-        """Does nothing: all lines are in the file."""
+        """Raises V4JaxError if the file, which has all lines, was removed."""
+        self._check_in_place()
 
     def close(self) -> None:
         """Closes the file, which gives up the lock."""
@@ -105,13 +130,19 @@ class FileOutput:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _lock(self) -> None:
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one that `path` names."""
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            return os.path.samestat(os.stat(self.path), self._opened)
+        except FileNotFoundError:
+            return False
+
+    def _check_in_place(self) -> None:
+        if not self._is_in_place():
             raise V4JaxError(
-                f"another job is writing {self.path}; wait for it, or choose another output"
-            ) from error
+                f"{self.path} was removed or replaced while this job was writing it, and the "
+                "answers went with it; start the job again, which begins with what is there now"
+            )
 
 
 class BucketOutput:
@@ -147,6 +178,17 @@ class BucketOutput:
                 for i, line in enumerate(lines, start=1):
                     yield f"{self._part(number)} line {i}", line
 
+    def drop(self, goes: Callable[[bytes], bool]) -> None:
+        """Takes lines out: of the output, and whole parts, which have one kind of lines each."""
+        with _explained(f"cannot write {self.path}"):
+            if self._exists:
+                with self.path.open() as file:
+                    self.path.write_blocks(line for line in file if not goes(line))
+            gone = [n for n, data in self._read(self._numbers) if data and goes(_first_line(data))]
+            remove_all([self._part(number) for number in gone])
+        self._numbers = [number for number in self._numbers if number not in gone]
+        self._unmerged = [number for number in self._unmerged if number not in gone]
+
     def append(self, data: bytes) -> None:
         """Writes lines as one piece, and returns when they are in the bucket.
 
@@ -156,10 +198,11 @@ class BucketOutput:
         last = self._numbers[-1]
         with _explained(f"cannot write {self._part(last + 1)}", _CONTINUES):
             # A finished job has removed its parts, and their numbers could be taken again.
-            if not self._part(last).is_file():
+            if not retry(self._part(last).is_file, f"look for {self._part(last)}"):
                 raise self._taken(last + 1)
+            part = self._part(last + 1)
             try:
-                self._part(last + 1).create(data)
+                retry(lambda: part.create(data), f"write {part}")
             except FileExistsError as error:
                 raise self._taken(last + 1) from error
         self._numbers.append(last + 1)
@@ -248,6 +291,28 @@ def _explained(what: str, remedy: str = "") -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in a path
         reason = getattr(error, "strerror", None) or error
         raise V4JaxError(f"{what}: {reason}{remedy and '; ' + remedy}") from error
+
+
+def _open_locked(path: str) -> int:
+    """Returns the descriptor of a file that this process alone writes."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise _in_use(path) from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _in_use(path: str) -> V4JaxError:
+    return V4JaxError(f"another job is writing {path}; wait for it, or choose another output")
+
+
+def _first_line(data: bytes) -> bytes:
+    return data.partition(b"\n")[0]
 
 
 def _digest(line: bytes) -> bytes:

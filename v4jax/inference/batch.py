@@ -8,25 +8,24 @@ same settings, because each line of the output says which question of which inpu
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from v4jax import log
-from v4jax.errors import CacheError, RequestError, UnsupportedError, V4JaxError
-from v4jax.files import is_same_file, size_of
+from v4jax.errors import NonFiniteError, RequestError, V4JaxError
+from v4jax.files import is_same_file
 from v4jax.inference.answer import Answer
 from v4jax.inference.answer_log import AnswerLog
+from v4jax.inference.document_files import DocumentFiles, open_path
 from v4jax.inference.documents import (
     InputLine,
     build_document,
     find_id,
-    open_path,
     parse_line,
     read_questions,
-    resolve_path,
 )
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.meter import Meter, Summary, summarize
@@ -44,6 +43,8 @@ class BatchJob:
         options, …), as JSON values; an output can be continued only with the same settings.
       sampling: options for lines that do not state their own.
       overwrite: whether the job discards what the output holds.
+      retry_failed: whether documents that failed before are tried again; their error lines go.
+      documents_under: folder that all files of documents must be in; None: anywhere.
       shard: the part of the input that this process answers; the output is its own file.
     """
 
@@ -52,12 +53,14 @@ class BatchJob:
     settings: Mapping[str, Any]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     overwrite: bool = False
+    retry_failed: bool = False
+    documents_under: str | None = None
     shard: Shard = field(default_factory=Shard)
 
     @property
-    def folder(self) -> str:
-        """The folder at which relative paths of documents start."""
-        return os.path.dirname(self.input)
+    def files(self) -> DocumentFiles:
+        """The files of documents, whose relative paths start at the folder of the input."""
+        return DocumentFiles(os.path.dirname(self.input), self.documents_under)
 
     @property
     def digest(self) -> str:
@@ -80,7 +83,8 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
         pass
     if is_same_file(job.input, job.output):
         raise RequestError(f"input and output are the same file, {job.input}")
-    with AnswerLog(job.output, job.digest, overwrite=job.overwrite) as answers:
+    options = {"overwrite": job.overwrite, "retry_failed": job.retry_failed}
+    with AnswerLog(job.output, job.digest, **options) as answers:
         work = _plan(job, answers)
         before = _count_answers(answers)
         if not (work.documents or answers.records):
@@ -125,10 +129,11 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
     """Counts what is left, and checks that the answers belong to this input.
 
     Raises:
-      RequestError: a line of the input differs from the one that was answered.
+      RequestError: a line of the input, or the file that it names, differs from what was answered.
     """
     work = _Work()
     digests = {record["line"]: record["input"] for record in answers.records.values()}
+    known_files = {r["line"]: r["file"] for r in answers.records.values() if "file" in r}
     for line in job.shard.read_lines(job.input):
         known = digests.pop(line.number, line.digest)
         if known != line.digest:
@@ -136,6 +141,8 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
                 f"{job.input} line {line.number} is not the one that {job.output} answers: "
                 "the input changed; overwrite the output or choose another"
             )
+        if line.number in known_files:
+            _check_file(job, line, known_files[line.number])
         size_bytes, questions = _measure(job, line)
         left = sum(not answers.has(line.number, i) for i in range(questions))
         if not answers.has_failed(line.number) and (left or not questions):
@@ -151,6 +158,23 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
     return work
 
 
+def _check_file(job: BatchJob, line: InputLine, known: Mapping[str, Any]) -> None:
+    """Raises RequestError if the file that a line names is not the one that was answered."""
+    path = parse_line(line)["path"]
+    try:
+        same = job.files.measure(path) == known["bytes"]
+        same = same and vars(job.files.identify(path)) == known
+    except (RequestError, OSError) as error:
+        log.warning(f"batch: line {line.number} was answered, and its file is gone: {error}")
+        return
+    if not same:
+        raise RequestError(
+            f"{path}, which line {line.number} of {job.input} names, changed since {job.output} "
+            "answered it; overwrite the output or choose another, and all its questions are "
+            "answered anew"
+        )
+
+
 def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
     """Returns the document's bytes and the number of questions, 0 if the line does not say."""
     size_bytes = questions = 0
@@ -159,10 +183,45 @@ def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
         questions = len(read_questions(fields))
         size_bytes = len(line.data)
         if "path" in fields:
-            size_bytes = size_of(resolve_path(fields["path"], job.folder))
-    except (V4JaxError, OSError, ValueError):
+            size_bytes = job.files.measure(fields["path"])
+    except Exception:
         pass  # becomes an error line when its turn comes
     return size_bytes, questions
+
+
+@dataclass
+class _Turn:
+    """A line while it is served; `id` and `tokens` are known once they were found."""
+
+    line: InputLine
+    size_bytes: int
+    open_questions: list[int]
+    questions_left: int
+    id: str | int | None = None
+    tokens: int | None = None
+
+
+def _ends_the_job(error: Exception) -> bool:
+    """Whether an error is no document's own: whatever the device does next is wrong."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not _lacks_memory(error)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _describe_failure(turn: _Turn, error: Exception) -> dict[str, str]:
+    """Returns kind and message of an error line."""
+    kind, message = type(error).__name__, str(error)
+    if _lacks_memory(error):
+        reason = f"a document of {turn.tokens:,} tokens does not fit into the memory of the device"
+        return {"kind": "RequestError", "message": f"{reason}: {message.splitlines()[0]}"}
+    if isinstance(error, MemoryError):
+        reason = f"its {turn.size_bytes:,} bytes do not fit into the memory of this machine"
+        return {"kind": "RequestError", "message": f"{reason}; divide the document"}
+    if not isinstance(error, V4JaxError):  # nobody expected it: its type says most
+        return {"kind": kind, "message": f"{kind}: {message}"}
+    return {"kind": kind, "message": message}
 
 
 class _Run:
@@ -184,44 +243,53 @@ class _Run:
                     self._serve(line)
 
     def _serve(self, line: InputLine) -> None:
-        """Answers the open questions of one line, or records why it failed."""
+        """Answers the open questions of one line, or records why it failed.
+
+        Whatever its way from the line to the answers raises is the document's own error. What
+        concerns all of them is not: an output that cannot be written, a device that broke.
+        """
         size_bytes, questions = _measure(self.job, line)
         open_questions = [i for i in range(questions) if not self.answers.has(line.number, i)]
         if questions and not open_questions:
             return
         self.turn += 1
-        document_id = None
-        try:
-            fields = parse_line(line)
-            document_id = find_id(fields)
-            document = build_document(fields, self.job.folder, self.job.sampling)
-            encoded = self.engine.encode(document)
-        except (RequestError, UnsupportedError) as error:
-            self.meter.skip_document(size_bytes, len(open_questions))
-            self._fail(line, document_id, error)
-            return
-        self.meter.begin_document(size_bytes, len(encoded.tokens))
-        try:
-            self._answer(line, document, encoded)
-        except (RequestError, CacheError) as error:
-            self._fail(line, document_id, error)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            tokens = f"{len(encoded.tokens):,} tokens"
-            reason = f"a document of {tokens} does not fit into the memory of the device"
-            self._fail(line, document_id, RequestError(f"{reason}: {str(error).splitlines()[0]}"))
+        turn = _Turn(line, size_bytes, open_questions, len(open_questions))
+        pieces = self._answer(turn)
+        while True:
+            try:
+                records = next(pieces, None)
+            except Exception as error:
+                if _ends_the_job(error):
+                    raise
+                begun = turn.tokens is not None
+                self.meter.give_up(0 if begun else size_bytes, turn.questions_left)
+                self._fail(turn, error)
+                return
+            if records is None:
+                return
+            if records:
+                self.answers.append(records)
 
-    def _answer(self, line: InputLine, document: Document, encoded: EncodedDocument) -> None:
-        meter, engine = self.meter, self.engine
+    def _answer(self, turn: "_Turn") -> Iterator[list[dict[str, Any]]]:
+        """Yields the records of each group of answers."""
+        meter, engine, line = self.meter, self.engine, turn.line
+        fields = parse_line(line)
+        turn.id = find_id(fields)
+        document = build_document(
+            fields, self.job.files, self.job.sampling, engine.max_document_bytes
+        )
+        encoded = engine.encode(document)
+        turn.tokens = len(encoded.tokens)
+        meter.begin_document(turn.size_bytes, turn.tokens)
         engine.prepare(encoded)
         meter.reading.start()
         state = engine.read(encoded, on_chunk=self._show_reading)
         meter.reading.add(0)
         # On a mesh a state has several slots, all with the same document.
         meter.cache_bytes = max(meter.cache_bytes, state.bytes() // len(state.lengths))
+        failed: dict[int, str] = {}
         for group in encoded.groups(engine.options):
-            open_questions = [i for i in group if not self.answers.has(line.number, i)]
+            open_questions = [i for i in group if i in turn.open_questions]
             if not open_questions:
                 continue
             # The whole group is answered again even if a crash left some of its answers in the
@@ -230,15 +298,23 @@ class _Run:
             given = engine.answer(encoded, state, group, on_tokens=self._show_writing)
             meter.writing.add(0)
             by_index = dict(zip(group, given, strict=True))
-            self.answers.append(
-                _record(line, document, encoded, i, by_index[i]) for i in open_questions
-            )
+            yield [
+                _record(line, document, encoded, i, by_index[i])
+                for i in open_questions
+                if not by_index[i].error
+            ]
+            failed |= {i: by_index[i].error for i in open_questions if by_index[i].error}
             meter.answered(len(open_questions), sum(a.answer_tokens for a in given))
+            turn.questions_left -= len(open_questions)
+        if failed:
+            numbers, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
+            raise NonFiniteError(f"no answer to question_index {numbers}: {reason}")
 
-    def _fail(self, line: InputLine, document_id: str | int | None, error: V4JaxError) -> None:
-        log.warning(f"batch: line {line.number}: {log.printable(str(error))}")
-        failure = {"kind": type(error).__name__, "message": str(error)}
-        record = {"line": line.number, "id": document_id, "error": failure, "input": line.digest}
+    def _fail(self, turn: "_Turn", error: Exception) -> None:
+        failure = _describe_failure(turn, error)
+        log.warning(f"batch: line {turn.line.number}: {log.printable(failure['message'])}")
+        line = turn.line
+        record = {"line": line.number, "id": turn.id, "error": failure, "input": line.digest}
         self.answers.append([record])
 
     def _show_reading(self, tokens: int) -> None:
@@ -275,7 +351,7 @@ def _record(
             "answer": answer.answer_tokens,
         },
         "input": line.digest,
-    }
+    } | ({"file": vars(document.file)} if document.file else {})
     optional = {
         "reasoning": answer.reasoning,
         "tool_calls": answer.tool_calls,

@@ -15,17 +15,18 @@ not affected.
 import dataclasses
 import difflib
 import hashlib
-import os
-import stat
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from v4jax.config.json_keys import parse_json
 from v4jax.errors import RequestError
-from v4jax.files import is_remote, to_path
+from v4jax.inference.document_files import DocumentFiles, explained, open_path
 from v4jax.inference.request import Document, Question, SamplingOptions, describe
 
+MAX_LINE_BYTES = 1 << 30  # a longer line is not kept in memory
+_BLOCK_BYTES, _KEPT_BYTES = 1 << 24, 1 << 16  # read at once of what is too long; kept of it
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingOptions))
 _FIELDS = ("id", "text", "path", "question", "questions", *_SAMPLING_FIELDS)
 
@@ -37,49 +38,61 @@ class InputLine:
     Attributes:
       number: counted from 1.
       data: its bytes, without the end of the line.
+      excess: bytes of a line of more than `MAX_LINE_BYTES`, of which `data` is the beginning.
     """
 
     number: int
     data: bytes
+    excess: int = 0
 
     @property
     def digest(self) -> str:
         """Identifies the content: shows whether the input changed while a job was interrupted."""
-        return hashlib.sha256(self.data).hexdigest()[:16]
-
-
-def open_path(path: str) -> BinaryIO:
-    """Opens a file for reading bytes.
-
-    Raises:
-      UnsupportedError: the path names a bucket, and the library for it is not installed.
-      RequestError: there is no such file, or it cannot be read.
-    """
-    try:
-        if is_remote(path):
-            return to_path(path).open()
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a pipe would wait for a writer
-        if regular:
-            return open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"cannot read {path}: {reason}") from error
-    raise RequestError(f"cannot read {path}: it is not a regular file")
+        digest = hashlib.sha256(self.data)
+        digest.update(str(self.excess or "").encode())
+        return digest.hexdigest()[:16]
 
 
 def read_lines(path: str) -> Iterator[InputLine]:
-    """Yields the lines of the input file that are not blank."""
+    """Yields the lines of the input file that are not blank.
+
+    Raises:
+      RequestError: the file cannot be read.
+    """
     with open_path(path) as file:
-        for number, data in enumerate(file, start=1):
+        for number in itertools.count(1):
+            with explained(path):
+                data, size = _read_line(file)
+            if not size:
+                return
             data = data.rstrip(b"\r\n")
             if number == 1:
                 data = data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is no content
-            if data.strip():
+            if size > MAX_LINE_BYTES:
+                yield InputLine(number, data, size)
+            elif data.strip():
                 yield InputLine(number, data)
+
+
+def _read_line(file: BinaryIO) -> tuple[bytes, int]:
+    """Returns the next line and its bytes; only the beginning of one that is too long."""
+    data = file.readline(MAX_LINE_BYTES + 1)
+    size = len(data)
+    if size <= MAX_LINE_BYTES:
+        return data, size
+    while not data.endswith(b"\n") and (more := file.readline(_BLOCK_BYTES)):
+        size += len(more)
+        data = data[:_KEPT_BYTES] + more[-1:]
+    return data[:_KEPT_BYTES], size
 
 
 def parse_line(line: InputLine) -> dict[str, Any]:
     """Returns the JSON object of a line, with field names checked."""
+    if line.excess:
+        raise RequestError(
+            f"the line has {line.excess:,} bytes, and at most {MAX_LINE_BYTES:,} are read; put the "
+            "document into a file and name it with path"
+        )
     text = decode_utf8(line.data, "the line")
     try:
         fields = parse_json(text)
@@ -107,19 +120,29 @@ def find_id(fields: dict[str, Any]) -> str | int | None:
     return value
 
 
-def build_document(fields: dict[str, Any], folder: str, defaults: SamplingOptions) -> Document:
+def build_document(
+    fields: dict[str, Any], files: DocumentFiles, defaults: SamplingOptions, max_bytes: int
+) -> Document:
     """Returns the document that a line describes; reads its file.
 
     Args:
       fields: the object that `parse_line` returned.
-      folder: folder at which relative paths start.
+      files: reads the files that lines name.
       defaults: sampling options that the line does not state.
+      max_bytes: bytes that the context can hold at most; a longer file is not read.
     """
     sampling = defaults.replace(**{n: fields[n] for n in _SAMPLING_FIELDS if n in fields})
     questions = read_questions(fields)
     source = _only_one(fields, "text", "path")
-    text = fields["text"] if source == "text" else _read_document(fields["path"], folder)
-    return Document(text, tuple(Question(q, sampling) for q in questions), find_id(fields))
+    asked, name = tuple(Question(q, sampling) for q in questions), find_id(fields)
+    if source == "text":
+        return Document(fields["text"], asked, name)
+    data, identity = files.read(fields["path"], max_bytes)
+    path = files.resolve(fields["path"])
+    text = decode_utf8(data.removeprefix(b"\xef\xbb\xbf"), path)
+    if not text.strip():
+        raise RequestError(f"{path} is empty")
+    return Document(text, asked, name, identity)
 
 
 def read_questions(fields: dict[str, Any]) -> list[Any]:
@@ -133,13 +156,6 @@ def read_questions(fields: dict[str, Any]) -> list[Any]:
     return fields["questions"]
 
 
-def resolve_path(path: Any, folder: str) -> str:
-    """Returns the path of a document's file."""
-    if not isinstance(path, str) or not path:
-        raise RequestError(f"path must be a string, got {describe(path)}")
-    return path if is_remote(path) else os.path.join(folder, path)
-
-
 def decode_utf8(data: bytes, what: str) -> str:
     """Returns the text of UTF-8 bytes."""
     try:
@@ -148,16 +164,6 @@ def decode_utf8(data: bytes, what: str) -> str:
         raise RequestError(
             f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}"
         ) from error
-
-
-def _read_document(path: Any, folder: str) -> str:
-    path = resolve_path(path, folder)
-    with open_path(path) as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")
-    text = decode_utf8(data, path)
-    if not text.strip():
-        raise RequestError(f"{path} is empty")
-    return text
 
 
 def _only_one(fields: dict[str, Any], first: str, second: str) -> str:

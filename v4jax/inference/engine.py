@@ -17,11 +17,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from v4jax import log
-from v4jax.errors import ConfigError, RequestError
+from v4jax.errors import ConfigError, NonFiniteError, RequestError
 from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
-from v4jax.inference.sampling import init_sampler, sample
+from v4jax.inference.sampling import are_finite, init_sampler, sample
 from v4jax.inference.steps import Cache, decode, prefill
 from v4jax.parallel.mesh import divisors
 from v4jax.parallel.shard import batch_shards
@@ -97,6 +97,8 @@ class EncodedDocument:
 class Engine:
     """Serves documents and prompts with one model, one request at a time.
 
+    `max_document_bytes` is more than any text has that fits into the context.
+
     Args:
       model: a model that `v4jax.load` returned.
       options: how the engine works.
@@ -134,6 +136,7 @@ class Engine:
         self._parts = batch_shards(model.layout)
         options.check_data(self._parts)
         self.model, self.options, self.tokenizer = model, options, tokenizer
+        self.max_document_bytes = self._limit() * tokenizer.longest_bytes
         self.compile_seconds = 0.0
         self._compiled: set[tuple[int, int, int]] = set()  # (slots, tokens, capacity)
 
@@ -164,6 +167,9 @@ class Engine:
 
         Args:
           on_chunk: is called after each chunk with its number of tokens.
+
+        Raises:
+          NonFiniteError: the model computed NaN or infinity.
         """
         self.prepare(encoded)
         return self._read(encoded.tokens, encoded.capacity, on_chunk)[1]
@@ -183,6 +189,12 @@ class Engine:
           group: indices of the questions, one of `encoded.groups`.
           on_piece: is called with the index of a question and each piece of its answer.
           on_tokens: is called after each step with the number of tokens that it wrote.
+
+        Returns:
+          An answer for each question; `error` says if one had to be given up.
+
+        Raises:
+          NonFiniteError: the model computed NaN or infinity in all questions of the group.
         """
         rests = [encoded.question_tokens[i] for i in group]
         sampling = [encoded.sampling[i] for i in group]
@@ -207,6 +219,7 @@ class Engine:
 
         Raises:
           RequestError: prompt and answer together are longer than the context.
+          NonFiniteError: the model computed NaN or infinity.
         """
         tokens = self.options.frame.encode_prompt(self.tokenizer, prompt.text)
         needed = self._check_length("prompt", [], [tokens], [prompt.sampling])
@@ -218,6 +231,8 @@ class Engine:
         for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
             yield from pieces
             if answer is not None:
+                if answer.error:
+                    raise NonFiniteError(answer.error)
                 yield answer
 
     def prepare(self, encoded: EncodedDocument) -> None:
@@ -270,7 +285,11 @@ class Engine:
         )
         end_tokens, layout = self.model.config.end_token_ids, self.model.layout
         state = init_sampler([], slots)
-        tokens, _, _ = sample(logits_bv, state, end_tokens=end_tokens, layout=layout)
+        choices = self.tokenizer.vocab_size
+        are_finite(logits_bv, layout=layout)
+        tokens, _, _ = sample(
+            logits_bv, state, end_tokens=end_tokens, choices=choices, layout=layout
+        )
         tokens.block_until_ready()
 
     def _write(
@@ -283,7 +302,8 @@ class Engine:
     ) -> Iterator[tuple[int, list[Piece], Answer | None]]:
         mode, end_tokens = self.options.frame.mode, self.model.config.end_token_ids
         readers = [AnswerReader(self.tokenizer, mode, len(rest), end_tokens) for rest in rests]
-        for tokens in decode(self.model, logits_bv, cache, sampling, end_tokens=end_tokens):
+        ends = {"end_tokens": end_tokens, "choices": self.tokenizer.vocab_size}
+        for tokens in decode(self.model, logits_bv, cache, sampling, **ends):
             on_tokens(sum(token is not None for token in tokens))
             for slot, token in enumerate(tokens):
                 if token is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from v4jax.errors import CacheError, RequestError, V4JaxError
+from v4jax.errors import RequestError, V4JaxError
 from v4jax.inference.answer import Answer, Piece
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.request import Question, SamplingOptions
@@ -63,6 +63,7 @@ class LeadingEngine:
     def __init__(self, engine: Engine):
         self._engine, self._told = engine, None
         self.options, self.encode = engine.options, engine.encode
+        self.max_document_bytes = engine.max_document_bytes
 
     @property
     def compile_seconds(self) -> float:
@@ -115,9 +116,10 @@ def _follow(load_engine: Loader) -> Any:
     while (order := share_json(None))["call"] != "end":
         try:
             follower.do(order)
-        except (V4JaxError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:
             # Process 0 has the same error and decides what follows from it.
-            if not (isinstance(error, V4JaxError) or _fails_alone(error)):
+            loads = order["call"] == "load"
+            if not (isinstance(error, V4JaxError) if loads else _fails_alone(error)):
                 raise
     if "error" in order:
         raise V4JaxError(f"process 0: {order['error']}")
@@ -161,9 +163,7 @@ def _call(call: Callable[[], Any]) -> Any:
 
 def _fails_alone(error: Exception) -> bool:
     """Whether an error concerns one request or document and leaves the engine as it was."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" in str(error)
-    return isinstance(error, RequestError | CacheError)
+    return not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _to_document(fields: dict[str, Any]) -> EncodedDocument:

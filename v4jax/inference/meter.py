@@ -34,10 +34,11 @@ class Meter:
         self._encoded_tokens += tokens
         self._tokens_left = tokens
 
-    def skip_document(self, document_bytes: int, questions: int) -> None:
-        """Records that a document failed before it was read."""
+    def give_up(self, document_bytes: int, questions: int) -> None:
+        """Records that a document failed, with what will not be read and not be answered."""
         self._bytes_left -= document_bytes
         self._questions_left -= questions
+        self._tokens_left = 0
 
     def read(self, tokens: int) -> None:
         """Counts tokens of the current document."""

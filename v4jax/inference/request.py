@@ -30,6 +30,14 @@ class SamplingOptions(SamplingConfig):
 
 
 @dataclass(frozen=True)
+class FileIdentity:
+    """What a file held: its size, and half of the SHA-256 of its bytes."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Question:
     """One question to a document: `text`, and how its answer is chosen."""
 
@@ -48,11 +56,13 @@ class Document:
       text: the document; it is read once, and its state serves every question.
       questions: at least one question.
       id: the caller's name for the document, given back with each answer.
+      file: what the file was from which the text was read.
     """
 
     text: str
     questions: tuple[Question, ...]
     id: str | int | None = None
+    file: FileIdentity | None = None
 
     def __post_init__(self):
         _check_text("text", self.text)
@@ -76,8 +86,15 @@ def _check_text(name: str, text: object) -> None:
 
 def _check_number(name: str, value: object, rule: str, holds) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and holds(value)):
+    if not (number and _is_finite(value) and holds(value)):
         raise RequestError(f"{name} must be a number {rule}, got {describe(value)}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits is no float
+        return False
 
 
 def _check_integer(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from v4jax.inference.request import SamplingOptions
 from v4jax.parallel import Layout, replicate
 
+NOT_FINITE = -1  # in place of a token: the logits hold NaN or infinity
 _COLDEST = 1e-6  # smallest temperature; below it sampling is greedy in float32
 
 
@@ -45,12 +46,13 @@ def init_sampler(options: Sequence[SamplingOptions], slots: int) -> SamplerState
     )
 
 
-@functools.partial(jax.jit, static_argnames=("end_tokens", "layout"))
+@functools.partial(jax.jit, static_argnames=("end_tokens", "choices", "layout"))
 def sample(
     logits_bv: Float[Array, "b v"],
     state: SamplerState,
     *,
     end_tokens: tuple[int, ...],
+    choices: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"], SamplerState]:
     """Chooses one token per sequence.
@@ -58,19 +60,31 @@ def sample(
     On a mesh every device has all logits and chooses for all sequences, as a single device would.
     Logits are small, and every host can thereby read the tokens.
 
+    Args:
+      choices: ids from this one on are never chosen. Embeddings are often padded to a round number
+        of rows, and what follows the tokenizer's ids has no text.
+
     Returns:
-      The tokens; which sequences go on after them (no end token, and tokens remaining); the new
-      state. Ignore the values of sequences that had ended before.
+      The tokens, `NOT_FINITE` for logits that are not finite; which sequences go on after them (no
+      end token, and tokens remaining); the new state. Ignore the values of sequences that had ended
+      before.
     """
-    logits_bv, state = replicate((logits_bv, state), layout)
+    logits_bv, state = replicate((logits_bv[:, :choices], state), layout)
     # Sorting a vocabulary costs far more than an argmax, and most jobs are greedy.
     tokens = jax.lax.cond(
         jnp.any((state.temperature > 0) & (state.remaining > 0)), _draw, _greedy, logits_bv, state
     )
-    ended = jnp.isin(tokens, jnp.array(end_tokens, jnp.int32))
+    tokens = jnp.where(jnp.all(jnp.isfinite(logits_bv), axis=-1), tokens, NOT_FINITE)
+    ended = jnp.isin(tokens, jnp.array([*end_tokens, NOT_FINITE], jnp.int32))
     remaining = jnp.where(ended, 0, jnp.maximum(state.remaining - 1, 0))
     state = state._replace(step=state.step + 1, remaining=remaining)
     return replicate((tokens, remaining > 0, state), layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def are_finite(logits_bv: Float[Array, "b v"], *, layout: Layout | None = None) -> Bool[Array, "b"]:
+    """Returns which rows hold finite numbers only; every host can read it."""
+    return replicate(jnp.all(jnp.isfinite(logits_bv), axis=-1), layout)
 
 
 def _greedy(logits_bv: Float[Array, "b v"], state: SamplerState) -> Int[Array, "b"]:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from v4jax.errors import CacheError
+from v4jax.errors import CacheError, NonFiniteError
+from v4jax.inference.answer import explain_not_finite
 from v4jax.inference.request import SamplingOptions
-from v4jax.inference.sampling import init_sampler, sample
+from v4jax.inference.sampling import NOT_FINITE, are_finite, init_sampler, sample
 from v4jax.parallel.global_arrays import values_of
 
 Cache = Any  # what model.init_cache gives
@@ -38,12 +39,17 @@ def prefill(
       on_chunk: is called after each chunk with its number of tokens.
 
     Returns:
-      The logits after the last token of each sequence, and the cache.
+      The logits after the last token of each sequence, and the cache. Logits are NaN where the
+      model computed a number that is not finite anywhere in the sequence.
+
+    Raises:
+      NonFiniteError: that is so in all sequences. Reading ends at the first such chunk.
     """
     slots = cache.lengths.shape[0]
     counts = np.zeros(slots, np.int64)
     counts[: len(sequences)] = [len(sequence) for sequence in sequences]
-    last_bv, model = None, model.flatten()
+    bad = counts == 0
+    last_bv, layout, model = None, model.layout, model.flatten()
     for start in range(0, int(counts.max()), chunk_tokens):
         tokens_bt = np.zeros((slots, chunk_tokens), np.int32)
         lengths = np.clip(counts - start, 0, chunk_tokens).astype(np.int32)
@@ -57,9 +63,13 @@ def prefill(
         last_bv = (
             logits_bv if last_bv is None else jnp.where(lengths[:, None] > 0, logits_bv, last_bv)
         )
-        logits_bv.block_until_ready()  # one chunk at a time bounds memory and makes the times true
+        # One chunk at a time bounds memory and makes the times true.
+        bad |= (lengths > 0) & ~np.asarray(are_finite(logits_bv, layout=layout))
+        if bad.all():
+            end = min(start + chunk_tokens, int(counts.max()))
+            raise NonFiniteError(explain_not_finite(f"in tokens {start + 1:,} to {end:,}"))
         on_chunk(int(lengths.sum()))
-    return last_bv, cache
+    return jnp.where((bad & (counts > 0))[:, None], jnp.nan, last_bv), cache
 
 
 def decode(
@@ -69,6 +79,7 @@ def decode(
     options: Sequence[SamplingOptions],
     *,
     end_tokens: tuple[int, ...],
+    choices: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Writes one token of each sequence a step, until every sequence has ended.
 
@@ -76,9 +87,11 @@ def decode(
       logits_bv: the model's logits after the last token of each slot.
       cache: consumed.
       options: for the first slots; further slots write nothing.
+      choices: as of `sample`: the ids that have text.
 
     Yields:
       One token of each sequence, the end token included; None for a sequence that has ended.
+      `NOT_FINITE` ends a sequence whose logits are not finite, and harms no other.
 
     Raises:
       CacheError: the cache has no room for an answer (whose last token needs no room).
@@ -93,7 +106,9 @@ def decode(
             )
     layout, model = model.layout, model.flatten()
     while any(left):
-        tokens, active, state = sample(logits_bv, state, end_tokens=end_tokens, layout=layout)
+        tokens, active, state = sample(
+            logits_bv, state, end_tokens=end_tokens, choices=choices, layout=layout
+        )
         if max(left) > 1:  # the model never reads the last token of an answer
             lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(
@@ -104,7 +119,7 @@ def decode(
             for token, remaining in zip(np.asarray(tokens), left, strict=False)
         ]
         left = [
-            0 if token is None or token in end_tokens else remaining - 1
+            0 if token in (None, NOT_FINITE, *end_tokens) else remaining - 1
             for token, remaining in zip(chosen, left, strict=True)
         ]
         yield chosen

@@ -1,6 +1,7 @@
 """Attention: low-rank queries, one shared key-value per token, window, entries, sinks."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -65,7 +66,7 @@ class Attention(nnx.Module):
         selected = entries = None
         if self.layer.kind is LayerKind.CSA:
             with jax.named_scope("indexer"):
-                selected, memory = self.indexer(x, latent_btr, context, memory)
+                selected, finite_bt, memory = self.indexer(x, latent_btr, context, memory)
         if self.layer.kind is not LayerKind.WINDOW:
             with jax.named_scope("compressor"):
                 entries, memory = self.compressor(x, memory)
@@ -84,6 +85,9 @@ class Attention(nnx.Module):
                 )
         context.show(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
         output = self.project_output(rotate(attended_bthc, *angles, inverse=True))
+        if self.layer.kind is LayerKind.CSA:
+            # A selection by scores that are no numbers looks like any other: it must show.
+            output = jnp.where(finite_bt[..., None], output, jnp.nan)
         return context.axes.psum(output, "heads"), memory
 
     def project_queries(

@@ -4,6 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from v4jax.cache import LayerMemory
+from v4jax.cache.entries import CompressorRows
 from v4jax.config import Layer, ModelConfig
 from v4jax.kernels import compressor as kernel
 from v4jax.kernels.rotation import rotate
@@ -40,6 +41,16 @@ class Compressor(nnx.Module):
         self, x: Float[Array, "b t d"], memory: LayerMemory
     ) -> tuple[EntryTable, LayerMemory]:
         """Appends the tokens; returns all entries so far and the memory."""
+        entries_bwc, rows, memory = self.pool(x, memory)
+        return memory.append_entries(self.which, entries_bwc, rows)
+
+    def pool(
+        self, x: Float[Array, "b t d"], memory: LayerMemory
+    ) -> tuple[Float[Array, "b w c"], CompressorRows, LayerMemory]:
+        """Returns the entries of the windows that the tokens touch, not rounded to their format.
+
+        Only `rows.completed` of them are entries; the memory does not have them yet.
+        """
         values_btz = matmul_float32(x, self.key_value[...])
         gates_btz = matmul_float32(x, self.gate[...])
         rows, memory = memory.append_rows(self.which, values_btz, gates_btz)
@@ -52,5 +63,4 @@ class Compressor(nnx.Module):
             begin=rows.begin,
         )
         normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
-        entries_bwc = rotate(normed_bwc, *rotation(self.layer.rope, rows.positions))
-        return memory.append_entries(self.which, entries_bwc, rows)
+        return rotate(normed_bwc, *rotation(self.layer.rope, rows.positions)), rows, memory

@@ -23,7 +23,7 @@ from v4jax.model.speculation import Choice, Drafts, Verified
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.model.weights import materialize
 from v4jax.parallel import WEIGHTS, Axes, on_shards
-from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_token
+from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_last
 from v4jax.parallel.shard import look_up, replicate
 
 if TYPE_CHECKING:
@@ -49,10 +49,9 @@ def extend_step(model: "Transformer", tokens, cache: HybridCache, lengths, logit
     start, end = cache.lengths, cache.lengths + lengths
     streams, cache = run_layers(model, tokens, start, end, cache)
     if logits == "last":
-        last_b = jnp.maximum(lengths - 1, 0)
         split = divide_tokens(model.layout, streams.shape[1])
         inputs = (P("batch", "tokens"), P("batch"))
-        streams = on_shards(take_token, model.layout, split, inputs, P("batch"))(streams, last_b)
+        streams = on_shards(take_last, model.layout, split, inputs, P("batch"))(streams, lengths)
         return read_logits(model, streams[:, None])[:, 0], cache
     return read_logits(model, streams), cache
 

@@ -46,7 +46,11 @@ class Router(nnx.Module):
         if self.kind is RouterKind.HASH:
             ids_tk = self.table[...][tokens]
         else:
-            ids_tk = jax.lax.top_k(scores_te + self.bias[...], self.config.num_experts_per_tok)[1]
+            biased_te = scores_te + self.bias[...]
+            ids_tk = jax.lax.top_k(biased_te, self.config.num_experts_per_tok)[1]
+            # A choice among scores that are no numbers looks like any other: it must show.
+            finite_t1 = jnp.all(jnp.isfinite(biased_te), axis=-1, keepdims=True)
+            scores_te = jnp.where(finite_t1, scores_te, jnp.nan)
         chosen_tk = jnp.take_along_axis(scores_te, ids_tk, axis=-1)
         total = chosen_tk.sum(axis=-1, keepdims=True)
         weights_tk = chosen_tk / total * self.config.routed_scaling_factor

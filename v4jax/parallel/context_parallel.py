@@ -106,7 +106,7 @@ def take_owned(axes: Axes, rows: jax.Array, owned: jax.Array) -> jax.Array:
 
     Args:
       rows: [b, s, …]; what is not owned is arbitrary.
-      owned: bool [b, s], true on at most one device of the sequence.
+      owned: bool [b, s], true on one device of the sequence; rows of several are added up.
     """
     owned = owned.reshape(*owned.shape, *(1,) * (rows.ndim - owned.ndim))
     as_bits = rows.dtype.itemsize == 1  # float8 and bytes travel as integers, exactly
@@ -118,14 +118,24 @@ def take_owned(axes: Axes, rows: jax.Array, owned: jax.Array) -> jax.Array:
     return values
 
 
-def take_token(axes: Axes, x: jax.Array, index: Int[Array, "b"]) -> jax.Array:
-    """Returns x[b, index[b]] of [b, t, …] whose tokens are split or whole."""
-    if axes.size("tokens") == 1:
-        return x[jnp.arange(x.shape[0]), index]
-    local = (index - axes.offset("tokens", x.shape[1]))[:, None]
+def take_last(axes: Axes, x: jax.Array, lengths: Int[Array, "b"]) -> jax.Array:
+    """Returns x[b, lengths[b] − 1] of [b, t, …] whose tokens are split or whole.
+
+    It is NaN where any of the sequence's `lengths` first tokens is not finite: what a token did to
+    the caches of those that follow may not show in the last one. Without tokens it is the first.
+    """
+    first, index = axes.offset("tokens", x.shape[1]), jnp.maximum(lengths - 1, 0)
+    real_bt = first + jnp.arange(x.shape[1]) < lengths[:, None]
+    finite_bt = jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim))) | ~real_bt
+    finite_b1 = jnp.all(finite_bt, axis=1, keepdims=True)
+    local = (index - first)[:, None]
     owned = (local >= 0) & (local < x.shape[1])
     rows = x[jnp.arange(x.shape[0])[:, None], jnp.clip(local, 0, x.shape[1] - 1)]
-    return take_owned(axes, rows, owned)[:, 0]
+    rows = jnp.where(finite_b1.reshape(-1, *(1,) * (x.ndim - 1)), rows, jnp.nan)
+    if axes.size("tokens") == 1:
+        return rows[:, 0]
+    # A device with bad tokens takes part in the sum, which is NaN whoever owns the last one.
+    return take_owned(axes, rows, owned | ~finite_b1)[:, 0]
 
 
 def merge_partials(

@@ -65,6 +65,11 @@ class Tokenizer(Vocabulary):
         tokenizer = self._trusted if specials else self._plain
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    @property
+    def longest_bytes(self) -> int:
+        """At least the bytes of the longest token: a letter of the file is a byte, or a control."""
+        return max(len(text.encode()) for text in self._trusted.get_vocab())
+
     def token_bytes(self, token: int) -> bytes:
         if token not in self._bytes:
             self._check_id(token)

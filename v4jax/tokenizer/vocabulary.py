@@ -67,6 +67,11 @@ class Vocabulary:
         """Returns the bytes of one id, which are often part of a character."""
         raise NotImplementedError
 
+    @cached_property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest token, and thereby of a text for each of its tokens."""
+        return max(len(self.token_bytes(token)) for token in range(self.vocab_size))
+
     def decode_bytes(self, tokens: Iterable[int], *, specials: bool = True) -> bytes:
         """Returns the bytes of `tokens`; `specials=False` leaves the control tokens out.
 
