@@ -8,6 +8,7 @@
 # JAX_PLATFORMS says otherwise. Leaves its files in out/demo.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[[ "${1:-}" != --help ]] || show_help
 make_environment
 
 tokens="${1:-65536}"

@@ -11,11 +11,6 @@ V4JAX_FROM="$PWD" # paths in flags are relative to where the command was given
 cd "$V4JAX_ROOT"
 V4JAX_VENV="${V4JAX_VENV:-$V4JAX_ROOT/.venv}"
 
-# Compiled programs are kept beside the environment: the second run of a script starts at once.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$V4JAX_VENV/compiled}"
-# Programs that compile faster than this are not worth a file.
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.5}"
-
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "launch: error: $*"; exit 1; }
 
@@ -24,6 +19,14 @@ show_help() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "
 
 # Runs a command; with DRY_RUN=1 prints it, quoted for a shell.
 run() { if [[ -n "${DRY_RUN:-}" ]]; then printf '%s\n' "${*@Q}"; else "$@"; fi; }
+
+# Tests use JAX without v4jax's command line, which keeps compiled programs by itself: theirs are
+# kept beside the environment, and the second run of the suite is faster.
+keep_programs_of_tests() {
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$V4JAX_VENV/compiled}"
+  # Programs that compile faster than this are not worth a file.
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.5}"
+}
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }

@@ -19,6 +19,7 @@
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
+[[ "${1:---help}" != --help ]] || { awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0"; exit 0; }
 export V4JAX_EXTRAS="${V4JAX_EXTRAS:-cuda}"
 # When one process of a job fails, the others cannot go on.
 srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/launch/run.sh" "$@"

@@ -4,7 +4,9 @@
 #   V4JAX_TEST_WORKERS=4   processes for pytest (default 2; 0 runs in one, for a debugger)
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[[ "${1:-}" != --help ]] || show_help
 make_environment test
+keep_programs_of_tests
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" # the suite simulates its devices
 

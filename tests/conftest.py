@@ -12,6 +12,7 @@ import pathlib
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["V4JAX_COMPILE_CACHE"] = "off"  # nothing is written to the user's folders
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"

@@ -102,6 +102,12 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
     with log.Progress("batch", total=100) as progress:
         progress.update(50, rate=3, seconds_left=9.0, total=200)
         log.info("in between")
+        (task,) = progress._bar.tasks
+        assert task.fields["status"] == "3 tokens/s, under 10 s left"
+        with log.phase("compile", "2 steps", doing="compiling"):
+            assert task.fields["status"] == "compiling", "old figures would look like a stop"
+        progress.update(51, rate=3, seconds_left=9.0)
+        assert task.fields["status"] == "3 tokens/s, under 10 s left"
     assert "in between" in capsys.readouterr().err
 
 

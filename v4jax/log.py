@@ -55,6 +55,7 @@ def speaks() -> bool:
 
 logger = _build_logger()
 _said: set[str] = set()
+_shown: list["Progress"] = []  # that are open now
 
 
 def info(message: str) -> None:
@@ -87,15 +88,18 @@ class Phase:
 
 
 @contextlib.contextmanager
-def phase(name: str, announcement: str = "") -> Iterator[Phase]:
+def phase(name: str, announcement: str = "", *, doing: str = "") -> Iterator[Phase]:
     """Announces a long phase and closes it: `weights: read 46 shards, 148 GiB, 212 s`.
 
     Args:
       name: the first word of both lines.
       announcement: what is about to happen; without it only the closing line is logged.
+      doing: what a progress bar says meanwhile, such as `compiling`.
     """
     if announcement:
         info(f"{name}: {announcement}")
+    for progress in _shown if doing else ():
+        progress.interrupt(doing)
     current, start = Phase(), time.perf_counter()
     yield current
     current.seconds = time.perf_counter() - start
@@ -150,9 +154,11 @@ class Progress:
             self._task = self._bar.add_task(self.name, total=self.total, status="")
             self._bar.start()
             self._next = 0.0
+        _shown.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
+        _shown.remove(self)
         if self._bar is not None:
             self._bar.stop()
 
@@ -197,6 +203,12 @@ class Progress:
             self._next = now + _PLAIN_SECONDS
             percent = 100 * min(done / self.total, 1.0) if self.total else 100.0
             info(f"{self.name}: {percent:.0f} %" + (f", {status}" if status else ""))
+
+    def interrupt(self, status: str) -> None:
+        """Shows what happens in place of progress; the next update replaces it at once."""
+        if self._bar is not None:
+            self._bar.update(self._task, status=status)
+            self._next = 0.0
 
     def _format_rate(self, rate: float | None) -> str:
         if rate is None:

@@ -21,6 +21,7 @@ import shutil
 import sys
 from typing import Any
 
+from v4jax import compile_cache
 from v4jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from v4jax.config.loading import load_model_config
 from v4jax.config.run import CheckpointConfig, LossConfig, OptimizerConfig
@@ -271,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         "first", nargs="?", type=int, choices=numbers, default=1, help="stage to begin at"
     )
     first = parser.parse_args(arguments).first
+    compile_cache.use()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nano gains nothing from an accelerator
     for number in numbers[first - 1 :]:
         if not (_result(number) / "config.json").exists() and not train(number):

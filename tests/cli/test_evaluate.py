@@ -9,6 +9,7 @@ import folder_bucket
 import pytest
 
 from v4jax.cli import main, needle_grid
+from v4jax.errors import NonFiniteError
 
 DEPTHS = 4
 
@@ -38,6 +39,7 @@ class Reader:
     """Answers from the text, but only what stands in its first half."""
 
     options = SimpleNamespace(questions_at_once=2)
+    error = ""
 
     def encode(self, document):
         groups = [range(i, i + 1) for i in range(len(document.questions))]
@@ -51,7 +53,14 @@ class Reader:
         name = encoded.document.questions[group[0]].text.split()[-1].rstrip("?")
         half = state[: len(state) // 2]
         _, _, after = half.partition(f"The code of {name} is ")
-        return [SimpleNamespace(text=after[:5] or "no idea")]
+        return [SimpleNamespace(text=after[:5] or "no idea", error=self.error)]
+
+
+def test_an_answer_given_up_is_no_wrong_answer(texts):
+    reader = Reader()
+    reader.error = "the model computed NaN"
+    with pytest.raises(NonFiniteError, match=r"in a text of 1,024 bytes, the model computed NaN"):
+        needle_grid.ask_texts(reader, texts, DEPTHS, lambda *seen: None, lambda tokens: None)
 
 
 def test_right_answers_are_counted_by_depth(texts, tmp_path):

@@ -35,6 +35,17 @@ def test_decode_of_flash_by_hand():
     assert sum(work.values()) == pytest.approx(140.36e9, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tiny", "v4_flash"])
+def test_reading_is_what_every_token_costs_and_what_grows(name):
+    inventory = inventory_of(name)
+    work = flops.reading_work(inventory)
+    for first, end in ((0, 1), (0, 5000), (4096, 8192), (MILLION - 7, MILLION)):
+        whole = flops.total(flops.count_tokens(inventory, first, end, logits=0))
+        assert sum(work(first, end)) == pytest.approx(whole, rel=1e-12)
+    assert work(0, 4096)[0] == work(MILLION - 4096, MILLION)[0]
+    assert work(0, 4096)[1] < work(MILLION - 4096, MILLION)[1] / 10
+
+
 def test_prefill_of_a_million_tokens_by_hand():
     """87 PFLOP for Flash, 47 of them index scores."""
     work = flops.count_tokens(inventory_of("v4_flash"), 0, MILLION)

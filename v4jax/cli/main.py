@@ -22,6 +22,7 @@ from types import ModuleType
 
 from absl import flags
 
+from v4jax import compile_cache
 from v4jax.cli.flags import define, read
 from v4jax.errors import V4JaxError
 
@@ -127,6 +128,7 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean --{nearest[0]}?" if nearest else f"see v4jax {name} --help"
         raise flags.Error(f"unknown flag --{error.flagname}; {hint}") from error
     hint = getattr(verb, "HINT", f"see v4jax {name} --help")
+    compile_cache.use()
     return verb.run(read(verb.Flags, values, words, hint))
 
 

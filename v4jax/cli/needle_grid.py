@@ -97,7 +97,11 @@ def ask_texts(
     Args:
       on_text: told after each text its (name, code, answer)s.
       on_tokens: told after each chunk how many tokens were read.
+
+    Raises:
+      NonFiniteError: the model computed NaN or infinity, which is no wrong answer.
     """
+    from v4jax.errors import NonFiniteError
     from v4jax.inference import Document, Question, SamplingOptions
     from v4jax.training.data import needles
 
@@ -108,10 +112,16 @@ def ask_texts(
     for text in texts:
         questions = tuple(Question(needles.ask(name), sampling) for name, _, _ in text.asked)
         encoded = engine.encode(Document(text.text, questions))
-        state = engine.read(encoded, on_chunk=on_tokens)
         given = []
-        for group in encoded.groups(engine.options):
-            given += engine.answer(encoded, state, group)
+        try:
+            state = engine.read(encoded, on_chunk=on_tokens)
+            for group in encoded.groups(engine.options):
+                given += engine.answer(encoded, state, group)
+            for answer in given:
+                if answer.error:
+                    raise NonFiniteError(answer.error)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"in a text of {text.length:,} bytes, {error}") from error
         answers = []
         for (name, code, depth), answer in zip(text.asked, given, strict=True):
             cell = cells[text.length, depth]

@@ -5,6 +5,8 @@ query sees. A multiplication and its addition are two operations.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.costs.inventory import DRAFT, Inventory, count_layers
@@ -50,6 +52,17 @@ def count_tokens(
         *_attention(inventory.config, first, end),
         *_stream_mixing(inventory.config, tokens),
     ]
+
+
+def reading_work(inventory: Inventory) -> Callable[[int, int], tuple[float, float]]:
+    """Returns a function that gives the operations of reading tokens `first` to before `end`.
+
+    They are two numbers: the work that every token has, and the work that depends on how much the
+    tokens see. Cheap enough to be asked at every step.
+    """
+    every = total(_weight_products(inventory, 1, 0, False) + _stream_mixing(inventory.config, 1))
+    attention = functools.partial(_attention, inventory.config)
+    return lambda first, end: (every * (end - first), total(attention(first, end)))
 
 
 def count_training(inventory: Inventory, tokens: int, *, remat: bool) -> list[Work]:

@@ -118,11 +118,11 @@ def _count_answers(answers: AnswerLog) -> int:
 
 @dataclass
 class _Work:
-    """The number of documents, questions and bytes that are left."""
+    """The number of documents and questions that are left, and the bytes of each document."""
 
     documents: int = 0
     questions: int = 0
-    document_bytes: int = 0
+    document_bytes: list[int] = field(default_factory=list)
 
 
 def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
@@ -148,7 +148,7 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
         if not answers.has_failed(line.number) and (left or not questions):
             work.documents += 1
             work.questions += left
-            work.document_bytes += size_bytes
+            work.document_bytes.append(size_bytes)
     if digests:
         part = f" in shard {job.shard}" if job.shard.count > 1 else ""
         raise RequestError(
@@ -234,6 +234,7 @@ class _Run:
         self.engine, self.meter = engine, meter
         self.progress = log.Progress("batch", total=meter.total)
         self.turn = 0  # documents begun
+        meter.work = engine.reading_work
 
     def run(self) -> None:
         """Works through the input."""
@@ -262,7 +263,7 @@ class _Run:
                 if _ends_the_job(error):
                     raise
                 begun = turn.tokens is not None
-                self.meter.give_up(0 if begun else size_bytes, turn.questions_left)
+                self.meter.give_up(None if begun else size_bytes, turn.questions_left)
                 self._fail(turn, error)
                 return
             if records is None:

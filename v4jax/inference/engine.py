@@ -10,6 +10,7 @@ Each new shape is compiled. There are therefore few: one size of chunks for read
 for questions, one token for writing, and cache capacities that are powers of two.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from v4jax import log
+from v4jax.costs.flops import reading_work
 from v4jax.errors import ConfigError, NonFiniteError, RequestError
 from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import are_finite, init_sampler, sample
 from v4jax.inference.steps import Cache, decode, prefill
+from v4jax.model.inventory import take_inventory
 from v4jax.parallel.mesh import divisors
 from v4jax.parallel.shard import batch_shards
 from v4jax.shapes import round_up
@@ -235,6 +238,20 @@ class Engine:
                     raise NonFiniteError(answer.error)
                 yield answer
 
+    def reading_work(self, first: int, end: int) -> tuple[float, float]:
+        """Returns the operations of reading a document's tokens `first` to before `end`.
+
+        They are the work that every token has, padding of the last chunk included, and the work
+        that depends on how much the tokens see.
+        """
+        tokens = round_up(end - first, self._chunk(end - first, self._limit()))
+        every, _ = self._work(0, tokens)
+        return every, self._work(first, end)[1]
+
+    @functools.cached_property
+    def _work(self) -> Callable[[int, int], tuple[float, float]]:
+        return reading_work(take_inventory(self.model.config))
+
     def prepare(self, encoded: EncodedDocument) -> None:
         """Compiles the programs that the document needs and that are not compiled yet.
 
@@ -269,7 +286,7 @@ class Engine:
         if not shapes:
             return
         title = f"{len(shapes)} steps for caches of {max(shapes)[2]:,} tokens"
-        with log.phase("compile", title) as phase:
+        with log.phase("compile", title, doing="compiling") as phase:
             phase.note(title)
             for shape in sorted(shapes):
                 self._step(*shape)

@@ -64,6 +64,7 @@ class LeadingEngine:
         self._engine, self._told = engine, None
         self.options, self.encode = engine.options, engine.encode
         self.max_document_bytes = engine.max_document_bytes
+        self.reading_work = engine.reading_work
 
     @property
     def compile_seconds(self) -> float:

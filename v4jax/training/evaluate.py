@@ -5,12 +5,14 @@ of this attention that goes to the indexer's `index_topk` best entries.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax import log
 from v4jax.model import Transformer
 from v4jax.parallel import Layout
 from v4jax.training.batch import Batch, put_batch
@@ -65,16 +67,26 @@ def score_batch(model: Transformer, batch: Batch):
 def evaluate_text(
     score: Callable, state: TrainState, batches: Iterable[Batch], layout: Layout | None = None
 ) -> dict:
-    """Returns `TextScore.report` of host batches.
+    """Returns `TextScore.report` of host batches; warns of batches that are not finite.
+
+    They leave the means NaN: a mean of the others would be that of another text.
 
     Args:
       score: `score_batch`, compiled by `compile_forward`.
     """
-    total = TextScore()
+    total, bad = TextScore(), []
     for batch in batches:
         sums, compared = score(state, put_batch(batch, layout))
         total.loss += np.asarray(sums[0], np.float64)
         total.weight += np.asarray(sums[1], np.float64)
         total.recall += float(compared.get("recall", 0.0))
         total.batches += 1
+        if not (np.isfinite(sums).all() and math.isfinite(compared.get("recall", 0.0))):
+            bad.append(total.batches)
+    if bad:
+        log.warning(
+            f"evaluation: the model computed NaN or infinity in {len(bad)} of {total.batches} "
+            f"batches of held-out text, first in number {bad[0]}; the result is no number. Look "
+            "at the text of that batch, or compare with numerics float32"
+        )
     return total.report()
