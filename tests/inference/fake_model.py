@@ -88,6 +88,10 @@ class FakeModel:
         """Returns the model for loops over `extend`; see the contract."""
         return self
 
+    def count_reading(self):
+        """Returns the operations of reading: one for each token."""
+        return lambda first, end: (float(end - first), 0.0)
+
     def extend(self, tokens, cache, lengths=None, logits="all", *, donate=False, trusted=False):
         """Appends tokens; see the contract."""
         assert logits in ("all", "last")
@@ -131,9 +135,7 @@ def _logits(hashes, vocab_size):
 def make_engine(model: FakeModel | None = None, **options) -> Engine:
     """Returns an engine with small chunks, so that short texts need several."""
     sizes = {"chunk_tokens": 64, "short_tokens": 16, "questions_at_once": 2}
-    engine = Engine(model or FakeModel(), EngineOptions(**(sizes | options)), ByteTokenizer())
-    engine.reading_work = lambda first, end: (float(end - first), 0.0)  # it has no weights
-    return engine
+    return Engine(model or FakeModel(), EngineOptions(**(sizes | options)), ByteTokenizer())
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:

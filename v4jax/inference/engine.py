@@ -18,14 +18,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from v4jax import log
-from v4jax.costs.flops import reading_work
 from v4jax.errors import ConfigError, NonFiniteError, RequestError
 from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import are_finite, init_sampler, sample
 from v4jax.inference.steps import Cache, decode, prefill
-from v4jax.model.inventory import take_inventory
 from v4jax.parallel.mesh import divisors
 from v4jax.parallel.shard import batch_shards
 from v4jax.shapes import round_up
@@ -250,7 +248,7 @@ class Engine:
 
     @functools.cached_property
     def _work(self) -> Callable[[int, int], tuple[float, float]]:
-        return reading_work(take_inventory(self.model.config))
+        return self.model.count_reading()
 
     def prepare(self, encoded: EncodedDocument) -> None:
         """Compiles the programs that the document needs and that are not compiled yet.

@@ -1,5 +1,6 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from v4jax.cache import HybridCache, init_cache
 from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
+from v4jax.costs.flops import reading_work
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.model import passes
 from v4jax.model.draft import Drafter
@@ -237,6 +239,12 @@ class Transformer(nnx.Module):
         ...     logits, cache = extend(tokens, cache, logits="last", donate=True)
         """
         return FlatTransformer(self)
+
+    def count_reading(self) -> Callable[[int, int], tuple[float, float]]:
+        """Returns (first, end) → operations of reading tokens; see `costs.flops.reading_work`."""
+        from v4jax.model.inventory import take_inventory  # which is made of abstract models
+
+        return reading_work(take_inventory(self.config))
 
     def _check_tokens(self, tokens, trusted: bool = False) -> Array:
         tokens = as_integers("tokens", tokens)
