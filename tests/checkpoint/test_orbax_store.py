@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from v4jax.checkpoint.leaves import name_leaves
-from v4jax.checkpoint.orbax_store import Store
+from v4jax.checkpoint.orbax_store import DamagedError, Store
 from v4jax.config.loading import load_model_config
 from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
 from v4jax.parallel import make_mesh
@@ -232,14 +233,93 @@ def test_a_store_opened_right_after_a_failed_save(tmp_path, no_room):
             assert store.steps() == [3, 6]
 
 
-def test_damaged_file(tmp_path):
-    with Store(tmp_path) as store:
-        store.save(1, {"x": jnp.arange(1000)})
-        store.wait()
-        for file in (tmp_path / "1" / "state").rglob("d/*"):
-            file.write_bytes(b"")
-        with pytest.raises(CheckpointError, match=f"^{tmp_path} cannot be read at step 1: "):
-            store.restore(1, {"x": jnp.arange(1000)})
+def remove(file: pathlib.Path) -> None:
+    """Removes a file."""
+    file.unlink()
+
+
+def cut(file: pathlib.Path) -> None:
+    """Leaves the first half of a file."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def spoil(file: pathlib.Path) -> None:
+    """Puts 64 other bytes into the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :][:64] = os.urandom(64)
+    data[: len(data) // 4] = bytes(len(data) // 4)
+    file.write_bytes(data)
+
+
+# {what is damaged: (files of step 2, how)}
+DAMAGES = {
+    f"{file} {how.__name__}": (file, how)
+    for file in ("extra/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/d/*")
+    for how in (remove, cut, spoil)
+} | {
+    "arrays removed": ("state/ocdbt.process_0/d/*", remove),
+    "arrays cut": ("state/ocdbt.process_0/d/*", cut),
+    "sharding cut": ("state/_sharding", cut),
+}
+
+
+def noise(step: int) -> dict:
+    """Returns a state that does not shrink when it is compressed."""
+    draw = np.random.RandomState(step)
+    return {name: jnp.asarray(draw.standard_normal(2000), jnp.float32) for name in "abc"}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    with Store(folder) as store:
+        for step in (1, 2):
+            store.save(step, noise(step), {"step": step})
+    return folder
+
+
+@pytest.mark.parametrize("pattern, damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_newest_checkpoint(tmp_path, capfd, caplog, two_steps, pattern, damage):
+    """The newest whole one is taken, and one line names both; the damaged one is saved anew."""
+    folder, like = tmp_path / "run", noise(0)
+    shutil.copytree(two_steps, folder)
+    files = list((folder / "2").glob(pattern))
+    assert files
+    for file in files:
+        damage(file)
+    with Store(folder) as store:
+        with pytest.raises(DamagedError, match=f"^{folder} cannot be read at step 2: ") as error:
+            store.restore(2, like)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+        found, extra = store.restore(None, like)
+        assert_same(found, noise(1))
+        assert extra == {"step": 1} and store.latest() == 1
+        said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert any("step 2 is damaged: " in text for text in said), said
+        assert any("going on from step 1, the newest whole one" in text for text in said), said
+        assert store.save(2, noise(2), {"step": 2})
+        assert_same(store.restore(None, like)[0], noise(2))
+    output = capfd.readouterr()
+    assert "Traceback" not in output.err and "Event loop" not in output.err
+    assert len(output.err) < 10_000
+
+
+def test_no_whole_checkpoint(tmp_path, two_steps):
+    folder = tmp_path / "run"
+    shutil.copytree(two_steps, folder)
+    for step in "12":
+        (folder / step / "state" / "_METADATA").unlink()
+    with Store(folder) as store:
+        with pytest.raises(CheckpointError, match=r"no whole checkpoint: .*\(steps 1, 2\)$"):
+            store.restore(None, noise(0))
+        assert store.latest() is None
+
+
+def test_a_state_that_does_not_fit_is_no_damage(two_steps):
+    with Store(two_steps, read_only=True) as store:
+        with pytest.raises(CheckpointError, match="y is here but not in the checkpoint"):
+            store.restore(None, {"y": jnp.zeros(3)})
+        assert store.latest() == 2
 
 
 @pytest.mark.slow

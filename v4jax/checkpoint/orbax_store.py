@@ -16,6 +16,10 @@ they were and nothing that looks like one. (Not a power loss: nothing is forced 
     store.close()
 
 A store belongs to one job, all of whose processes make every call. Others open it `read_only`.
+
+A checkpoint whose files are missing, cut or unreadable is damaged: whoever asks for the newest gets
+the newest that is whole, and a warning that names both. (What bytes inside an array's file say is
+not checked: Orbax keeps no sums of them.)
 """
 
 import contextlib
@@ -24,23 +28,55 @@ import json
 import logging
 import os
 import re
+import sys
+import threading
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from v4jax import log
 from v4jax.checkpoint.leaves import as_wanted, check_leaves, name_leaves, sharding_of
 from v4jax.config import ModelConfig
 from v4jax.errors import CheckpointError, ConfigError, UnsupportedError
 from v4jax.files import Path, PathLike, check_writable, is_remote, to_path
+from v4jax.parallel.agreement import on_all
+
+Result = TypeVar("Result")
 
 # Orbax logs the traceback of every thread that fails; the error raised here says the same once.
 logging.getLogger("absl").addFilter(
     lambda record: record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 )
+
+
+def _silence_echoes() -> None:
+    """Leaves out what Orbax's other reads say once one of them has failed, megabytes of it.
+
+    They end in threads of the driver, which find the event loop closed, and as coroutines that
+    nobody awaits any more. The error raised here says the same once.
+    """
+    before = sys.unraisablehook
+
+    def report(found):
+        closed = isinstance(found.exc_value, RuntimeError) and "loop is closed" in str(
+            found.exc_value
+        )
+        read = getattr(found.object, "__qualname__", "").startswith("_read_")
+        if not ((closed and threading.current_thread() is not threading.main_thread()) or read):
+            before(found)
+
+    sys.unraisablehook = report
+
+
+_silence_echoes()
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is there, but a file of it is missing, cut or unreadable."""
 
 
 class Store:
@@ -82,6 +118,7 @@ class Store:
         self.every, self.keep, self.read_only = every, keep, read_only
         self._model = None if model is None else _as_json(dataclasses.asdict(model))
         self._pending: int | None = None
+        self._damaged: set[int] = set()  # found so by this store
         if not read_only:
             _check_writable(self.folder)
         elif not self.folder.is_dir():
@@ -125,6 +162,9 @@ class Store:
         extra = _as_json({"model": self._model, "extra": extra or {}})
         self._pending = step
         with self._writing(step):
+            if step in self._damaged:
+                self._manager.delete(step)
+                self._damaged.discard(step)
             items = {"state": ocp.args.PyTreeSave(arrays), "extra": ocp.args.JsonSave(extra)}
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         size = sum(leaf.nbytes for leaf in arrays.values())
@@ -154,9 +194,12 @@ class Store:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps of the complete checkpoints, ascending; waits for the last save."""
+        """Returns the steps of the complete checkpoints, ascending; waits for the last save.
+
+        Those that were found damaged are left out.
+        """
         self.wait()
-        return sorted(self._manager.all_steps(read=self.read_only))
+        return sorted(set(self._manager.all_steps(read=self.read_only)) - self._damaged)
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
@@ -166,21 +209,27 @@ class Store:
         """Returns the state and the extra of a checkpoint, bit for bit what was saved.
 
         Args:
-          step: of the checkpoint; None: the newest.
+          step: of the checkpoint; None: the newest that is whole.
           like: a pytree of the state's structure, of arrays or `jax.ShapeDtypeStruct`s, whose
             shardings say where the arrays go: on any mesh, whatever they were saved from. Every
             process reads the shares of its own devices.
 
         Raises:
           CheckpointError: the step is not there, the model is another, a leaf is absent from either
-            side or has another shape or dtype, or a file is damaged.
+            side or has another shape or dtype, or a file is damaged (with None: in all of them).
         """
-        step = self._find(step)
-        extra = self.read_extra(step)
+        return self._newest(lambda found: self._restore(found, like), step)
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict]:
+        extra = self._read_extra(step)
         wanted = name_leaves(like)
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         with self._reading(f"read at step {step}"):
-            check_leaves(stored, self._manager.item_metadata(step)["state"].tree)
+            on_all(lambda: self._check_files(step), as_error=DamagedError)
+            metadata = self._manager.item_metadata(step)["state"]
+            if metadata is None:
+                raise FileNotFoundError("its state has no _METADATA")
+            check_leaves(stored, metadata.tree)
             places = {name: sharding_of(leaf) for name, leaf in stored.items()}
             targets = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
@@ -193,18 +242,62 @@ class Store:
         leaves = [as_wanted(leaf, found.get(name)) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
 
+    def _check_files(self, step: int) -> None:
+        """Raises unless every stored array ends where it should, from the last byte of each.
+
+        Orbax would find out as well, in the middle of reading, and leave threads behind that write
+        thousands of lines. An object of a bucket is whole or absent; there Orbax has to find out.
+
+        Raises:
+          DamagedError: a file is missing or cut, or what says where the arrays lie is unreadable.
+        """
+        if is_remote(self.folder):
+            return
+        place = {"driver": "file", "path": f"{self.folder / str(step) / 'state'}/"}
+        with self._reading(f"read at step {step}"):
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+            found = [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]
+            for read in found:
+                read.result()
+
     def read_extra(self, step: int | None = None) -> dict:
-        """Returns the extra of a checkpoint alone; None: of the newest.
+        """Returns the extra of a checkpoint alone; None: of the newest where it is whole.
 
         Raises:
           CheckpointError: as `restore`.
         """
-        step = self._find(step)
+        return self._newest(self._read_extra, step)
+
+    def _read_extra(self, step: int) -> dict:
         with self._reading(f"read at step {step}"):
             arguments = ocp.args.Composite(extra=ocp.args.JsonRestore())
             content = self._manager.restore(step, args=arguments)["extra"]
-            self._check_model(content["model"])
-        return content["extra"]
+            model, extra = content["model"], content["extra"]
+        self._check_model(model)
+        return extra
+
+    def _newest(self, read: Callable[[int], Result], step: int | None) -> Result:
+        """Returns read(step); None: of the newest checkpoint that is whole, and says so."""
+        last = self._find(step)
+        if step is not None:
+            return read(step)
+        for found in reversed(self.steps()):
+            try:
+                result = read(found)
+            except DamagedError as error:
+                log.warning(f"checkpoint: step {found} is damaged: {error}")
+                self._damaged.add(found)
+                continue
+            if found != last:
+                log.warning(
+                    f"checkpoint: going on from step {found}, the newest whole one in "
+                    f"{self.folder}; step {last} is left as it is until it is saved again"
+                )
+            return result
+        raise DamagedError(
+            f"{self.folder} holds no whole checkpoint: all are damaged "
+            f"({_steps(sorted(self._damaged))})"
+        )
 
     def _open(self, *, cleans: bool) -> ocp.CheckpointManager:
         registry = ocp.handlers.create_default_handler_registry(
@@ -219,7 +312,7 @@ class Store:
         return ocp.CheckpointManager(str(self.folder), options=options, handler_registry=registry)
 
     def _find(self, step: int | None) -> int:
-        steps = self.steps()
+        steps = sorted({*self.steps(), *self._damaged})
         if not steps:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
         if step is not None and step not in steps:
@@ -245,8 +338,10 @@ class Store:
             yield
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder} cannot be {done}: {_reason(error)}") from error
+        except Exception as error:  # Orbax and its driver agree on no type
+            denied = isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error)
+            kind = CheckpointError if denied else DamagedError
+            raise kind(f"{self.folder} cannot be {done}: {_reason(error)}") from error
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -318,9 +413,12 @@ def _steps(steps: list[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
 
 
-def _reason(error: Exception) -> str:
-    """Returns what the operating system said, which tensorstore wraps in several lines."""
+def _reason(error: BaseException) -> str:
+    """Returns in one line what went wrong first, which tensorstore and Orbax wrap in several."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+    text = (str(error).splitlines() or [repr(error)])[0]
+    return getattr(error, "strerror", None) or re.split(r" \[(?:tensorstore|source)", text)[0]

@@ -334,12 +334,11 @@ class Trainer:
             self.store.save(step, self.state, {"data": position}, force=force)
 
     def _resume(self) -> None:
-        newest = self.store.latest()
-        if newest is None:
+        if self.store.latest() is None:
             return
-        self.state, extra = self.store.restore(newest, self.state)
+        self.state, extra = self.store.restore(None, self.state)
         self.loader.restore(extra["data"])
-        log.info(f"train: resumes at step {newest} of {self.config.steps}")
+        log.info(f"train: resumes at step {self.step} of {self.config.steps}")
 
 
 def load_model(config: TrainConfig) -> Transformer:
