@@ -25,7 +25,7 @@ from v4jax.costs import flops
 from v4jax.model import take_inventory
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
-from v4jax.training.optimizer import build_optimizer
+from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.state import init_state
 from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
@@ -52,9 +52,11 @@ def measure(length: int, rows: int, steps: int) -> str:
     config = TrainConfig("nano", "none", data, steps=1000, numerics="float32")
     model = v4jax.load("nano", config.numerics, weight_layout="train")
     frozen, weights, biases = split_trained(model, config)
-    optimizer = build_optimizer(config.optimizer, model.config, config.steps)
+    optimizer = build_optimizer(config.optimizer, model.config)
     state = init_state(frozen, weights, biases, optimizer)
-    step = jax.jit(build_step(config.loss, optimizer, Mode(config.remat), 1.0), donate_argnums=1)
+    rate = build_schedule(config.optimizer, config.steps)
+    step = build_step(config.loss, optimizer, rate, Mode(config.remat), 1.0)
+    step = jax.jit(step, donate_argnums=1)
     tokens = np.random.default_rng(0).integers(0, 256, (1, rows, length), np.int32)
     weights = np.broadcast_to(np.arange(length) > 0, tokens.shape).astype(np.float32)
     batch = jax.tree.map(jnp.asarray, Batch(tokens, weights, np.zeros_like(tokens)))

@@ -58,7 +58,7 @@ def train(model, length, dense=False):
     state = jax.eval_shape(lambda w, b: init_state(frozen, w, b, optimizer), weights, biases)
     rows = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
     batches = Batch(rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows)
-    step = build_step(LossConfig(), optimizer, Mode(dense=dense, distill=True), 1.0)
+    step = build_step(LossConfig(), optimizer, lambda _: 1.0, Mode(dense=dense, distill=True), 1.0)
     return jax.make_jaxpr(step)(frozen, state, batches)
 
 

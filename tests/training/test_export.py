@@ -28,6 +28,7 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.model = "{folder}/base"
     config.output = "{folder}/elsewhere"
+    config.steps = 10
     config.numerics = "float32"
     config.lora = dict(rank=2, alpha=4.0, targets=("attention.query_up", "moe.experts"))
     config.optimizer = dict(kind="adamw", warmup_steps=0)
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     (folder / "run.py").write_text(RUN.format(folder=folder))
     config = load_run(TrainConfig, folder / "run.py", {"output": str(folder / "out")})
     frozen, weights, biases = split_trained(read_model(config.model, "float32"), config)
-    optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
+    optimizer = build_optimizer(config.optimizer, frozen.config)
     state = init_state(frozen, weights, biases, optimizer)
     with Store(folder / "out" / "checkpoints", model=frozen.config) as store:
         store.save(2, state)

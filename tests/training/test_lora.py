@@ -200,7 +200,9 @@ def test_a_step_moves_what_is_trained():
     optimizer = optax.sgd(1.0)
     state = init_state(frozen, weights, biases, optimizer)
     batch = Batch(jnp.asarray(IDS)[None], jnp.ones((1, *IDS.shape)), None)
-    step = jax.jit(build_step(LossConfig(mtp_weight=0.0), optimizer, Mode(), clip_norm=1.0))
+    step = jax.jit(
+        build_step(LossConfig(mtp_weight=0.0), optimizer, lambda _: 1.0, Mode(), clip_norm=1.0)
+    )
     after, metrics = step(frozen, state, batch)
     assert state.biases == {} and np.isfinite(metrics["grad_norm"])
     suffixes = {name.rsplit(".", 1)[-1] for name in state.weights}

@@ -20,7 +20,7 @@ from v4jax.model.weights import read_weights
 from v4jax.parallel import make_mesh
 from v4jax.training.batch import Batch, put_batch
 from v4jax.training.forward import Mode
-from v4jax.training.optimizer import adam_epsilon, build_optimizer, orthogonalize
+from v4jax.training.optimizer import adam_epsilon, build_optimizer, build_schedule, orthogonalize
 from v4jax.training.state import init_state, split_model
 from v4jax.training.step import build_step
 
@@ -55,10 +55,11 @@ def batches():
 def run(config, sizes):
     """Returns the state before and after a step, its metrics, and its text after compilation."""
     made = on_mesh(make_model(config), "train", **sizes) if sizes else make_model(config)
-    optimizer = build_optimizer(OPTIMIZER, config, 10)
+    optimizer = build_optimizer(OPTIMIZER, config)
+    rate = build_schedule(OPTIMIZER, 10)
     frozen, weights, biases = split_model(made, read_weights(made))
     state = init_state(frozen, weights, biases, optimizer)
-    step = jax.jit(build_step(LossConfig(), optimizer, Mode(remat="none", distill=True), 1.0))
+    step = jax.jit(build_step(LossConfig(), optimizer, rate, Mode(remat="none", distill=True), 1.0))
     batch = put_batch(batches(), made.layout)
     compiled = step.lower(frozen, state, batch).compile()
     after, metrics = compiled(frozen, state, batch)

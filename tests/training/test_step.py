@@ -41,7 +41,8 @@ def begin():
 
 
 # One program per number of batches; layers are computed again, and one of their outputs is kept.
-compiled = jax.jit(build_step(LOSS, KEEP_GRADIENTS, Mode(keep=("attention_output",)), CLIP))
+MODE = Mode(keep=("attention_output",))
+compiled = jax.jit(build_step(LOSS, KEEP_GRADIENTS, lambda step: 0.5**step, MODE, CLIP))
 
 
 @functools.cache
@@ -121,6 +122,7 @@ def test_what_is_not_finite_changes_nothing(case):
         jax.tree.map(np.testing.assert_array_equal, same, last)
     state, metrics = step(batch((1, 2)), dataclasses.replace(state, weights=before.weights))
     assert metrics["finite"] and (state.step, state.skipped) == (3, 0)
+    assert metrics["rate"] == 0.25  # of the third step, skipped ones counted
 
 
 def test_biases_move_toward_an_even_load():

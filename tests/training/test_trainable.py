@@ -54,7 +54,7 @@ def test_what_is_trained(case):
     model_config, changes, untrained = case
     model, config = abstract(model_config), config_of(**changes)
     frozen, weights, biases = split_trained(model, config)
-    optimizer = build_optimizer(config.optimizer, model_config, config.steps)
+    optimizer = build_optimizer(config.optimizer, model_config)
     state = abstract_state(frozen, weights, biases, optimizer)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     left = {name for name in read_weights(model) if name not in weights}

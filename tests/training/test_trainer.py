@@ -145,6 +145,10 @@ def test_step_that_is_not_finite_is_skipped(capfd):
     trainer.close()
     assert [line["finite"] for line in lines_of("run")] == [True, False, True, False]
     assert int(trainer.state.skipped) == 1 and trainer.step == 4
+    # The rates that were applied: their clock goes on while steps are skipped.
+    assert [line["rate"] for line in lines_of("run")] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    counts = [leaf for leaf in jax.tree.leaves(trainer.state.optimizer) if leaf.ndim == 0]
+    assert [int(count) for count in counts] == [2]  # updates of the moments, and no other clock
     leaves = jax.tree.leaves((trainer.state.weights, trainer.state.optimizer))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     said = capfd.readouterr().err
@@ -192,7 +196,10 @@ def test_a_run_of_epochs(capfd):
     assert "data: 5 documents, " in said
     # All conversations are equal: a mean over padding as well would halve the last loss.
     losses = [line["loss"] for line in lines_of("run")]
-    alone = run(of_epochs(1, {"optimizer.accumulate": 2, "steps": None, "output": "alone"}))
+    still = {"optimizer.warmup_steps": 0}
+    alone = run(
+        of_epochs(1, {"optimizer.accumulate": 2, "steps": None, "output": "alone", **still})
+    )
     assert alone.step == 1 and lines_of("alone")[0]["loss"] == pytest.approx(losses[0], rel=1e-6)
     assert lines_of("alone")[0]["grad_norm"] == pytest.approx(lines_of("run")[0]["grad_norm"], 1e-5)
     assert run(of_epochs(5, {"optimizer.accumulate": 2, "steps": None})).step == 3  # is finished

@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for the rest, as an optax transformation.
+"""The optimizer: Muon for matrices, AdamW for the rest, as an optax transformation; and its rate.
 
 AdamW trains embedding, head, norms, sinks, the static parts of the hyper-connections (`base`,
 `scale`) and the compressor's `position_bias`, which is added and multiplies nothing. Muon trains
@@ -39,11 +39,12 @@ def uses_muon(name: str) -> bool:
     return parts[-1] not in _ADAMW and not (len(parts) > 1 and parts[-2].endswith("norm"))
 
 
-def build_optimizer(
-    config: OptimizerConfig, model: ModelConfig, steps: int
-) -> optax.GradientTransformation:
-    """Returns the transformation from gradients, by name of their weight, to updates."""
-    rate = build_schedule(config, steps)
+def build_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    """Returns the transformation from gradients, by name of their weight, to updates at rate 1.
+
+    A step multiplies them by its rate (`build_schedule`). The optimizer itself counts updates for
+    the bias of AdamW's moments alone.
+    """
 
     def decays(weights: Weights) -> dict[str, bool]:
         return {name: not any(part in name for part in config.undecayed) for name in weights}
@@ -51,7 +52,7 @@ def build_optimizer(
     def finish(scale: float) -> tuple[optax.GradientTransformation, ...]:
         return (
             optax.add_decayed_weights(config.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(lambda step: scale * rate(step)),
+            optax.scale(-scale),
         )
 
     moments = jnp.dtype(config.moments)
@@ -87,7 +88,7 @@ def adam_epsilon(config: OptimizerConfig) -> float:
 
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear rise, plateau, cosine fall (spec G.3)."""
+    """Returns the learning rate by `TrainState.step`: linear rise, plateau, cosine fall (G.3)."""
     rising, falling = config.spans(steps)
     rise = optax.linear_schedule(0.0, config.rate, rising)
     if not falling:

@@ -18,7 +18,7 @@ from v4jax.parallel.program import Program, with_shardings
 from v4jax.parallel.weight_sharding import annotate_shardings
 from v4jax.training.batch import Batch, batch_sharding
 from v4jax.training.forward import Mode
-from v4jax.training.optimizer import build_optimizer
+from v4jax.training.optimizer import build_optimizer, build_schedule
 from v4jax.training.state import Frozen, TrainState, abstract_state
 from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
@@ -56,7 +56,7 @@ def abstract_arguments(
     frozen, weights, biases = split_trained(abstract, config)
     shardings = {k: v for k, v in frozen.shardings().items() if k in frozen.arrays}
     frozen = dataclasses.replace(frozen, arrays=with_shardings(frozen.arrays, shardings))
-    optimizer = build_optimizer(config.optimizer, model, config.steps)
+    optimizer = build_optimizer(config.optimizer, model)
     state = abstract_state(frozen, weights, biases, optimizer)
     return Arguments(frozen, state, abstract_batches(config, layout))
 
@@ -66,9 +66,10 @@ def abstract_program(
 ) -> Program:
     """Returns the step that most steps of a run are, with `abstract_arguments` in their order."""
     arguments = abstract_arguments(config, model, layout, storage)
-    optimizer = build_optimizer(config.optimizer, model, config.steps)
+    optimizer = build_optimizer(config.optimizer, model)
     mode = Mode(config.remat, config.keep, config.offload, distill=config.indexer == "distill")
-    step = build_step(config.loss, optimizer, mode, config.optimizer.clip_norm)
+    rate, clip_norm = build_schedule(config.optimizer, config.steps), config.optimizer.clip_norm
+    step = build_step(config.loss, optimizer, rate, mode, clip_norm)
     frozen, state, batches = arguments.frozen, arguments.state, arguments.batches
     return jax.jit(step, donate_argnums=1), (frozen, state, batches)
 

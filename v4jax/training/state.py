@@ -76,8 +76,9 @@ class Frozen:
 class TrainState:
     """What a step changes, and a checkpoint keeps.
 
-    step: updates done or skipped. weights: trained arrays by name, float32. biases: of the routers
-    that choose by score. optimizer: optax's state. skipped: steps in a row that were skipped.
+    step: updates done or skipped, the position in the schedule of the rate. weights: trained arrays
+    by name, float32. biases: of the routers that choose by score. optimizer: optax's state.
+    skipped: steps in a row that were skipped.
     """
 
     step: Int[Array, ""]

@@ -2,7 +2,7 @@
 
 frozen, weights, biases = split_trained(model, config)         # `trainable.py`
 state = init_state(frozen, weights, biases, optimizer)         # `state.py`
-step = build_step(config.loss, optimizer, mode, clip_norm)
+step = build_step(config.loss, optimizer, rate, mode, clip_norm)
 state, metrics = step(frozen, state, batches)
 """
 
@@ -23,6 +23,7 @@ from v4jax.training.state import Frozen, TrainState, join_model
 def build_step(
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
     mode: Mode,
     clip_norm: float,
 ) -> Callable[[Frozen, TrainState, Batch], tuple[TrainState, dict]]:
@@ -30,10 +31,15 @@ def build_step(
 
     The step takes stacked batches, arrays [n, b, t], one after the other. It sums their gradients,
     which equal those of one batch of n·b rows. If the loss or a gradient is not finite, weights,
-    biases and optimizer stay as they are, and `skipped` counts the step.
+    biases and optimizer stay as they are, and `skipped` counts the step. The rate goes on by
+    `TrainState.step`, which counts these as well.
 
-    Its metrics are the parts of `compute_losses`, `grad_norm` before clipping, `finite`, and
-    `load`: the assignments per expert of every router.
+    Its metrics are the parts of `compute_losses`, `grad_norm` before clipping, `finite`, the `rate`
+    of the update, and `load`: the assignments per expert of every router.
+
+    Args:
+      optimizer: gives updates at rate 1.
+      rate: of the step that follows so many.
     """
 
     def step(frozen, state, batches):
@@ -63,6 +69,8 @@ def build_step(
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         updates, _ = optimizer.update(gradients, state.optimizer, state.weights)
+        now = jnp.asarray(rate(state.step), jnp.float32)
+        updates = jax.tree.map(lambda update: now * update, updates)
         weights = keep(optax.apply_updates(state.weights, updates), state.weights)
         # The moments are updated after the weights. XLA would otherwise copy the old moments of the
         # largest weights, because both updates read them and either could be written first.
@@ -77,7 +85,7 @@ def build_step(
             skipped=jnp.where(finite, 0, state.skipped + 1),
         )
         load = {path: report["load"] for path, report in reports.items()}
-        return kept, parts | {"grad_norm": norm, "finite": finite, "load": load}
+        return kept, parts | {"grad_norm": norm, "finite": finite, "rate": now, "load": load}
 
     return step
 

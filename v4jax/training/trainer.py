@@ -88,7 +88,7 @@ class Trainer:
         self.loader = self._open_data(config.data)
         if config.steps is None:
             config = self.config = dataclasses.replace(config, steps=self._count_steps())
-        self.optimizer = build_optimizer(config.optimizer, model.config, config.steps)
+        self.optimizer = build_optimizer(config.optimizer, model.config)
         self.rate = build_schedule(config.optimizer, config.steps)
         self.state = init_state(self.frozen, weights, biases, self.optimizer)
         del model, weights, biases
@@ -287,7 +287,8 @@ class Trainer:
         return found
 
     def _build_step(self, mode: Mode, loss: LossConfig):
-        step = build_step(loss, self.optimizer, mode, self.config.optimizer.clip_norm)
+        clip_norm = self.config.optimizer.clip_norm
+        step = build_step(loss, self.optimizer, self.rate, mode, clip_norm)
         return jax.jit(step, donate_argnums=1)
 
     def _settle(self, computing: tuple[int, dict] | None, progress: log.Progress) -> None:
@@ -322,7 +323,7 @@ class Trainer:
 
     def _log(self, step: int, found: dict, progress: log.Progress) -> None:
         speed = self._speed.read()
-        values = flatten(found) | {"rate": float(self.rate(step - 1))} | speed
+        values = flatten(found) | speed
         self.metrics.write(step, values)
         rate, done = speed["tokens_per_second"], step * self._step_tokens
         progress.update(done, rate=rate, note=_describe(step, values))
@@ -362,7 +363,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     """
     model = api.load(config.model, config.numerics, seed=_seed(config))
     frozen, weights, biases = split_trained(model, config)
-    optimizer = build_optimizer(config.optimizer, frozen.config, config.steps)
+    optimizer = build_optimizer(config.optimizer, frozen.config)
     state = abstract_state(frozen, weights, biases, optimizer)
     folder = to_path(config.output) / "checkpoints"
     with Store(folder, model=frozen.config, read_only=True) as store:
