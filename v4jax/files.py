@@ -1,4 +1,4 @@
-"""Files on a disk of this machine or in a bucket (gs://, s3://), all named by etils' `epath.Path`.
+"""Files on a disk, in a bucket (gs://, s3://) or on the hub (hf://), all named by `epath.Path`.
 
     folder = to_path("s3://models/v4-flash")
     (folder / "config.json").read_text()
@@ -12,12 +12,15 @@ it exists when the call returns and not before, whatever ends the process; it ca
 appended to nor changed in place. `create` writes an object only where there is none, and lets one
 of several writers succeed.
 
-Buckets are reached through fsspec, whose libraries are extras: `pip install 'v4jax[gcs]'`,
-`'v4jax[s3]'`.
+A repository of the hub is a folder that is only read, at one commit (`v4jax.hub`).
+
+Both are reached through fsspec, whose libraries are extras: `pip install 'v4jax[gcs]'`,
+`'v4jax[s3]'`, `'v4jax[hub]'`.
 """
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import stat
@@ -28,28 +31,79 @@ from typing import Any, BinaryIO
 from etils import epath
 from etils.epath.gpath import PosixGPath
 
-from v4jax.errors import UnsupportedError
+from v4jax import hub
+from v4jax.errors import CheckpointError, UnsupportedError
 
 Path, PathLike = epath.Path, epath.PathLike
-EXTRAS = {"gs://": "gcs", "s3://": "s3"}
+EXTRAS = {"gs://": "gcs", "s3://": "s3", hub.SCHEME: "hub"}
+REQUEST_BYTES = 64 << 20  # read at most by one request, which may have to be repeated
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether a path names a bucket."""
+    """Whether a path names a bucket or a repository of the hub."""
     return os.fspath(path).startswith(tuple(EXTRAS))
 
 
 def to_path(path: PathLike) -> Path:
     """Returns a path as an object to read and write through.
 
+    A repository of the hub becomes its commit: a folder in the hub's cache, or `HubPath`.
+
     Raises:
-      UnsupportedError: it names a bucket, and the library for it is not installed.
+      UnsupportedError: it names a bucket or the hub, and the library for it is not installed.
+      CheckpointError: the hub has no such repository, or cannot be reached.
     """
     if not is_remote(path):
         return epath.Path(path)
+    if os.fspath(path).startswith(hub.SCHEME):
+        return _to_hub_path(os.fspath(path))
     path = BucketPath(path)
     _ = path.system  # a missing library is an error now
     return path
+
+
+def find_model(name: PathLike) -> PathLike:
+    """Returns where the model of a name is: `org/name` is on the hub if it is nothing here.
+
+    The commit of a repository is part of what is returned.
+
+    Raises:
+      UnsupportedError, CheckpointError: as `to_path`.
+    """
+    text = os.fspath(name)
+    if not is_remote(text) and hub.is_repository(text) and not os.path.exists(text):
+        text = hub.SCHEME + text
+    if not text.startswith(hub.SCHEME):
+        return name
+    with _extra(text):
+        return hub.pin(text)
+
+
+def _to_hub_path(text: str) -> Path:
+    with _extra(text):
+        pinned = hub.pin(text)
+        repository, commit, below = hub.split(pinned)
+        snapshot = hub.find_snapshot(repository, commit)
+    return HubPath(pinned) if snapshot is None else epath.Path(snapshot + below)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder.
+
+    Raises:
+      CheckpointError: its bucket or the hub does not tell.
+    """
+    with reading(path):
+        return path.is_dir()
+
+
+@contextlib.contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Turns an OSError into the CheckpointError that a path cannot be read, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def open_bytes(path: PathLike) -> BinaryIO:
@@ -141,16 +195,11 @@ class BucketPath(PosixGPath):
         Raises:
           UnsupportedError: its library is not installed.
         """
-        scheme = str(self).partition("://")[0]
         import fsspec
 
-        try:
-            return _FileSystem(fsspec.filesystem(scheme, use_listings_cache=False))
-        except ImportError as error:
-            extra = EXTRAS[f"{scheme}://"]
-            raise UnsupportedError(
-                f"{self}: {scheme}:// needs the extra {extra}; pip install 'v4jax[{extra}]'"
-            ) from error
+        with _extra(str(self)):
+            scheme = str(self).partition("://")[0]
+            return _FileSystem(fsspec.filesystem(scheme, use_listings_cache=False), _as_os_error)
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
@@ -180,6 +229,10 @@ class BucketPath(PosixGPath):
     def read_text(self, encoding: str = "utf-8") -> str:
         """Returns the whole file as text."""
         return self.read_bytes().decode(encoding)
+
+    def read_range(self, start: int, end: int | None) -> bytes:
+        """Returns a range of bytes; None: to the end of the file."""
+        return self.system.cat_file(str(self), start=start, end=end)
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the whole file, over an existing one."""
@@ -222,6 +275,52 @@ class BucketPath(PosixGPath):
         self.system.rm_file(str(self))
 
 
+class HubPath(BucketPath):
+    """A file or folder of a commit on the hub. It never changes, and nothing is written."""
+
+    @property
+    def system(self) -> "_FileSystem":
+        """The file system of the hub's library."""
+        return _FileSystem(hub.open_system(), functools.partial(hub.explained, str(self)))
+
+    # The library's own exists, isfile and isdir answer False, too, when the hub does not.
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder."""
+        return self._kind() is not None
+
+    def is_file(self) -> bool:
+        """Whether it is a file."""
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder."""
+        return self._kind() == "directory"
+
+    def read_range(self, start: int, end: int | None) -> bytes:
+        """Returns a range of bytes, and asks for no more; None: to the end of the file."""
+        data = self.system.cat_file(str(self), start=start, end=end, cache_type="none")
+        if end is not None and len(data) != end - start:
+            raise OSError(f"the hub gave {len(data)} bytes where {end - start} were asked for")
+        return data
+
+    def write_bytes(self, data: bytes) -> None:
+        """Raises: the hub is only read."""
+        raise OSError("the hub is only read; write a folder, and upload that with `hf upload`")
+
+    create = write_blocks = write_bytes
+
+    def unlink(self) -> None:
+        """Raises: the hub is only read."""
+        raise OSError("the hub is only read")
+
+    def _kind(self) -> str | None:
+        try:
+            return self.system.info(str(self))["type"]
+        except FileNotFoundError:
+            return None
+
+
 def read_all(paths: Sequence[BucketPath]) -> list[bytes]:
     """Returns the contents of objects of one bucket, read side by side.
 
@@ -242,17 +341,20 @@ def remove_all(paths: Sequence[BucketPath]) -> None:
 
 
 class _FileSystem:
-    """A file system of fsspec, whose methods raise OSError."""
+    """A file system of fsspec, whose methods raise OSError.
 
-    def __init__(self, system: Any):
-        self._system = system
+    errors: makes a context that turns what the library raises into that.
+    """
+
+    def __init__(self, system: Any, errors: Callable[[], Any]):
+        self._system, self._errors = system, errors
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return _as_os_error()(getattr(self._system, name))
+        return self._errors()(getattr(self._system, name))
 
 
 class _Ranges(io.RawIOBase):
-    """A file of a bucket, opened to be read at any offset by one request for each read."""
+    """A file of a bucket, opened to be read at any offset by one request or few for each read."""
 
     def __init__(self, path: BucketPath):
         self._path, self._offset = path, 0
@@ -269,9 +371,14 @@ class _Ranges(io.RawIOBase):
         return self._offset
 
     def readinto(self, view: memoryview) -> int:
-        data = self._fetch(self._offset + len(view))
-        view[: len(data)] = data
-        return len(data)
+        done = 0
+        while done < len(view):
+            data = self._fetch(self._offset + min(len(view) - done, REQUEST_BYTES))
+            if not data:
+                break
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
 
     def readall(self) -> bytes:
         return self._fetch(None)
@@ -279,9 +386,22 @@ class _Ranges(io.RawIOBase):
     def _fetch(self, end: int | None) -> bytes:
         if end == self._offset:  # buckets refuse an empty range
             return b""
-        data = self._path.system.cat_file(str(self._path), start=self._offset, end=end)
+        data = self._path.read_range(self._offset, end)
         self._offset += len(data)
         return data
+
+
+@contextlib.contextmanager
+def _extra(path: str) -> Iterator[None]:
+    """Turns a library that is not installed into an UnsupportedError, which names its extra."""
+    try:
+        yield
+    except ImportError as error:
+        scheme = path.partition("://")[0]
+        extra = EXTRAS[f"{scheme}://"]
+        raise UnsupportedError(
+            f"{path}: {scheme}:// needs the extra {extra}; pip install 'v4jax[{extra}]'"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """`load` and `save`: a model from a folder or a configuration's name, and back to a folder."""
 
+import os
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -10,9 +12,10 @@ from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, choose_numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
 from v4jax.errors import CheckpointError, ConfigError
-from v4jax.files import PathLike, is_remote, to_path
+from v4jax.files import PathLike, find_model, is_folder, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import ExpertExchange, Layout, WeightLayout, check_mesh
+from v4jax.parallel.agreement import share_json
 from v4jax.parallel.weight_sharding import init_sharded
 
 LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
@@ -31,8 +34,10 @@ def load(
 
     Args:
       name_or_folder: a folder in the released or the transformers layout (also in gs:// or s3://),
-        or the name (or file) of a configuration. "nano" has trained weights in the package
-        (`v4jax/pretrained`); other configurations get random ones.
+        a repository of the Hugging Face hub (`hf://org/name`, `hf://org/name@revision`, or
+        `org/name` where there is no such folder), or the name (or file) of a configuration. "nano"
+        has trained weights in the package (`v4jax/pretrained`); other configurations get random
+        ones.
       numerics: `float32`, `bfloat16`, `released`, or a `Numerics`. It says how the model rounds; a
         folder's weights stay in their stored formats whatever it is. None: `released` for a large
         model, `float32` for a small one (`config.choose_numerics`).
@@ -59,15 +64,15 @@ def load(
         raise ConfigError(f"seed must be an integer or None, got {seed!r}")
     if seed is None and name_or_folder in pretrained_names():
         name_or_folder = PRETRAINED / name_or_folder
+    name_or_folder = find_model(name_or_folder)
+    if mesh is not None:  # all hosts read the commit that the first one found
+        name_or_folder = share_json(os.fspath(name_or_folder))
     path = to_path(name_or_folder)
     layout = None if mesh is None else Layout(mesh, weight_layout, exchange or ExpertExchange())
-    try:
-        is_folder = path.is_dir()
-    except OSError as error:  # of a bucket
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if is_remote(path) and not is_folder:
+    found = is_folder(path)
+    if is_remote(path) and not found:
         raise CheckpointError(f"{path} is no folder: nothing lies below it")
-    if is_folder:
+    if found:
         return read_model(path, numerics, layout=layout)
     config = load_model_config(name_or_folder)
     numerics = choose_numerics(numerics, config, says=numerics is None)

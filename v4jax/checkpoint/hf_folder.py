@@ -6,6 +6,7 @@ of the tensors' bytes has been touched by then, so a bad folder fails within a s
 
 import dataclasses
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from v4jax import log
@@ -15,9 +16,10 @@ from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.folder import CONFIG_NAME, read_folder_config
 from v4jax.config.json_keys import brief, read_json
 from v4jax.errors import CheckpointError
-from v4jax.files import Path, PathLike, is_there, to_path
+from v4jax.files import Path, PathLike, is_there, reading, to_path
 
 INDEX_NAME = "model.safetensors.index.json"
+HEADER_THREADS = 8  # a bucket and the hub take their time
 _LONGEST_FILE_NAME = 255  # of the common file systems
 
 
@@ -52,6 +54,11 @@ def open_folder(path: PathLike) -> Folder:
       ConfigError: `config.json` is broken.
     """
     path = to_path(path)
+    with reading(path):
+        return _open_folder(path)
+
+
+def _open_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")
     if not is_there(path / CONFIG_NAME):
@@ -168,8 +175,10 @@ def _read_headers(path: Path, weight_map: dict[str, str]) -> dict[str, Tensor]:
     if not files:
         raise CheckpointError(f"{path} holds no *.safetensors file")
     found: dict[str, Tensor] = {}
-    for file in files:
-        for tensor in read_header(file):
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        headers = list(pool.map(read_header, files))
+    for file, tensors in zip(files, headers, strict=True):
+        for tensor in tensors:
             if tensor.name in found:
                 other = found[tensor.name].file
                 raise CheckpointError(

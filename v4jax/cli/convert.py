@@ -31,8 +31,8 @@ class Flags:
     """What `v4jax convert` is told.
 
     Attributes:
-      model: Checkpoint folder, or a packaged name (nano is trained; --seed asks for random
-        weights); with --run the folder of a training run. Required.
+      model: Checkpoint folder, hf://org/name, or a packaged name (nano is trained; --seed asks for
+        random weights); with --run the folder of a training run. Required.
       output: Folder to write; must not exist or be empty. Required.
       format: released: FP8 and FP4 as published; bfloat16: the same names, dequantized;
         transformers: what its from_pretrained reads.

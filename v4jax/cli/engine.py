@@ -20,18 +20,21 @@ def build_sampling(config: InferenceConfig) -> Any:
 def complete(config: InferenceConfig) -> InferenceConfig:
     """Returns the configuration with what follows from the model: numerics, and prompt profile.
 
-    Every process of a job calls this, after they have joined.
+    A repository of the hub gets its commit, one for all. Every process of a job calls this, after
+    they have joined.
     """
     from v4jax.config import choose_numerics
     from v4jax.config.loading import load_model_config
-    from v4jax.parallel.agreement import on_all
+    from v4jax.files import find_model
+    from v4jax.parallel.agreement import on_all, share_json
 
+    name = share_json(on_all(lambda: os.fspath(find_model(config.model))))
     # All of them read config.json, which may be missing on one.
-    model = on_all(lambda: load_model_config(config.model))
+    model = on_all(lambda: load_model_config(name))
     numerics = choose_numerics(config.numerics, model).name
     profile = config.frame.profile or model.profile
     frame = dataclasses.replace(config.frame, profile=profile)
-    return dataclasses.replace(config, numerics=numerics, frame=frame)
+    return dataclasses.replace(config, model=name, numerics=numerics, frame=frame)
 
 
 def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any]:

@@ -23,8 +23,8 @@ class Flags:
     """What `v4jax inspect` is told.
 
     Attributes:
-      model: Checkpoint folder, or the name of a packaged configuration. Required; "--model=" may be
-        left out.
+      model: Checkpoint folder, hf://org/name, or the name of a packaged configuration. Required;
+        "--model=" may be left out.
       storage: How a configuration's parameters are kept; a folder's are kept as its files are.
       json: Print JSON instead of a table.
     """
@@ -39,13 +39,14 @@ def run(flags: Flags) -> int:
     from v4jax.checkpoint import census, read_abstract, total
     from v4jax.config import get_numerics
     from v4jax.config.loading import load_model_config
-    from v4jax.files import is_remote
+    from v4jax.files import find_model, is_remote
     from v4jax.model import abstract_transformer
 
-    if is_remote(flags.model) or os.path.isdir(flags.model):
-        model = read_abstract(flags.model)
+    name = find_model(flags.model)
+    if is_remote(name) or os.path.isdir(name):
+        model = read_abstract(name)
     else:
-        config = load_model_config(flags.model)
+        config = load_model_config(name)
         model = abstract_transformer(config, get_numerics("released"), storage=flags.storage)
     entries = census(model)
     totals = total(entries)

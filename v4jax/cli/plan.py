@@ -36,8 +36,8 @@ class Flags:
         it; its max_tokens is --context, its chunk_tokens is --chunk, and its questions_at_once is
         --batch in decode (in prefill, --batch is one document for each part along data). Flags
         replace its values.
-      model: Checkpoint folder with config.json, or the name of a packaged configuration. By default
-        that of --config, else v4_flash.
+      model: Checkpoint folder with config.json, hf://org/name, or the name of a packaged
+        configuration. By default that of --config, else v4_flash.
       topology: Slice: v6e-16, v5p:2x2x4, tpu7x-8, h100-8. Required.
       slices: How many such slices, joined by the data-center network along the mesh axis data.
       mesh: Sizes of the mesh axes, such as data=2,expert=8; their product is the number of devices.

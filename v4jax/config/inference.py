@@ -56,7 +56,8 @@ class InferenceConfig:
     """One model at work: what it is, where it is and how it answers.
 
     Attributes:
-      model: Checkpoint folder (released or transformers layout), or a packaged name: nano, a small
+      model: Checkpoint folder (released or transformers layout), a repository of the Hugging Face
+        hub (hf://org/name, hf://org/name@revision, org/name), or a packaged name: nano, a small
         trained model, or tiny, random weights for trying things out. Required.
       numerics: How the computation rounds: float32 (for parity and research), bfloat16, or released
         (exactly as the published inference code). By default released for large models and float32

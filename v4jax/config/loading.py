@@ -2,7 +2,7 @@
 
     load_model_config("v4_flash")            a packaged configuration (`config/models`)
     load_model_config("my_model.py")         a file with get_config()
-    load_model_config("/models/V4-Flash")    a folder with config.json
+    load_model_config("/models/V4-Flash")    a folder with config.json, or hf://…
 
 Below this floor there is no `ConfigDict` and no `.get`: every value is typed and checked.
 """
@@ -24,7 +24,7 @@ from v4jax.config.json_keys import brief, did_you_mean
 from v4jax.config.model import ModelConfig
 from v4jax.config.ranges import check_range
 from v4jax.errors import ConfigError
-from v4jax.files import to_path
+from v4jax.files import find_model, is_folder, to_path
 
 MODELS = pathlib.Path(__file__).with_name("models")  # files with get_config()
 PRETRAINED = MODELS.parents[1] / "pretrained"  # checkpoint folders of packaged weights
@@ -38,13 +38,14 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
 
     Raises:
       ConfigError: nothing of that name exists, or the configuration breaks a rule.
+      CheckpointError: the hub has no such repository, or cannot be reached.
     """
-    name, path = str(name_or_folder), to_path(name_or_folder)
+    name, path = str(name_or_folder), to_path(find_model(name_or_folder))
     if name in pretrained_names():
         path = PRETRAINED / name
     elif name in packaged_names():
         path = MODELS / f"{name}.py"
-    if path.is_dir():
+    if is_folder(path):
         return read_folder_config(path)[1]
     if path.suffix != ".py" or not path.is_file():
         known = packaged_names()

@@ -8,7 +8,7 @@ from pathlib import Path
 from v4jax.config.folder import CONFIG_NAME, read_object
 from v4jax.config.json_keys import MOST_BYTES, brief
 from v4jax.errors import ConfigError
-from v4jax.files import is_there, read_regular, to_path
+from v4jax.files import is_folder, is_there, read_regular, to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
 from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -93,7 +93,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
     if source == "v4":
         return Tokenizer(_packaged_v4_file())
     folder = to_path(source)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ConfigError(
             f'tokenizer: expected a checkpoint folder, "v4" or "byte", got {str(source)!r}'
         )

@@ -35,7 +35,7 @@ from v4jax.config.data import DataConfig
 from v4jax.config.loading import load_model_config, pretrained_names
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
-from v4jax.files import Path, is_remote, to_path
+from v4jax.files import Path, find_model, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import make_mesh
 from v4jax.parallel.agreement import gather_json
@@ -373,7 +373,8 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
 def _seed(config: TrainConfig) -> int | None:
     """Returns the seed of the weights that a run starts from, or None where they are stored."""
     packaged = config.model in pretrained_names() and not config.from_scratch
-    stored = packaged or is_remote(config.model) or pathlib.Path(config.model).is_dir()
+    name = find_model(config.model)
+    stored = packaged or is_remote(name) or pathlib.Path(name).is_dir()
     return None if stored else config.seed
 
 
