@@ -114,8 +114,9 @@ def open_bytes(path: PathLike) -> BinaryIO:
         never ends.
       UnsupportedError: as `to_path`.
     """
+    path = to_path(path)
     if is_remote(path):
-        return _Ranges(to_path(path))
+        return _Ranges(path)
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except ValueError as error:  # a NUL character in the path
@@ -132,6 +133,7 @@ def read_regular(path: PathLike, most_bytes: int) -> bytes:
       OSError: as `open_bytes`, or it is larger than `most_bytes`.
       UnsupportedError: as `to_path`.
     """
+    path = to_path(path)
     size = size_of(path) if is_remote(path) else None
     with open_bytes(path) as file:
         size = os.fstat(file.fileno()).st_size if size is None else size

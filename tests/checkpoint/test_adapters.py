@@ -150,11 +150,11 @@ BROKEN_TENSORS = {
     ),
     "no number": (
         lambda tensors: tensors[EXPERT].__setitem__((4, 1), np.nan),
-        "must be finite, got nan at [4, 1]",
+        "must hold finite numbers, got the F32 code 0x7FC00000 (infinity or NaN) at [4, 1]",
     ),
     "too large a number": (
         lambda tensors: tensors[EXPERT].__setitem__((0, 2), -np.inf),
-        "must be finite, got -inf at [0, 2]",
+        "must hold finite numbers, got the F32 code 0xFF800000 (infinity or NaN) at [0, 2]",
     ),
     "no LoRA": (
         lambda tensors: tensors.update({"base_model.model.head.lora_magnitude": tensors[EXPERT]}),

@@ -6,6 +6,7 @@ Read `names.py` first (the one table: tensor name ↔ place in a module), then `
     hf_folder.py         what a folder holds, before a tensor is read
     hf_sources.py        which tensors make up which parameter, and whether they may
     hf_reader.py         folder → Transformer
+    finite.py            infinities and NaNs, found while a file is read
     hf_writer.py         Transformer → folder
     adapters.py          adapters (LoRA) ↔ folder, in PEFT's layout
     safetensors_file.py  the container format

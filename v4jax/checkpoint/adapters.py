@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 
 from v4jax import log
 from v4jax.checkpoint import names
+from v4jax.checkpoint.finite import check_finite
 from v4jax.checkpoint.names import Place
 from v4jax.checkpoint.new_folder import check_new, new_folder
 from v4jax.checkpoint.safetensors_file import Tensor, read_header, read_tensor
@@ -239,13 +240,8 @@ def _stack(tensors: list[tuple[Place, Tensor]], shape, factor: str, rank: int) -
                 f"tensor {tensor.name} in {tensor.file} must have shape {list(expected)}, got "
                 f"{list(tensor.shape)}"
             )
-        values = read_tensor(tensor).astype(np.float32)
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} must be finite, got "
-                f"{values[tuple(bad[0])]} at {bad[0].tolist()}; the run that wrote it had diverged"
-            )
+        values = read_tensor(tensor)
+        check_finite(tensor, values)
         out[place.index] = values
     return out
 

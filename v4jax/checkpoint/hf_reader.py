@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from v4jax import log
+from v4jax.checkpoint.finite import check_finite
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
 from v4jax.checkpoint.hf_sources import Source, Stacked, check_present, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
@@ -52,7 +53,7 @@ def read_model(
 
     Raises:
       CheckpointError: a tensor or file is missing, unknown, truncated, mis-shaped, of a wrong
-        dtype, or duplicated; the message names tensor and file.
+        dtype, duplicated, or holds an infinity or NaN; the message names tensor and file.
       ConfigError: config.json is broken.
     """
     opened = open_folder(folder)
@@ -140,13 +141,16 @@ class _Reader:
         lead = len(array.indices[0])
         out = empty_aligned(box_shape(array.shape, box), array.dtype)
         inside = box[lead:]
+        start = tuple(part.start for part in inside)
 
         def fill(tensor: Tensor, index: tuple[int, ...]) -> int:
             target = out[*(i - part.start for i, part in zip(index, box, strict=False)), ...]
             if np.dtype(DTYPES[tensor.dtype]) == out.dtype and array.experts is None:
                 read_into(tensor, target, inside)
+                check_finite(tensor, target, start, scales=array.scales)
             else:
                 values = read_tensor(tensor, inside)
+                check_finite(tensor, values, start, scales=array.scales)
                 if array.experts is not None:
                     _check_table(tensor, values, array.experts, inside[0].start)
                 target[...] = values

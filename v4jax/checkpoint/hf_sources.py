@@ -36,6 +36,7 @@ class Stacked:
     """One array in memory: tensors of one shape at their indices along leading axes.
 
     experts: of a routing table, the ids its values must be below; None: no table.
+    scales: whether these are the scales of quantized values.
     """
 
     tensors: list[Tensor]
@@ -43,6 +44,7 @@ class Stacked:
     shape: tuple[int, ...]
     dtype: np.dtype
     experts: int | None = None
+    scales: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +88,15 @@ class Source:
         """The arrays of the parameter's value: the values, then their scales if there are any."""
         indices = [place.index for place in self.places]
 
-        def stack(tensors, dtype, experts=None) -> Stacked:
+        def stack(tensors, dtype, **more) -> Stacked:
             shape = (*self.lead, *tensors[0].shape)
-            return Stacked(tensors, indices, shape, np.dtype(dtype), experts)
+            return Stacked(tensors, indices, shape, np.dtype(dtype), **more)
 
-        values = stack(self.tensors, self.dtype, self.experts if self.kept == "table" else None)
+        experts = self.experts if self.kept == "table" else None
+        values = stack(self.tensors, self.dtype, experts=experts)
         if not self.scales:
             return [values]
-        return [values, stack(self.scales, DTYPES[self.scales[0].dtype])]
+        return [values, stack(self.scales, DTYPES[self.scales[0].dtype], scales=True)]
 
     def join(self, arrays: list) -> Any:
         """Returns the parameter's value made of `arrays`."""
