@@ -252,8 +252,7 @@ def _export(model: Any, number: int) -> None:
         if name.endswith("attention.indexer.compressor.norm.weight")
     ]
     model = write_weights(model, {name: following.entry_scale * weights[name] for name in norms})
-    model.config = dataclasses.replace(model.config, sliding_window=following.window)
-    export(model, folder, "bfloat16")
+    export(model.override(sliding_window=following.window), folder, "bfloat16")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """`load` and `save`: a model from a folder or a configuration's name, and back to a folder."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,6 +13,7 @@ from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, choose_numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
+from v4jax.config.overrides import override
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import PathLike, find_model, is_folder, is_remote, to_path
 from v4jax.model import Transformer
@@ -29,6 +32,7 @@ def load(
     mesh: Mesh | None = None,
     weight_layout: WeightLayout = "serve",
     exchange: ExpertExchange | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Transformer:
     """Returns a model: read from a checkpoint folder, or of a packaged name.
 
@@ -47,6 +51,8 @@ def load(
       weight_layout: "serve", or "train", which splits weights further and gathers them where they
         are used. See `parallel/axes.py`.
       exchange: how tokens travel to their experts; None: `parallel.ExpertExchange()`.
+      overrides: values in place of the configuration's, for all layers or for single ones:
+        {"index_topk": 64, "layers": {3: {"index_topk": 16}}}. See `config.overrides`.
 
     Raises:
       ConfigError: the name, the numerics or the configuration is bad, or the mesh does not divide
@@ -73,8 +79,8 @@ def load(
     if is_remote(path) and not found:
         raise CheckpointError(f"{path} is no folder: nothing lies below it")
     if found:
-        return read_model(path, numerics, layout=layout)
-    config = load_model_config(name_or_folder)
+        return read_model(path, numerics, layout=layout, overrides=overrides)
+    config = override(load_model_config(name_or_folder), overrides)
     numerics = choose_numerics(numerics, config, says=numerics is None)
     if layout is not None:
         check_mesh(layout.mesh, config, layout.weight_layout)

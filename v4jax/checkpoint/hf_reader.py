@@ -11,10 +11,12 @@ Packed FP4, FP8 and their scales stay as they are. What the model keeps in float
 bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
 from v4jax.checkpoint.hf_sources import Source, Stacked, check_present, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
 from v4jax.config import Numerics, choose_numerics
+from v4jax.config.overrides import override
 from v4jax.errors import CheckpointError
 from v4jax.files import PathLike
 from v4jax.model import Transformer, abstract_transformer
@@ -42,6 +45,7 @@ def read_model(
     *,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
     layout: Layout | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Transformer:
     """Returns the model that a checkpoint folder holds, in the formats it is stored in.
 
@@ -50,6 +54,7 @@ def read_model(
       numerics: how the model rounds; None: as `config.choose_numerics` says.
       put: places one array of the named parameter; by default on the default device.
       layout: where the model lies on a mesh, in place of `put`; every device gets its share.
+      overrides: values in place of those of `config.json`; see `config.overrides`.
 
     Raises:
       CheckpointError: a tensor or file is missing, unknown, truncated, mis-shaped, of a wrong
@@ -57,6 +62,7 @@ def read_model(
       ConfigError: config.json is broken.
     """
     opened = open_folder(folder)
+    opened = dataclasses.replace(opened, config=override(opened.config, overrides))
     model, sources = _plan_model(opened, numerics)
     if layout is not None:
         check_mesh(layout.mesh, model.config, layout.weight_layout)

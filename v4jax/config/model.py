@@ -61,14 +61,36 @@ class Rope:
     dim: int
 
 
+# What a layer may have of its own (`config.overrides`): numbers that its modules alone use.
+LAYER_FIELDS = (
+    "index_topk",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "compress_rope_theta",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer as data: everything in which it may differ from its neighbours."""
+    """One layer as data: everything in which it may differ from its neighbours.
+
+    own: values of `ModelConfig` that are others in this layer, (name, value) by name.
+    """
 
     kind: LayerKind
     ratio: int  # tokens per compressed entry; 0 for a window layer
     router: RouterKind
     rope: Rope
+    own: tuple[tuple[str, float], ...] = ()
+
+    def adjust(self, config: "ModelConfig") -> "ModelConfig":
+        """Returns the configuration that the layer's modules are built with."""
+        return dataclasses.replace(config, **dict(self.own)) if self.own else config
 
     @property
     def overlaps(self) -> bool:
@@ -162,6 +184,9 @@ class ModelConfig:
         "preview"  # preview | 0731: the generation, which decides how effort is asked for
     )
 
+    # (layer, its `Layer.own`) by layer, of what was overridden; not written to a checkpoint.
+    layer_overrides: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
+
     def __post_init__(self):
         check_config(self)
 
@@ -201,11 +226,11 @@ class ModelConfig:
 
     def _layer(self, index: int, router: RouterKind) -> Layer:
         kind, ratio = self.layer_types[index], self.compress_ratios[index]
-        if kind is LayerKind.WINDOW:
-            rope = Rope(self.rope_theta, None, self.qk_rope_head_dim)
-        else:
-            rope = Rope(self.compress_rope_theta, self.rope_scaling, self.qk_rope_head_dim)
-        return Layer(kind, ratio, router, rope)
+        own = dict(self.layer_overrides).get(index, ())
+        theta = "rope_theta" if kind is LayerKind.WINDOW else "compress_rope_theta"
+        scaling = None if kind is LayerKind.WINDOW else self.rope_scaling
+        base = dict(own).get(theta, getattr(self, theta))
+        return Layer(kind, ratio, router, Rope(base, scaling, self.qk_rope_head_dim), own)
 
 
 def plan_stack(layers: Sequence[Hashable]) -> StackPlan:

@@ -40,6 +40,12 @@ def model_config_to_hf(
     Raises:
       ConfigError: the layout cannot express the configuration.
     """
+    if config.layer_overrides:
+        layers = ", ".join(str(layer) for layer, _ in config.layer_overrides)
+        raise ConfigError(
+            f"layers {layers} have values of their own, which config.json cannot say; save the "
+            "model loaded without overrides.layers: its weights are the same"
+        )
     raw = {key: accepted[0] for key, accepted in FIXED.items() if key not in _OMITTED}
     for field in dataclasses.fields(config):  # numbers, in both layouts under their own names
         if field.type in (int, float):

@@ -25,6 +25,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, declare: Declare, config: ModelConfig, layer: Layer, numerics: Numerics):
+        config = layer.adjust(config)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.attention_hyper = HyperConnection(declare, config)
         self.attention_norm = RMSNorm(declare, width, "embed", eps)

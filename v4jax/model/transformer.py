@@ -1,7 +1,7 @@
 """`Transformer`: the whole model and the calls a user makes."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from v4jax.cache import HybridCache, init_cache
 from v4jax.cache.hybrid import cache_axes
 from v4jax.config import ModelConfig, Numerics
+from v4jax.config.overrides import override
 from v4jax.costs.flops import reading_work
 from v4jax.errors import CacheError, ConfigError, ShapeError
 from v4jax.model import passes
@@ -23,8 +24,10 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare, Storage
 from v4jax.model.speculation import GREEDY, Choice, Drafts, Verified
 from v4jax.model.stack import Stack
+from v4jax.model.weights import variables
 from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.shard import check_batch, entry_shards, make_arrays
+from v4jax.parallel.weight_sharding import annotate_shardings
 from v4jax.shapes import as_integers, check_shape
 
 
@@ -59,6 +62,38 @@ class Transformer(nnx.Module):
         self.head = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
         self.mtp = nnx.List(MTP(declare, config, layer, numerics) for layer in config.mtp_layers)
         self.drafter = None if config.draft is None else Drafter(declare, config, numerics)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("config", "numerics") and name in vars(self) and value != vars(self)[name]:
+            raise ConfigError(
+                f"model.{name} says how the model was built, and its layers would not follow "
+                "another one; model.override(index_topk=64) makes a model of the same weights, "
+                "and so does load(…, numerics=…, overrides=…), for single layers, too"
+            )
+        super().__setattr__(name, value)
+
+    def override(self, **values: Any) -> "Transformer":
+        """Returns a model of the same weights with other values of the configuration.
+
+        >>> narrow = model.override(sliding_window=64, layers={3: {"index_topk": 16}})
+
+        Raises:
+          ConfigError: a name, a layer or a value is bad (`config.overrides`), or the weights do not
+            fit: `load` with the same overrides then reads them as they must be grouped.
+        """
+        config = override(self.config, values)
+        made = abstract_transformer(config, self.numerics)
+        new, old = variables(made), variables(self)
+        shapes = {name: variable.get_value().shape for name, variable in new.items()}
+        if shapes != {name: variable.get_value().shape for name, variable in old.items()}:
+            raise ConfigError(
+                f"override({', '.join(map(str, values))}) changes which layers are stored together "
+                "or what weights there are; load(…, overrides=…) reads what fits"
+            )
+        made.folder, made.layout = self.folder, self.layout
+        for name, variable in old.items():
+            new[name].set_value(variable.get_value())
+        return made if self.layout is None else annotate_shardings(made, self.layout)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Returns the next token's logits at every position of sequences that start at 0.

@@ -6,7 +6,8 @@ from importlib import metadata
 from pathlib import Path
 
 from v4jax.config.folder import CONFIG_NAME, read_object
-from v4jax.config.json_keys import MOST_BYTES, brief
+from v4jax.config.json_keys import MOST_BYTES, brief, did_you_mean
+from v4jax.config.loading import load_model_config, packaged_names
 from v4jax.errors import ConfigError
 from v4jax.files import is_folder, is_there, read_regular, to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
@@ -79,7 +80,7 @@ class Tokenizer(Vocabulary):
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
-    """Returns the tokenizer of a checkpoint folder, or the one called `"v4"` or `"byte"`.
+    """Returns the tokenizer of a checkpoint folder or configuration, or that called "v4" or "byte".
 
     A folder's own `tokenizer.json` is preferred. Without one, the `vocab_size` of its `config.json`
     decides which packaged tokenizer is meant; without either it is `"v4"`.
@@ -92,10 +93,14 @@ def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
         return ByteTokenizer()
     if source == "v4":
         return Tokenizer(_packaged_v4_file())
+    if str(source) in packaged_names():
+        return load_tokenizer(load_model_config(source).tokenizer)
     folder = to_path(source)
     if not is_folder(folder):
+        known = ("v4", "byte", *packaged_names())
         raise ConfigError(
-            f'tokenizer: expected a checkpoint folder, "v4" or "byte", got {str(source)!r}'
+            f"tokenizer: expected a checkpoint folder or one of {', '.join(known)}, got "
+            f"{str(source)!r}{did_you_mean(str(source), known)}"
         )
     if is_there(folder / "tokenizer.json"):
         return Tokenizer(folder / "tokenizer.json")

@@ -277,7 +277,7 @@ def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode)
             rows_bt,
             begin_bt // layer.ratio,
             ratio=layer.ratio,
-            count=config.index_topk,
+            count=layer.adjust(config).index_topk,
         )
     else:
         found = compare_selected(*arrays, seen["selected"])
