@@ -22,6 +22,7 @@ import v4jax
 from v4jax.checkpoint.names import stored_formats
 from v4jax.config import LayerKind, ModelConfig, Numerics, RouterKind, get_numerics
 from v4jax.config.loading import load_model_config
+from v4jax.config.model import DraftConfig
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, write_weights
 from v4jax.parallel import Layout, WeightLayout, make_mesh
@@ -29,18 +30,23 @@ from v4jax.parallel.weight_sharding import put_sharded
 from v4jax.quant import quantize_weight
 
 TINY = load_model_config("tiny")
+DRAFT = DraftConfig(stages=1, target_layer_ids=(0,), markov_rank=4, block_size=3, noise_token_id=7)
 RATIOS = {LayerKind.WINDOW: 0, LayerKind.CSA: 4, LayerKind.HCA: 128}
 
 
-def make_config(kinds: str, *, mtp: bool = False, **changes) -> ModelConfig:
+def make_config(
+    kinds: str, *, mtp: bool = False, draft: DraftConfig | None = None, **changes
+) -> ModelConfig:
     """Returns the tiny configuration with one layer of each kind, such as "csa hca".
 
     Args:
       mtp: whether an MTP block follows, with a window.
+      draft: the draft module that follows, such as `DRAFT`.
       changes: further fields.
     """
     layers = [LayerKind[kind.upper()] for kind in kinds.split()]
-    blocks = [*layers, LayerKind.WINDOW] if mtp else layers
+    behind = draft.stages if draft else int(mtp)
+    blocks = [*layers, *[LayerKind.WINDOW] * behind]
     fields = dict(
         hc_sinkhorn_iters=2,  # unrolled: fewer compile sooner
         num_hidden_layers=len(layers),
@@ -48,6 +54,7 @@ def make_config(kinds: str, *, mtp: bool = False, **changes) -> ModelConfig:
         compress_ratios=tuple(RATIOS[kind] for kind in blocks),
         layer_types=tuple(blocks),
         mlp_layer_types=(RouterKind.TOPK,) * len(layers),
+        draft=draft,
     )
     return dataclasses.replace(TINY, **fields | changes)
 

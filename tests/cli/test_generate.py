@@ -1,8 +1,13 @@
 """`v4jax generate`, with the fake model."""
 
 import io
+import re
 import sys
 
+import pytest
+
+import v4jax
+from v4jax import log
 from v4jax.cli import main
 
 FLAGS = ("--model=nano", "--max_new_tokens=12", "--chunk_tokens=64")
@@ -31,6 +36,34 @@ def test_flags_reach_the_model(capsys, fake_model):
     assert answer(capsys, "--prompt=a", "--system=s") != plain
     assert answer(capsys, "--prompt=a", "--thinking") != plain
     assert answer(capsys, "--prompt=a", "--temperature=1", "--top_k=1") == plain
+
+
+def test_drafts(capsys, fake_model, monkeypatch):
+    monkeypatch.setattr(log, "_said", set())
+    plain = answer(capsys, "--prompt=a")
+    fake_model.draft_tokens = 4
+    assert main.run(["generate", *FLAGS, "--prompt=a"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    passes = re.search(r"wrote (\d+) \((\S+) a pass in (\d+) passes\)", err)
+    assert float(passes[2]) == pytest.approx((int(passes[1]) - 1) / int(passes[3]), abs=0.01)
+    assert "speculate: 4 tokens are drafted and verified in each step" in err
+    assert main.run(["generate", *FLAGS, "--prompt=a", "--speculate=off"]) == 0
+    assert capsys.readouterr().out == plain
+
+
+BAD_DRAFTS = {
+    "99": "speculate asks for 99 drafts a step, and this model",
+    "0": "inference.speculate must be auto, off or a number of tokens of at least 1, got '0'",
+    "on": "must be auto, off or a number of tokens of at least 1, got 'on'",
+}
+
+
+@pytest.mark.parametrize(("drafts", "message"), BAD_DRAFTS.items())
+def test_bad_drafts_are_said_before_loading(capsys, monkeypatch, drafts, message):
+    monkeypatch.setattr(v4jax, "load", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    assert main.run(["generate", "--model=tiny", "--prompt=a", f"--speculate={drafts}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_stdin_that_is_no_text(capsys, fake_model, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 
 from v4jax.errors import CacheError
 from v4jax.inference import Engine, EngineOptions
+from v4jax.model.speculation import GREEDY, Drafts, Verified
 from v4jax.tokenizer import ByteTokenizer
 
 _SCALE = 6.0  # of the logits: some tokens are likely, none is certain
@@ -71,13 +72,20 @@ class FakeCache:
 
 
 class FakeModel:
-    """Args: `step_seconds` is what every call costs, to make a job slow enough to be killed."""
+    """A model with a hash for mathematics.
+
+    Args:
+      step_seconds: what every call costs, to make a job slow enough to be killed.
+      drafts: tokens that it drafts; a draft is mostly right.
+    """
 
     folder = None
     layout = None
 
-    def __init__(self, config: FakeConfig = FakeConfig(), step_seconds: float = 0.0):
-        self.config, self.step_seconds = config, step_seconds
+    def __init__(
+        self, config: FakeConfig = FakeConfig(), step_seconds: float = 0.0, drafts: int = 0
+    ):
+        self.config, self.step_seconds, self.draft_tokens = config, step_seconds, drafts
         self.calls: list[tuple[int, int, int]] = []  # (slots, tokens, tokens that were real)
 
     def init_cache(self, batch: int, max_tokens: int) -> FakeCache:
@@ -111,6 +119,39 @@ class FakeModel:
         chosen = all_bt if logits == "all" else jnp.where(lengths > 0, hashes, ~hashes)
         return _logits(chosen, self.config.vocab_size), extended
 
+    def draft(self, last, cache, choice=GREEDY, *, count=None, trusted=False):
+        """Drafts from the true logits, somewhat changed; see the contract."""
+        assert 1 <= (count or self.draft_tokens) <= self.draft_tokens
+        hashes, ones = cache.hashes, jnp.ones(len(last), jnp.int32)
+        tokens, logits = [], []
+        for row in range(count or self.draft_tokens):
+            hashes, _ = _hash(last[:, None], hashes, ones)
+            true = _logits(hashes, self.config.vocab_size)
+            logits.append(true + _logits(~hashes, self.config.vocab_size) / 32)
+            last = _choose(choice, logits[-1], row)
+            tokens.append(last)
+        drafts = jnp.stack(tokens, 1), jnp.stack(logits, 1), jnp.zeros((len(last), len(tokens)))
+        return Drafts(*drafts)
+
+    def verify(
+        self, last, drafts, cache, choice=GREEDY, lengths=None, *, donate=False, trusted=False
+    ):
+        """Accepts drafts; see the contract."""
+        tokens = jnp.concatenate([last[:, None], drafts.tokens], axis=1)
+        assert drafts.tokens.shape[1] <= self.draft_tokens
+        lengths = jnp.full(len(last), tokens.shape[1]) if lengths is None else lengths
+        _, all_bt = _hash(tokens, cache.hashes, lengths)
+        before, hashes = cache.lengths + 0, cache.hashes + 0
+        logits, longer = self.extend(tokens, cache, lengths, donate=donate, trusted=trusted)
+        accepted, following = _accept(choice, drafts, logits, jnp.maximum(lengths - 1, 0))
+        taken = all_bt[jnp.arange(len(last)), accepted]
+        cache = FakeCache(
+            jnp.where(lengths > 0, taken, hashes),
+            before + jnp.minimum(lengths, accepted + 1),
+            longer.capacity,
+        )
+        return Verified(logits, accepted, following), cache
+
 
 @jax.jit
 def _hash(tokens_bt, hashes, lengths):
@@ -123,6 +164,10 @@ def _hash(tokens_bt, hashes, lengths):
     positions = jnp.arange(tokens_bt.shape[1])
     hashes, all_tb = jax.lax.scan(step, hashes, (tokens_bt.T, positions))
     return hashes, all_tb.T
+
+
+_choose = jax.jit(lambda choice, logits, row: choice.choose(logits, row), static_argnums=2)
+_accept = jax.jit(lambda choice, *arguments: choice.accept(*arguments))
 
 
 @functools.partial(jax.jit, static_argnums=1)

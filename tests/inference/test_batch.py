@@ -119,6 +119,25 @@ def test_continuing_after_any_line(source):
             assert summary.questions_before == data[: end + torn].count(b"\n")
 
 
+def test_drafts_leave_greedy_answers_as_they_are(source):
+    """Byte by byte, also where the job stops in between and goes on with drafts."""
+    lines = [{k: v for k, v in line.items() if k != "temperature"} for line in LINES]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = source.with_name("answers.jsonl")
+
+    def write(speculate) -> str:
+        engine = make_engine(FakeModel(drafts=4), speculate=speculate)
+        return "\n".join(run(source, engine)[0].lines())
+
+    assert "a pass" not in write("off")
+    data = output.read_bytes()
+    for kept, speculate in ((0, "auto"), (0, 1), (1, 2), (4, 3)):
+        output.write_bytes(b"".join(data.splitlines(keepends=True)[:kept]) + data[:9])
+        said = re.search(r"drafts +(\S+) tokens written a pass", write(speculate))
+        assert 1 <= float(said[1]) <= 5 and (kept or float(said[1]) > 1)
+        assert output.read_bytes() == data
+
+
 def test_a_finished_job_needs_no_model(source):
     run(source)
     job = BatchJob(str(source), str(source.with_name("answers.jsonl")), {"model": "fake"}, SAMPLING)

@@ -1,5 +1,7 @@
 """The engine: a document's state serves every question, and nothing leaks from one to another."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import pytest
 
@@ -72,6 +74,51 @@ def test_streaming_gives_the_answer():
     *pieces, answer = engine.stream(Question("Tell me.", WARM))
     assert "".join(piece.text for piece in pieces) == answer.text
     assert [*engine.stream(Question("Tell me.", WARM))] == [*pieces, answer]
+
+
+def test_drafts_change_the_speed_alone():
+    engines = [make_engine(FakeModel(drafts=4), speculate=s) for s in ("off", 1, "auto")]
+    assert [engine.drafts for engine in engines] == [0, 1, 4]
+    questions = [Question(f"Question {i}?", GREEDY) for i in range(5)]
+    plain, *drafted = (ask(engine, TEXT, *questions) for engine in engines)
+    for answers in drafted:
+        assert [replace(a, passes=0) for a in answers] == [replace(a, passes=0) for a in plain]
+        assert sum(a.passes for a in answers) < sum(a.passes for a in plain)
+        assert all(a.passes for a in answers)
+    assert [a.passes for a in plain] == [a.answer_tokens - 1 for a in plain]
+    *pieces, answer = engines[2].stream(questions[0])
+    *_, expected = engines[0].stream(questions[0])
+    assert replace(answer, passes=0) == replace(expected, passes=0)
+    assert "".join(piece.text for piece in pieces) == answer.text
+
+
+def test_shapes_of_drafting_are_compiled_before():
+    model = FakeModel(drafts=4)
+    engine = make_engine(model)
+    encoded = engine.encode(Document(TEXT, (Question("a?", GREEDY), Question("b?", GREEDY))))
+    engine.prepare(encoded)
+    compiled = {call[:2] for call in model.calls}
+    assert compiled == {(1, 64), (2, 16), (2, 5)}
+    model.calls.clear()
+    engine.answer(encoded, engine.read(encoded), range(2))
+    assert {call[:2] for call in model.calls} == compiled
+
+
+BAD_DRAFTS = {
+    "no module": (
+        0,
+        "speculate asks for 3 drafts a step, and this model has no draft module; take auto, off",
+    ),
+    "fewer": (2, "and this model drafts 2 at most; take auto, off or 1 … 2"),
+}
+
+
+@pytest.mark.parametrize(("drafts", "message"), BAD_DRAFTS.values(), ids=BAD_DRAFTS.keys())
+def test_more_drafts_than_the_model_makes(drafts, message):
+    with pytest.raises(ConfigError) as error:
+        make_engine(FakeModel(drafts=drafts), speculate=3)
+    assert str(error.value).endswith(message)
+    assert make_engine(FakeModel(drafts=drafts)).drafts == drafts
 
 
 TOO_LONG = {

@@ -260,7 +260,7 @@ def init_cache(
             f"got {max_tokens}"
         )
     entries, index = entry_format(config, numerics), index_format(config, numerics)
-    spare = 0 if config.draft is None else config.draft.block_size
+    spare = config.draft_tokens
     window = config.sliding_window + spare
     stored = {WINDOW: entries.zeros(config.num_hidden_layers, batch, window)}
     if config.draft is not None:

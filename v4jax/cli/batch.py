@@ -109,6 +109,8 @@ def run(flags: Flags) -> int:
             "chunk_tokens": config.chunk_tokens or engine.CHUNK_TOKENS,
             "questions_at_once": options.questions_at_once,
             "max_tokens": options.max_tokens,
+            # Drafts leave greedy answers as they are, and draw sampled ones with other numbers.
+            **({"speculate": config.speculate} if sampling.temperature else {}),
         },
         sampling=sampling,
         overwrite=flags.overwrite,

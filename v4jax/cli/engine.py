@@ -44,13 +44,14 @@ def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any
       config: as `complete` returned it.
       asks: whether questions to documents are answered, `questions_at_once` side by side.
     """
-    from v4jax.config.loading import load_model_config
+    from v4jax.config.loading import load_model_config, packaged_names
     from v4jax.inference import EngineOptions, Frame
     from v4jax.parallel.agreement import on_all
     from v4jax.parallel.mesh import choose_mesh
 
-    frame = Frame(**vars(config.frame))
-    mesh = on_all(lambda: choose_mesh(config.mesh, load_model_config(config.model)))
+    frame, speculate = Frame(**vars(config.frame)), config.speculate
+    model = on_all(lambda: load_model_config(config.model))
+    mesh = on_all(lambda: choose_mesh(config.mesh, model))
     sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
     sharing = sizes["expert"] * sizes["context"]
     options = EngineOptions(
@@ -58,8 +59,11 @@ def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any
         chunk_tokens=config.chunk_tokens or max(CHUNK_TOKENS, CHUNK_TOKENS_PER_DEVICE * sharing),
         questions_at_once=config.questions_at_once if asks else sizes["data"],
         max_tokens=config.max_tokens,
+        speculate=int(speculate) if speculate.isdecimal() else speculate,
     )
     options.check_data(sizes["data"])
+    if config.model in packaged_names():  # of a folder the tensors say it, once they are read
+        options.count_drafts(model.draft_tokens)
     return mesh, options
 
 

@@ -39,28 +39,30 @@ class Flags:
 def run(flags: Flags) -> int:
     """Answers the prompt."""
     from v4jax import log
-    from v4jax.cli import engine
+    from v4jax.cli import engine as engines
     from v4jax.inference import Question, run_together
 
     # All but stdin, which is that of process 0 alone, is checked before anything is loaded.
     given = None if flags.prompt == "-" else _check_prompt(flags.prompt)
-    sampling = engine.build_sampling(flags.config)
+    sampling = engines.build_sampling(flags.config)
     start_serving(flags)
-    config = engine.complete(flags.config)
-    mesh, options = engine.plan_engine(config, asks=False)
+    config = engines.complete(flags.config)
+    mesh, options = engines.plan_engine(config, asks=False)
 
     def work(load_engine: Callable[[], Any]) -> int:
         text = _check_prompt(_read_stdin()) if given is None else given
-        answer = _show(load_engine().stream(Question(text, sampling)))
+        engine = load_engine()
+        answer = _show(engine.stream(Question(text, sampling)))
         if answer.warning:
             log.warning(f"generate: {answer.warning}")
         log.info(
-            f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}, "
+            f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}"
+            f"{_describe_passes(answer) if engine.drafts else ''}, "
             f"finish reason {answer.finish_reason}"
         )
         return 0
 
-    return run_together(lambda: engine.load_engine(config, mesh, options), work)
+    return run_together(lambda: engines.load_engine(config, mesh, options), work)
 
 
 def _show(parts: Iterable[Any]) -> Any:
@@ -91,6 +93,14 @@ def _show(parts: Iterable[Any]) -> Any:
     for call in answer.tool_calls:
         write(json.dumps(call["function"], ensure_ascii=False) + "\n", sys.stdout)
     return answer
+
+
+def _describe_passes(answer: Any) -> str:
+    """Returns how many tokens a pass of the model wrote on average: the accepted length."""
+    if not answer.passes:
+        return ""
+    written = answer.answer_tokens - 1  # reading the prompt gave the first
+    return f" ({written / answer.passes:.2f} a pass in {answer.passes:,} passes)"
 
 
 def _check_prompt(text: str) -> str:

@@ -73,6 +73,9 @@ class InferenceConfig:
         rounded up to a power of two.
       questions_at_once: Number of questions of one document that are answered side by side, each
         with a copy of its cache.
+      speculate: How many tokens are drafted and then verified in one step of the model: auto (as
+        many as the checkpoint's draft module proposes, none without one), off, or a number. Drafts
+        change the speed and not the distribution of answers; greedy answers stay the same.
       frame: What surrounds the user's words.
       sampling: How the tokens of an answer are chosen.
     """
@@ -84,6 +87,7 @@ class InferenceConfig:
     chunk_tokens: int | None = None
     max_tokens: int | None = None
     questions_at_once: int = 4
+    speculate: str = "auto"
     frame: FrameConfig = FrameConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -92,3 +96,9 @@ class InferenceConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"inference.{field} must be at least 1, got {value}")
+        count = int(self.speculate) if self.speculate.isdecimal() else 0
+        if self.speculate not in ("auto", "off") and not count:
+            raise ConfigError(
+                "inference.speculate must be auto, off or a number of tokens of at least 1, got "
+                f"{self.speculate!r}"
+            )

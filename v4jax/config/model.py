@@ -210,6 +210,11 @@ class ModelConfig:
         return tuple(self._layer(first + i, RouterKind.TOPK) for i in range(stages))
 
     @property
+    def draft_tokens(self) -> int:
+        """How many tokens the model drafts at most; 0 where nothing drafts."""
+        return 0 if self.draft is None else self.draft.block_size
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return (self.eos_token_id, *self.more_eos_token_ids)

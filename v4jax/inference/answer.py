@@ -28,6 +28,7 @@ class Answer:
       tool_calls: the model's calls, as in a chat message; usually none.
       prompt_tokens: tokens of the prompt, without those of the shared document.
       answer_tokens: tokens written, EOS included.
+      passes: steps of the model that wrote all of them but the first, which reading gave.
       warning: how the model's output left the format and was read nevertheless; empty if it did
         not.
       error: why the answer was given up; `text` is what the model wrote until then.
@@ -37,6 +38,7 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     answer_tokens: int
+    passes: int = 0
     reasoning: str = ""
     tool_calls: tuple[dict, ...] = ()
     warning: str = ""
@@ -64,6 +66,7 @@ class AnswerReader:
     prompt_tokens: int
     end_tokens: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
+    steps: int = 0
 
     def __post_init__(self):
         self._splitter = StreamSplitter(self.mode, tolerant=True)
@@ -71,8 +74,12 @@ class AnswerReader:
         self._events = []
         self._error = ""
 
-    def push(self, token: int) -> list[Piece]:
-        """Takes the next token, the end token included, or `NOT_FINITE`; returns text to show."""
+    def push(self, *tokens: int) -> list[Piece]:
+        """Takes a step's tokens, the end token or `NOT_FINITE` included; returns text to show."""
+        self.steps += 1
+        return [piece for token in tokens for piece in self._push(token)]
+
+    def _push(self, token: int) -> list[Piece]:
         if token == NOT_FINITE:
             self._error = explain_not_finite(f"for token {len(self.tokens) + 1:,} of the answer")
             return []
@@ -91,6 +98,7 @@ class AnswerReader:
             finish_reason="error" if self._error else "stop" if stopped else "length",
             prompt_tokens=self.prompt_tokens,
             answer_tokens=len(self.tokens),
+            passes=max(self.steps - 1, 0),
             reasoning=message["reasoning_content"],
             tool_calls=tuple(message["tool_calls"]),
             warning=self._describe_departures(),

@@ -94,7 +94,7 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
             left = f"{work.documents:,} documents are left"
             log.info(f"batch: {job.output} holds {before:,} answers, {left}")
         meter = Meter(work.document_bytes, work.questions, job.sampling.max_new_tokens)
-        compile_seconds = 0.0
+        compile_seconds, drafts = 0.0, False
         if work.documents:
             engine = load_engine()
             try:
@@ -105,10 +105,14 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
                     "the same command continues"
                 )
                 raise
-            compile_seconds = engine.compile_seconds
+            compile_seconds, drafts = engine.compile_seconds, bool(engine.drafts)
         answers.finish()
         return summarize(
-            answers.records, meter, questions_before=before, compile_seconds=compile_seconds
+            answers.records,
+            meter,
+            questions_before=before,
+            compile_seconds=compile_seconds,
+            drafts=drafts,
         )
 
 
@@ -307,6 +311,8 @@ class _Run:
             failed |= {i: by_index[i].error for i in open_questions if by_index[i].error}
             meter.answered(len(open_questions), sum(a.answer_tokens for a in given))
             turn.questions_left -= len(open_questions)
+            for answer in given:
+                meter.wrote(answer.answer_tokens, answer.passes)
         if failed:
             numbers, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
             raise NonFiniteError(f"no answer to question_index {numbers}: {reason}")

@@ -7,13 +7,14 @@
         answers = engine.answer(encoded, state, group)  # each from its own copy of the state
 
 Each new shape is compiled. There are therefore few: one size of chunks for reading, one short size
-for questions, one token for writing, and cache capacities that are powers of two.
+for questions, one token (or the drafts of one step) for writing, and cache capacities that are
+powers of two.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -23,7 +24,7 @@ from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import are_finite, init_sampler, sample
-from v4jax.inference.steps import Cache, decode, prefill
+from v4jax.inference.steps import Cache, decode, prefill, write_block
 from v4jax.parallel.mesh import divisors
 from v4jax.parallel.shard import batch_shards
 from v4jax.shapes import round_up
@@ -41,6 +42,8 @@ class EngineOptions:
       questions_at_once: questions of one document that are answered side by side, each with its own
         copy of the document's cache.
       max_tokens: capacity of every cache; None: what each document needs, rounded up.
+      speculate: tokens that are drafted and verified in a step of writing; "off": none; "auto": as
+        many as the model can draft.
     """
 
     frame: Frame = field(default_factory=Frame)
@@ -48,12 +51,29 @@ class EngineOptions:
     short_tokens: int = 128
     questions_at_once: int = 4
     max_tokens: int | None = None
+    speculate: str | int = "auto"
 
     def __post_init__(self):
         for name in ("chunk_tokens", "short_tokens", "questions_at_once", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def count_drafts(self, available: int) -> int:
+        """Returns how many tokens a step drafts with a model that can draft `available`.
+
+        Raises:
+          ConfigError: more are asked for.
+        """
+        if self.speculate in ("auto", "off"):
+            return available if self.speculate == "auto" else 0
+        if self.speculate > available:
+            found = f"drafts {available} at most" if available else "has no draft module"
+            raise ConfigError(
+                f"speculate asks for {self.speculate} drafts a step, and this model {found}; "
+                f"take auto, off{f' or 1 … {available}' if available else ''}"
+            )
+        return self.speculate
 
     def check_data(self, parts: int) -> None:
         """Raises unless the `parts` of the mesh along `data` divide the questions.
@@ -93,6 +113,15 @@ class EncodedDocument:
         """
         count, size = len(self.question_tokens), options.questions_at_once
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class _Shape(NamedTuple):
+    """A step to compile; with drafts, also the step of writing that follows it."""
+
+    slots: int
+    tokens: int
+    capacity: int
+    drafts: int = 0
 
 
 class Engine:
@@ -138,8 +167,12 @@ class Engine:
         options.check_data(self._parts)
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.max_document_bytes = self._limit() * tokenizer.longest_bytes
+        # A cache has room for at least one step of writing.
+        self.drafts = min(options.count_drafts(model.draft_tokens), self._limit() - 1)
+        _say_drafts(self.drafts, options.speculate, model.draft_tokens)
+        self._ends = {"end_tokens": ends, "choices": tokenizer.vocab_size}
         self.compile_seconds = 0.0
-        self._compiled: set[tuple[int, int, int]] = set()  # (slots, tokens, capacity)
+        self._compiled: set[_Shape] = set()
 
     def encode(self, document: Document) -> EncodedDocument:
         """Returns the token ids of a document's prompts.
@@ -226,7 +259,7 @@ class Engine:
         needed = self._check_length("prompt", [], [tokens], [prompt.sampling])
         capacity = self._capacity(needed)
         chunk_tokens = self._chunk(len(tokens), capacity)
-        self._compile({(self._parts, chunk_tokens, capacity), (self._parts, 1, capacity)})
+        self._compile(self._writing_shapes(self._parts, chunk_tokens, capacity))
         with log.Progress("read", total=len(tokens)) as progress:
             logits_bv, cache = self._read(tokens, capacity, progress.advance)
         for _, pieces, answer in self._write(logits_bv, cache, [tokens], [prompt.sampling]):
@@ -258,13 +291,9 @@ class Engine:
         capacity = encoded.capacity
         slots = self._slots(len(encoded.question_tokens))
         longest = max(map(len, encoded.question_tokens))
-        self._compile(
-            {
-                (self._parts, self._chunk(len(encoded.tokens), capacity), capacity),
-                (slots, self._chunk(longest, capacity), capacity),
-                (slots, 1, capacity),
-            }
-        )
+        reading = _Shape(self._parts, self._chunk(len(encoded.tokens), capacity), capacity)
+        writing = self._writing_shapes(slots, self._chunk(longest, capacity), capacity)
+        self._compile({reading} | writing)
 
     def _read(
         self, tokens: Sequence[int], capacity: int, on_chunk: Callable[[int], None]
@@ -278,12 +307,18 @@ class Engine:
             on_chunk=lambda count: on_chunk(count // self._parts),
         )
 
-    def _compile(self, shapes: set[tuple[int, int, int]]) -> None:
-        """Runs one step of each shape (slots, tokens, capacity) that has not run yet."""
+    def _writing_shapes(self, slots: int, chunk_tokens: int, capacity: int) -> set["_Shape"]:
+        """Returns the steps that read prompts of so many slots and write their answers."""
+        if self.drafts:
+            return {_Shape(slots, chunk_tokens, capacity, self.drafts)}
+        return {_Shape(slots, chunk_tokens, capacity), _Shape(slots, 1, capacity)}
+
+    def _compile(self, shapes: set["_Shape"]) -> None:
+        """Runs one step of each shape that has not run yet."""
         shapes = shapes - self._compiled
         if not shapes:
             return
-        title = f"{len(shapes)} steps for caches of {max(shapes)[2]:,} tokens"
+        title = f"{len(shapes)} steps for caches of {max(shapes).capacity:,} tokens"
         with log.phase("compile", title, doing="compiling") as phase:
             phase.note(title)
             for shape in sorted(shapes):
@@ -291,20 +326,19 @@ class Engine:
         self._compiled |= shapes
         self.compile_seconds += phase.seconds
 
-    def _step(self, slots: int, tokens: int, capacity: int) -> None:
-        """Runs one step that appends nothing."""
+    def _step(self, slots: int, tokens: int, capacity: int, drafts: int) -> None:
+        """Runs one step that appends nothing, and one of writing where there are drafts."""
         cache = self.model.init_cache(self._parts, capacity).repeat(slots // self._parts)
         tokens_bt = jnp.zeros((slots, tokens), jnp.int32)
-        logits_bv, _ = self.model.flatten().extend(
+        model = self.model.flatten()
+        logits_bv, cache = model.extend(
             tokens_bt, cache, jnp.zeros(slots, jnp.int32), logits="last", donate=True
         )
-        end_tokens, layout = self.model.config.end_token_ids, self.model.layout
-        state = init_sampler([], slots)
-        choices = self.tokenizer.vocab_size
-        are_finite(logits_bv, layout=layout)
-        tokens, _, _ = sample(
-            logits_bv, state, end_tokens=end_tokens, choices=choices, layout=layout
-        )
+        are_finite(logits_bv, layout=self.model.layout)
+        ends = self._ends | {"layout": self.model.layout}
+        tokens, _, state = sample(logits_bv, init_sampler([], slots), **ends)
+        if drafts:
+            tokens, *_ = write_block(model, tokens, cache, state, drafts, **ends)
         tokens.block_until_ready()
 
     def _write(
@@ -315,14 +349,14 @@ class Engine:
         sampling: Sequence[SamplingOptions],
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[tuple[int, list[Piece], Answer | None]]:
-        mode, end_tokens = self.options.frame.mode, self.model.config.end_token_ids
+        mode, end_tokens = self.options.frame.mode, self._ends["end_tokens"]
         readers = [AnswerReader(self.tokenizer, mode, len(rest), end_tokens) for rest in rests]
-        ends = {"end_tokens": end_tokens, "choices": self.tokenizer.vocab_size}
-        for tokens in decode(self.model, logits_bv, cache, sampling, **ends):
-            on_tokens(sum(token is not None for token in tokens))
-            for slot, token in enumerate(tokens):
-                if token is not None:
-                    yield slot, readers[slot].push(token), None
+        how = self._ends | {"drafts": self.drafts}
+        for blocks in decode(self.model, logits_bv, cache, sampling, **how):
+            on_tokens(sum(map(len, blocks)))
+            for slot, tokens in enumerate(blocks):
+                if tokens:
+                    yield slot, readers[slot].push(*tokens), None
         for slot, reader in enumerate(readers):
             yield slot, *reader.finish()
 
@@ -336,8 +370,9 @@ class Engine:
     def _capacity(self, needed: int) -> int:
         if self.options.max_tokens:
             return self._limit()
-        # At most twice the memory, and one compilation for each doubling; never below one chunk.
-        rounded = 1 << (max(needed, self.options.chunk_tokens) - 1).bit_length()
+        # At most twice the memory, and one compilation for each doubling; never below one step.
+        least = max(self.options.chunk_tokens, self.drafts + 1)
+        rounded = 1 << (max(needed, least) - 1).bit_length()
         return min(rounded, self._limit())
 
     def _limit(self) -> int:
@@ -364,3 +399,12 @@ class Engine:
                 f"shorten the {what} or lower max_new_tokens"
             )
         return needed
+
+
+def _say_drafts(drafts: int, speculate: str | int, available: int) -> None:
+    """Says whether steps of writing draft tokens, where a model can."""
+    if drafts:
+        why = f"as the model drafts {available}" if speculate == "auto" else "as asked for"
+        log.once(f"speculate: {drafts} tokens are drafted and verified in each step, {why}")
+    elif available:
+        log.once(f"speculate: off; the model could draft {available} tokens in each step")

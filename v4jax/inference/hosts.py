@@ -62,7 +62,7 @@ class LeadingEngine:
 
     def __init__(self, engine: Engine):
         self._engine, self._told = engine, None
-        self.options, self.encode = engine.options, engine.encode
+        self.options, self.encode, self.drafts = engine.options, engine.encode, engine.drafts
         self.max_document_bytes = engine.max_document_bytes
         self.reading_work = engine.reading_work
 

@@ -34,6 +34,7 @@ class Meter:
     def __init__(self, document_bytes: Iterable[int], questions: int, max_new_tokens: int):
         self.reading, self.writing = log.Rate(), log.Rate()
         self.cache_bytes = 0
+        self.passes = self.pass_tokens = 0  # steps of writing, and the tokens that they wrote
         self.work: Callable[[int, int], tuple[float, float]] = lambda first, end: (end - first, 0.0)
         sizes = list(document_bytes)
         self._unread, self._bytes_left = collections.Counter(map(_round_size, sizes)), sum(sizes)
@@ -71,6 +72,11 @@ class Meter:
         self._speed.add(self.work(self._position, end), self.reading.seconds - seconds)
         self._position = end
         self._tokens_left -= tokens
+
+    def wrote(self, tokens: int, passes: int) -> None:
+        """Counts an answer's tokens, of which reading gave the first, and the passes behind it."""
+        self.pass_tokens += max(tokens - 1, 0)
+        self.passes += passes
 
     def answered(self, questions: int, tokens: int) -> None:
         """Counts answers that are complete."""
@@ -189,6 +195,8 @@ class Summary:
       read_seconds: time of reading documents; `write_seconds`: time of questions and answers.
         Neither includes compilation.
       cache_bytes: size of the largest document's cache.
+      tokens_per_pass: tokens that a pass of the model wrote on average (the accepted length), for
+        each sequence; None where tokens are not drafted.
     """
 
     documents: int
@@ -203,6 +211,7 @@ class Summary:
     read_tokens_per_second: float | None
     write_tokens_per_second: float | None
     cache_bytes: int
+    tokens_per_pass: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields for a JSON file."""
@@ -211,11 +220,14 @@ class Summary:
     def lines(self) -> list[str]:
         """Returns the summary as lines of text."""
         before = f" ({self.questions_before:,} before this run)" if self.questions_before else ""
+        accepted = self.tokens_per_pass
+        speculation = [f"drafts     {accepted:.2f} tokens written a pass"] if accepted else []
         return [
             f"documents  {self.documents:,}, of them failed {self.failed:,}",
             f"questions  {self.questions:,} answered{before}",
             f"read       {self.tokens_read:,} tokens{_speed(self.read_tokens_per_second)}",
             f"written    {self.tokens_written:,} tokens{_speed(self.write_tokens_per_second)}",
+            *speculation,
             f"cache      {log.format_bytes(self.cache_bytes)} for the largest document",
             f"time       reading {log.format_seconds(self.read_seconds)}, writing "
             f"{log.format_seconds(self.write_seconds)}, compiling "
@@ -229,8 +241,13 @@ def summarize(
     *,
     questions_before: int,
     compile_seconds: float,
+    drafts: bool = False,
 ) -> Summary:
-    """Returns the summary of a job: the records of its output, and the meter of this run."""
+    """Returns the summary of a job: the records of its output, and the meter of this run.
+
+    Args:
+      drafts: whether tokens were drafted.
+    """
     answers = [record for record in records.values() if "error" not in record]
     document_tokens = {record["line"]: record["tokens"]["document"] for record in answers}
     return Summary(
@@ -246,6 +263,7 @@ def summarize(
         read_tokens_per_second=meter.reading.per_second,
         write_tokens_per_second=meter.writing.per_second,
         cache_bytes=meter.cache_bytes,
+        tokens_per_pass=meter.pass_tokens / meter.passes if drafts and meter.passes else None,
     )
 
 

@@ -1,7 +1,8 @@
-"""The two loops around the model's call: reading tokens in chunks, and writing them one by one.
+"""The two loops around the model's calls: reading tokens in chunks, and writing them.
 
 A loop consumes its cache: each step reuses the buffers. While writing, a step of the model is
-dispatched before the host looks at the token that it reads; the device need not wait for the host.
+dispatched before the host looks at the tokens that it reads; the device need not wait for the host.
+A step writes one token of every sequence or, where the model drafts, as many as it accepts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +10,20 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from v4jax.errors import CacheError, NonFiniteError
 from v4jax.inference.answer import explain_not_finite
 from v4jax.inference.request import SamplingOptions
-from v4jax.inference.sampling import NOT_FINITE, are_finite, init_sampler, sample
+from v4jax.inference.sampling import (
+    NOT_FINITE,
+    Sampled,
+    SamplerState,
+    are_finite,
+    init_sampler,
+    sample,
+    take_block,
+)
 from v4jax.parallel.global_arrays import values_of
 
 Cache = Any  # what model.init_cache gives
@@ -80,18 +89,21 @@ def decode(
     *,
     end_tokens: tuple[int, ...],
     choices: int | None = None,
-) -> Iterator[list[int | None]]:
-    """Writes one token of each sequence a step, until every sequence has ended.
+    drafts: int = 0,
+) -> Iterator[list[list[int]]]:
+    """Writes tokens of each sequence a step, until every sequence has ended.
 
     Args:
       logits_bv: the model's logits after the last token of each slot.
       cache: consumed.
       options: for the first slots; further slots write nothing.
       choices: as of `sample`: the ids that have text.
+      drafts: tokens that the model drafts and verifies in a step; 0: a step writes one token.
 
     Yields:
-      One token of each sequence, the end token included; None for a sequence that has ended.
-      `NOT_FINITE` ends a sequence whose logits are not finite, and harms no other.
+      The tokens that each sequence wrote in the step, the end token included; none for a sequence
+      that has ended. The first step writes one token of each. `NOT_FINITE` ends a sequence whose
+      logits are not finite, and harms no other.
 
     Raises:
       CacheError: the cache has no room for an answer (whose last token needs no room).
@@ -104,22 +116,55 @@ def decode(
                 f"a sequence of {used} tokens and an answer of up to {room} do not fit a cache "
                 f"made for {cache.capacity}; make it larger or lower max_new_tokens"
             )
-    layout, model = model.layout, model.flatten()
+    ends = {"end_tokens": end_tokens, "choices": choices, "layout": model.layout}
+    blocks = _blocks(model.flatten(), logits_bv, cache, state, drafts, ends)
+    ahead = next(blocks)
     while any(left):
-        tokens, active, state = sample(
-            logits_bv, state, end_tokens=end_tokens, choices=choices, layout=layout
-        )
-        if max(left) > 1:  # the model never reads the last token of an answer
+        # Each block has at least one token of every sequence that goes on.
+        block, ahead = ahead, next(blocks) if max(left) > 1 else None
+        chosen: list[list[int]] = [
+            row[:count].tolist() if remaining else []
+            for row, count, remaining in zip(*map(np.asarray, block), left, strict=False)
+        ]
+        left = [
+            0 if not tokens or tokens[-1] in (NOT_FINITE, *end_tokens) else remaining - len(tokens)
+            for tokens, remaining in zip(chosen, left, strict=True)
+        ]
+        yield chosen
+
+
+def _blocks(
+    model: Any, logits_bv, cache: Cache, state: SamplerState, drafts: int, ends: dict[str, Any]
+) -> Iterator[tuple[Array, Array]]:
+    """Yields tokens [b, s] and how many of them were written [b], without waiting for them."""
+    tokens, active, state = sample(logits_bv, state, **ends)
+    one_b = np.ones(tokens.shape[0], np.int32)
+    yield tokens[:, None], one_b
+    while True:
+        if drafts:
+            written, counts, tokens, state, cache = write_block(
+                model, tokens, cache, state, drafts, **ends
+            )
+            yield written, counts
+        else:
             lengths = active.astype(jnp.int32)
             logits_bv, cache = model.extend(
                 tokens[:, None], cache, lengths, logits="last", donate=True, trusted=True
             )
-        chosen: list[int | None] = [
-            int(token) if remaining else None
-            for token, remaining in zip(np.asarray(tokens), left, strict=False)
-        ]
-        left = [
-            0 if token in (None, NOT_FINITE, *end_tokens) else remaining - 1
-            for token, remaining in zip(chosen, left, strict=True)
-        ]
-        yield chosen
+            tokens, active, state = sample(logits_bv, state, **ends)
+            yield tokens[:, None], one_b
+
+
+def write_block(
+    model: Any, last: Int[Array, "b"], cache: Cache, state: SamplerState, drafts: int, **ends: Any
+) -> tuple[Array, Array, Array, SamplerState, Cache]:
+    """Drafts tokens behind `last` and verifies them in one pass; returns as `take_block`.
+
+    No sequence verifies drafts that it may not write; the cache therefore needs no more room than
+    without drafts.
+    """
+    choice = Sampled(state, ends["choices"])
+    drafted = model.draft(last, cache, choice, count=drafts, trusted=True)
+    lengths = jnp.minimum(state.remaining, drafts + 1)
+    verified, cache = model.verify(last, drafted, cache, choice, lengths, donate=True, trusted=True)
+    return *take_block(drafted, verified, state, **ends), cache

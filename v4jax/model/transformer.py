@@ -223,7 +223,7 @@ class Transformer(nnx.Module):
     @property
     def draft_tokens(self) -> int:
         """How many tokens `draft` proposes at most; 0 where nothing drafts."""
-        return 0 if self.drafter is None else self.config.draft.block_size
+        return self.config.draft_tokens
 
     def check_draft(self, last, cache, count, trusted: bool) -> tuple[Array, int]:
         """Returns the tokens and the count of `draft`, or raises what it raises."""
