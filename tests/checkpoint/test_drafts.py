@@ -1,10 +1,14 @@
 """Which blocks behind the layers a folder has: its tensors say so, whatever the file counts."""
 
+import dataclasses
+
 import pytest
 import small_models
 from oracle import checkpoints
 
 import v4jax
+from v4jax import log
+from v4jax.config.from_hf import model_config_from_hf
 from v4jax.config.model import DraftConfig, LayerKind
 from v4jax.errors import CheckpointError, ConfigError
 
@@ -71,13 +75,49 @@ def test_tensors_decide(tmp_path, folders, folder, gone, change, blocks):
     assert (len(config.mtp_layers), len(config.draft_layers)) == blocks
 
 
-def test_what_is_left_out_is_said(tmp_path, folders, capsys):
+def test_what_is_left_out_is_said(tmp_path, folders, monkeypatch, capsys):
+    monkeypatch.setattr(log, "_said", set())
     tensors, raw = folders["drafts"]
     checkpoints.write_checkpoint(tmp_path, without(tensors, "mtp."), raw, shards=1)
     model = v4jax.load(tmp_path)
-    assert "no tensors of a draft module: the model runs without" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no tensors of a draft module: the model runs without, and drafts nothing" in said
+    assert said.count("drafts nothing; each pass writes one token") == 1
     with pytest.raises(ConfigError, match="has no draft module"):
         model.draft([1], model.init_cache(1, 8))
+
+
+def as_transformers(raw):
+    """Returns a released config.json with the layers as transformers writes them."""
+    config = model_config_from_hf(raw)
+    layers = {"layer_types": [kind.value for kind in config.layer_types[:2]]}
+    gone = ("compress_ratios", "v4jax_profile")
+    return {key: value for key, value in raw.items() if key not in gone} | layers
+
+
+def test_saved_by_transformers_without_the_module(tmp_path, folders, monkeypatch, capsys):
+    """Its config.json describes the module, and nothing counts the stages."""
+    monkeypatch.setattr(log, "_said", set())
+    tensors, raw = folders["drafts"]
+    checkpoints.write_checkpoint(tmp_path, without(tensors, "mtp."), as_transformers(raw), shards=1)
+    config = v4jax.load(tmp_path).config
+    assert config.draft is None and config.profile == "0731"
+    assert "has no tensors of a draft module" in capsys.readouterr().err
+
+
+def test_stages_that_only_the_tensors_count(tmp_path, folders):
+    tensors, raw = folders["drafts"]
+    checkpoints.write_checkpoint(tmp_path, tensors, as_transformers(raw), shards=1)
+    assert v4jax.load(tmp_path).config == dataclasses.replace(DRAFTS, profile="0731")
+
+
+def test_counts_that_the_tensors_correct_are_said(tmp_path, folders, monkeypatch, capsys):
+    monkeypatch.setattr(log, "_said", set())
+    tensors, raw = folders["serial"]
+    raw = raw | {"num_nextn_predict_layers": 3}
+    checkpoints.write_checkpoint(tmp_path, tensors, raw, shards=1)
+    v4jax.load(tmp_path)
+    assert "counts 3 MTP blocks, the tensors make up 1: 1 are used" in capsys.readouterr().err
 
 
 # {what: (folder, its tensors changed, config.json changed, what the message must say)}

@@ -1,5 +1,7 @@
 """Reading: every tensor at its place, in every layout and format."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +10,8 @@ import pytest
 from oracle import checkpoints
 
 from v4jax.checkpoint import names, read_abstract, read_model
+from v4jax.checkpoint.hf_folder import open_folder
+from v4jax.errors import CheckpointError
 from v4jax.model.weights import variables
 from v4jax.quant import ScaledArray
 
@@ -141,6 +145,50 @@ def test_transformers_layout(tmp_path, keep_mtp):
     model = read_model(folders.write(tmp_path, rename_for_transformers(tensors, keep_mtp)))
     check_holds(model, {k: v for k, v in tensors.items() if keep_mtp or not k.startswith("mtp.")})
     assert len(model.mtp) == model.config.num_nextn_predict_layers == int(keep_mtp)
+
+
+def stack_for_transformers(tensors):
+    """Returns the tensors as transformers' modules have them, the experts of a layer in two."""
+    written, stacks = {}, {}
+    modules = sorted(names.MODULES, key=lambda pair: -len(pair[0]))
+    for name, array in tensors.items():
+        expert = re.fullmatch(r"(layers\.\d+)\.ffn\.experts\.(\d+)\.(w\d)\.(\w+)", name)
+        layer = re.fullmatch(r"(layers\.\d+)\.(.*)", name)
+        if expert:
+            stacked = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}[expert[3]]
+            ending = "" if expert[4] == "weight" else "_scale_inv"
+            key = f"model.{expert[1]}.mlp.experts.{stacked}{ending}"
+            stacks.setdefault(key, {}).setdefault(int(expert[2]), {})[expert[3]] = array
+        elif layer:
+            released, module = next(p for p in modules if f"{layer[2]}.".startswith(f"{p[0]}."))
+            ending = re.sub(r"^\.scale$", ".weight_scale_inv", layer[2].removeprefix(released))
+            written[f"model.{layer[1]}.{module}{ending}"] = array
+        else:
+            known = {"head.weight": "lm_head.weight"}
+            written[known.get(name, names.to_transformers(name))] = array
+    for key, experts in stacks.items():
+        rows = [np.concatenate([e[part] for part in sorted(e)]) for _, e in sorted(experts.items())]
+        written[key] = np.stack(rows)
+    return written
+
+
+@pytest.mark.parametrize("kind", ["released", "base", "bfloat16"])
+def test_names_of_transformers_modules(tmp_path, kind):
+    """What `save_original_format=False` writes, also of quantized weights."""
+    tensors = {n: a for n, a in folders.tensors_of(kind=kind).items() if not n.startswith("mtp.")}
+    written = stack_for_transformers(tensors)
+    assert "model.layers.0.self_attn.q_a_proj.weight" in written
+    assert not any(re.search(r"experts\.\d", name) for name in written)
+    assert open_folder(folders.write(tmp_path, written)).layout == "transformers"
+    check_holds(read_model(tmp_path), tensors)
+
+
+def test_stacked_experts_of_another_count(tmp_path):
+    written = stack_for_transformers(folders.tensors_of(kind="bfloat16"))
+    key = "model.layers.2.mlp.experts.down_proj"
+    folders.write(tmp_path, written | {key: written[key][:3]})
+    with pytest.raises(CheckpointError, match=r"layers.2.ffn.experts.0.w2.weight is missing"):
+        read_model(tmp_path)
 
 
 def test_abstract_model_has_the_formats_of_the_files(tmp_path):

@@ -42,12 +42,15 @@ def test_transformers_reads_what_we_write(tmp_path, config, format):
     assert np.array_equal(hf.forward(model, TOKENS), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "original"), [("float32", True), ("bfloat16", True), ("float32", False)]
+)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_we_read_what_transformers_writes(tmp_path, config, dtype):
+def test_we_read_what_transformers_writes(tmp_path, config, dtype, original):
+    """Under the names of the checkpoint it read, or under those of its own modules."""
     plain = checkpoints.dequantize(folders.tensors_of(config))
     theirs = hf.build(plain, config).to(getattr(torch, dtype))
-    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB", save_original_format=original)
     model = read_model(tmp_path)
     assert model.config.num_nextn_predict_layers == 0 and not model.mtp
     found = folders.stored_tensors(model)

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from v4jax import log
+from v4jax.checkpoint.hf_folder import with_blocks
 from v4jax.config import LayerKind, ModelConfig, Rope, RouterKind, YarnScaling
 from v4jax.config.from_hf import FIXED, INFORMATIONAL, model_config_from_hf
 from v4jax.config.loading import load_model_config
@@ -18,8 +20,34 @@ def test_released_files_are_the_packaged_configurations(name):
     assert model_config_from_hf(RELEASED[name]) == load_model_config(name)
 
 
-def test_transformers_keys_say_the_same():
-    assert model_config_from_hf(FLASH_TRANSFORMERS) == model_config_from_hf(FLASH)
+PLAIN = {key: value for key, value in FLASH_TRANSFORMERS.items() if key != "quantization_config"}
+DSPARK = {key: value for key, value in FLASH_0731.items() if key.startswith("dspark_")}
+# {what transformers wrote, by its version: (the file, what it changes of the model)}
+OF_TRANSFORMERS = {
+    "5.24, expert_dtype also inside": (FLASH_TRANSFORMERS, {}),
+    "5.17, expert_dtype outside alone": (
+        PLAIN | {"quantization_config": FLASH["quantization_config"]},
+        {},
+    ),
+    "weights expanded": (PLAIN, {}),
+    "modules that are not converted": (
+        PLAIN
+        | {
+            "quantization_config": FLASH["quantization_config"]
+            | {"modules_to_not_convert": ["lm_head"], "dequantize": False}
+        },
+        {},
+    ),
+    "Flash-0731, whose module it drops": (FLASH_TRANSFORMERS | DSPARK, {"profile": "0731"}),
+}
+
+
+@pytest.mark.parametrize(("raw", "changes"), OF_TRANSFORMERS.values(), ids=OF_TRANSFORMERS.keys())
+def test_transformers_keys_say_the_same(raw, changes):
+    found = model_config_from_hf(raw)
+    if "profile" in changes:  # no entry is of a block behind the layers, and none is counted
+        found = with_blocks(found, 1)
+    assert found == dataclasses.replace(model_config_from_hf(FLASH), **changes)
 
 
 def test_layers_of_flash():
@@ -77,6 +105,27 @@ def test_ratios_of_blocks_that_were_taken_out():
     raw = FLASH | {"num_nextn_predict_layers": 0}
     config = model_config_from_hf(raw)
     assert config.layers == model_config_from_hf(FLASH).layers and config.mtp_layers == ()
+
+
+def test_entries_of_layers_that_were_taken_out(monkeypatch, capsys):
+    """As transformers: a model that was cut to its first layers keeps the list of all."""
+    monkeypatch.setattr(log, "_said", set())
+    first = {"num_hidden_layers": 4, "num_nextn_predict_layers": 0}
+    config = model_config_from_hf(FLASH | first)
+    assert config.compress_ratios == (0, 0, 4, 128)
+    assert "has 44 entries for 4 layers and 0 MTP blocks" in capsys.readouterr().err
+    config = model_config_from_hf(FLASH | first | {"num_nextn_predict_layers": 1})
+    assert config.compress_ratios == (0, 0, 4, 128, 0)
+    assert [layer.kind for layer in config.mtp_layers] == [LayerKind.WINDOW]
+
+
+def test_width_of_index_heads_matters_where_there_are_some():
+    narrow = {"index_head_dim": 32}
+    with pytest.raises(ConfigError, match="index_head_dim must be at least qk_rope_head_dim = 64"):
+        model_config_from_hf(FLASH | narrow)
+    ratios = [0 if ratio == 4 else ratio for ratio in FLASH["compress_ratios"]]
+    config = model_config_from_hf(FLASH | narrow | {"compress_ratios": ratios})
+    assert LayerKind.CSA not in config.layer_types
 
 
 def test_layers_of_pro():

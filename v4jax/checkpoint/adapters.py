@@ -42,26 +42,6 @@ _PREFIX = "base_model.model."
 _DTYPES = ("F32", "BF16", "F16")
 _FACTORS = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
 
-# Modules below a layer: (released, transformers).
-_MODULES = (
-    ("attn.wq_a", "self_attn.q_a_proj"),
-    ("attn.wq_b", "self_attn.q_b_proj"),
-    ("attn.wkv", "self_attn.kv_proj"),
-    ("attn.wo_a", "self_attn.o_a_proj"),
-    ("attn.wo_b", "self_attn.o_b_proj"),
-    ("attn.compressor.wkv", "self_attn.compressor.kv_proj"),
-    ("attn.compressor.wgate", "self_attn.compressor.gate_proj"),
-    ("attn.indexer.wq_b", "self_attn.compressor.indexer.q_b_proj"),
-    ("attn.indexer.weights_proj", "self_attn.compressor.indexer.scorer.weights_proj"),
-    ("attn.indexer.compressor.wkv", "self_attn.compressor.indexer.kv_proj"),
-    ("attn.indexer.compressor.wgate", "self_attn.compressor.indexer.gate_proj"),
-    ("ffn.gate", "mlp.gate"),
-    ("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj"),
-    ("ffn.shared_experts.w2", "mlp.shared_experts.down_proj"),
-    ("ffn.shared_experts.w3", "mlp.shared_experts.up_proj"),
-)
-_EXPERT_MODULES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
-
 # What PEFT can express and we do not compute: the fields' values must be these, or absent.
 _REQUIRED: dict[str, Any] = {
     "peft_type": "LORA",
@@ -261,10 +241,10 @@ def _module(place: Place, modules: str) -> str:
 
 def _translate(below: str, origin: int, target: int) -> str:
     """Returns the other name of a module below a layer; an unknown one as it is."""
-    for pair in _MODULES:
+    for pair in names.MODULES:
         if below == pair[origin]:
             return pair[target]
-    for pair in _EXPERT_MODULES:
+    for pair in names.EXPERT_MODULES:
         stems = ("ffn.experts.", "mlp.experts.")
         match = re.fullmatch(re.escape(stems[origin]) + r"(\d+)\." + pair[origin], below)
         if match:

@@ -6,6 +6,7 @@ of the tensors' bytes has been touched by then, so a bad folder fails within a s
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -14,6 +15,7 @@ from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors_file import Tensor, check_name, read_header
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.folder import CONFIG_NAME, read_folder_config
+from v4jax.config.from_hf import STAGES_KEY, describes_draft, model_config_from_hf
 from v4jax.config.json_keys import brief, read_json
 from v4jax.errors import CheckpointError
 from v4jax.files import Path, PathLike, is_there, reading, to_path
@@ -28,14 +30,12 @@ class Folder:
     """What a checkpoint folder holds.
 
     tensors: by released name, as found in the headers.
-    indexed: {released name: file} of the index; empty without an index.
     """
 
     path: Path
     layout: Literal["released", "transformers"]
     config: ModelConfig
     tensors: dict[str, Tensor]
-    indexed: dict[str, str]
 
     @property
     def files(self) -> list[Path]:
@@ -68,18 +68,40 @@ def _open_folder(path: Path) -> Folder:
     written = _read_headers(path, weight_map)
     layout = "transformers" if any(name.startswith("model.") for name in written) else "released"
     tensors: dict[str, Tensor] = {}
-    for name, tensor in written.items():
-        released = names.from_transformers(name)
-        if released in tensors:
-            other = tensors[released]
-            raise CheckpointError(
-                f"tensors {other.name} in {other.file.name} and {name} in {tensor.file.name} of "
-                f"{path} are the same"
-            )
-        tensors[released] = tensor
-    config = _fit_drafts(path, config, tensors)
-    indexed = {names.from_transformers(name): file for name, file in weight_map.items()}
-    return Folder(path, layout, _fit_experts(config, raw, tensors), tensors, indexed)
+    for whole in written.values():
+        for released, tensor in _unstack(whole, config.n_routed_experts):
+            if released in tensors:
+                other = tensors[released]
+                raise CheckpointError(
+                    f"tensors {other.name} in {other.file.name} and {tensor.name} in "
+                    f"{tensor.file.name} of {path} are the same"
+                )
+            tensors[released] = tensor
+    config = _fit_drafts(path, config, raw, tensors)
+    return Folder(path, layout, _fit_experts(config, raw, tensors), tensors)
+
+
+def _unstack(tensor: Tensor, experts: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields a tensor by its released name; one that holds a layer's experts, expert by expert."""
+    released = names.from_transformers(tensor.name)
+    found = names.split_stacked(released)
+    if found is None or len(tensor.shape) != 3 or tensor.shape[0] != experts:
+        yield released, tensor
+        return
+    prefix, parts, ending = found
+    rows, columns = tensor.shape[1] // len(parts), tensor.shape[2]
+    if tensor.shape[1] % len(parts):
+        raise CheckpointError(
+            f"tensor {tensor.name} in {tensor.file} must have an even number of rows, those of "
+            f"{' and '.join(parts)}, got shape {list(tensor.shape)}"
+        )
+    for index in range(experts * len(parts)):
+        expert, part = index // len(parts), parts[index % len(parts)]
+        piece = dataclasses.replace(
+            tensor, name=f"{tensor.name}[{expert}, {part}]", shape=(rows, columns)
+        )
+        offset = tensor.offset + index * piece.nbytes
+        yield f"{prefix}.{expert}.{part}.{ending}", dataclasses.replace(piece, offset=offset)
 
 
 def count_shards(count: int) -> str:
@@ -99,8 +121,10 @@ def with_blocks(config: ModelConfig, mtp: int) -> ModelConfig:
     )
 
 
-def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+def _fit_drafts(path, config: ModelConfig, raw: dict, tensors: dict[str, Tensor]) -> ModelConfig:
     """Returns the configuration with the blocks behind the layers that the tensors make up.
+
+    The log says what `config.json` counts and the folder does not have, and what that costs.
 
     Raises:
       CheckpointError: the tensors are of no module, of both, or contradict `config.json`.
@@ -113,9 +137,12 @@ def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelC
             f"{brief(sorted(numbers))}"
         )
     if not count:
-        if counted or config.draft is not None:
-            what = "a draft module" if config.draft is not None else "MTP blocks"
-            log.info(f"{path} has no tensors of {what}: the model runs without, and drafts nothing")
+        if counted or describes_draft(raw):
+            what = "a draft module" if describes_draft(raw) else "MTP blocks"
+            log.once(
+                f"{path} has no tensors of {what}: the model runs without, and drafts nothing; "
+                "each pass writes one token. The folder that it was made from may have them (mtp.*)"
+            )
         return with_blocks(config, 0)
     serial = any(name.startswith(("mtp.0.e_proj.", "mtp.0.h_proj.")) for name in tensors)
     drafts = any(name.startswith("mtp.0.main_proj.") for name in tensors)
@@ -125,11 +152,24 @@ def _fit_drafts(path, config: ModelConfig, tensors: dict[str, Tensor]) -> ModelC
             f"MTP block), got {'both' if serial else 'neither'}"
         )
     if serial:
-        if config.draft is not None:
+        if describes_draft(raw):
             raise CheckpointError(
                 f"{path}: config.json has dspark_ keys, but mtp.0 is an MTP block (it has e_proj)"
             )
+        if count != counted:
+            log.once(
+                f"{path}: {CONFIG_NAME} counts {counted} MTP blocks, the tensors make up {count}: "
+                f"{count} are used"
+            )
         return config if count == counted else with_blocks(config, count)
+    if config.draft is None and describes_draft(raw):  # nothing in config.json counted the stages
+        counted = model_config_from_hf(raw | {STAGES_KEY: count})
+        config = dataclasses.replace(
+            config,
+            draft=counted.draft,
+            compress_ratios=counted.compress_ratios,
+            layer_types=counted.layer_types,
+        )
     if config.draft is None or config.draft.stages != count:
         stages = "no dspark_ keys" if config.draft is None else f"{config.draft.stages} stages"
         raise CheckpointError(

@@ -9,7 +9,8 @@ in which format the release stores it. A parameter gathers its tensors along lea
 Matrices stay [out, in] as stored, so gathering is the only transform. `places` lists a whole model;
 `to_transformers` and `from_transformers` rename for the layout that transformers writes.
 
-Source: spec D.2, D.5; files written by `save_pretrained` of transformers 5.23.
+Source: spec D.2, D.5; files written by `save_pretrained` of transformers 5.24, with and without
+`save_original_format`.
 """
 
 import dataclasses
@@ -226,6 +227,45 @@ def scale_name(tensor: str) -> str:
     return tensor.removesuffix("weight") + "scale"
 
 
+_HYPER = ("fn", "base", "scale")
+
+# What is below a layer, by the released name and by that of transformers' modules.
+MODULES = (
+    ("attn_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    *((f"hc_{part}_{of}", f"{part}_hc.{of}") for part in ("attn", "ffn") for of in _HYPER),
+    ("attn.attn_sink", "self_attn.sinks"),
+    ("attn.wq_a", "self_attn.q_a_proj"),
+    ("attn.q_norm", "self_attn.q_a_norm"),
+    ("attn.wq_b", "self_attn.q_b_proj"),
+    ("attn.wkv", "self_attn.kv_proj"),
+    ("attn.kv_norm", "self_attn.kv_norm"),
+    ("attn.wo_a", "self_attn.o_a_proj"),
+    ("attn.wo_b", "self_attn.o_b_proj"),
+    ("attn.compressor.wkv", "self_attn.compressor.kv_proj"),
+    ("attn.compressor.wgate", "self_attn.compressor.gate_proj"),
+    ("attn.compressor.ape", "self_attn.compressor.position_bias"),
+    ("attn.compressor.norm", "self_attn.compressor.kv_norm"),
+    ("attn.indexer.wq_b", "self_attn.compressor.indexer.q_b_proj"),
+    ("attn.indexer.weights_proj", "self_attn.compressor.indexer.scorer.weights_proj"),
+    ("attn.indexer.compressor.wkv", "self_attn.compressor.indexer.kv_proj"),
+    ("attn.indexer.compressor.wgate", "self_attn.compressor.indexer.gate_proj"),
+    ("attn.indexer.compressor.ape", "self_attn.compressor.indexer.position_bias"),
+    ("attn.indexer.compressor.norm", "self_attn.compressor.indexer.kv_norm"),
+    ("ffn.gate", "mlp.gate"),
+    ("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+    ("ffn.shared_experts.w1", "mlp.shared_experts.gate_proj"),
+    ("ffn.shared_experts.w2", "mlp.shared_experts.down_proj"),
+    ("ffn.shared_experts.w3", "mlp.shared_experts.up_proj"),
+)
+EXPERT_MODULES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+_RELEASED = {theirs: released for released, theirs in MODULES}
+
+# Routed experts of a layer in one tensor, as transformers has them: [experts, rows, columns], whose
+# rows are those of these, one after the other.
+STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+_STACKED_NAME = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
+
 # transformers renames on the way in and only partly back on the way out, so that what it writes is
 # neither the released names nor those of its modules: (released, transformers) whole-name patterns.
 _TRANSFORMERS = (
@@ -246,9 +286,10 @@ def to_transformers(tensor: str) -> str:
 
 
 def from_transformers(tensor: str) -> str:
-    """Undoes `to_transformers`; also accepts `weight_scale_inv` for `scale`.
+    """Undoes `to_transformers`; also understands the names of transformers' modules.
 
-    A name it does not know comes back unchanged, and is then unknown to `places`.
+    Stacked experts keep their own name, as `split_stacked` wants it. A name it does not know comes
+    back unchanged, and is then unknown to `places`.
     """
     name = re.sub(r"\.weight_scale_inv$", ".scale", tensor)
     if not name.startswith("model."):
@@ -256,4 +297,30 @@ def from_transformers(tensor: str) -> str:
     name = name.removeprefix("model.")
     name = re.sub(r"^embed_tokens\.", "embed.", name)
     name = re.sub(r"^hc_head\.hc_", "hc_head_", name)
-    return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
+    name = re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
+    layer = re.fullmatch(r"(layers\.\d+\.)((?:self_attn|mlp|\w+norm|\w+_hc)\..*)", name)
+    return name if layer is None else layer[1] + _from_module(layer[2])
+
+
+def _from_module(name: str) -> str:
+    """Returns the released name of what a module of a layer holds."""
+    if expert := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)\.(.*)", name):
+        released = {theirs: own for own, theirs in EXPERT_MODULES}.get(expert[2], expert[2])
+        return f"ffn.experts.{expert[1]}.{released}.{expert[3]}"
+    name = re.sub(r"^mlp\.experts\.", "ffn.experts.", name)
+    module, parts = name, []
+    while module and module not in _RELEASED:
+        module, _, last = module.rpartition(".")
+        parts.insert(0, last)
+    return ".".join([_RELEASED[module], *parts]) if module else name
+
+
+def split_stacked(tensor: str) -> tuple[str, tuple[str, ...], str] | None:
+    """Returns prefix, parts and ending of the tensors that a stacked one holds; None for others.
+
+    `layers.3.ffn.experts.gate_up_proj` → `layers.3.ffn.experts`, (`w1`, `w3`), `weight`.
+    """
+    found = _STACKED_NAME.fullmatch(tensor)
+    if found is None:
+        return None
+    return found[1], STACKED[found[2]], "scale" if found[3] else "weight"

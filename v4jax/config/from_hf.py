@@ -4,12 +4,13 @@ Every key is used, checked against what the code computes (`FIXED`), or listed a
 (`INFORMATIONAL`); any other key is an error, because it could change the mathematics.
 `to_hf.py` goes the other way.
 
-Source: spec A.2, A.3; transformers `DeepseekV4Config` (5.17 to 5.23).
+Source: spec A.2, A.3; transformers `DeepseekV4Config` (5.17 to 5.24).
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from v4jax import log
 from v4jax.config.json_keys import JsonKeys, brief
 from v4jax.config.model import DraftConfig, LayerKind, ModelConfig, RouterKind, YarnScaling
 from v4jax.config.ranges import check_range
@@ -227,6 +228,11 @@ def _scaling(
     return scaling, theta
 
 
+def describes_draft(raw: Mapping) -> bool:
+    """Whether a `config.json` describes a draft module, even one that the folder does not have."""
+    return any(key.startswith("dspark_") and value is not None for key, value in raw.items())
+
+
 def _draft(keys: JsonKeys) -> dict | None:
     """Reads the keys of a DSpark draft module; None where there are none."""
     ids = keys.take_list("dspark_target_layer_ids", int)
@@ -266,10 +272,15 @@ def _layers(keys: JsonKeys, layers: int, blocks: int | None) -> dict:
         _check_agree(keys.path, compress_ratios=ratios[: len(kinds)], layer_types=from_names)
         kinds += layer_kinds(ratios[len(kinds) :], rates[LayerKind.CSA])
     if blocks is not None and len(ratios) >= layers:
+        if any(ratios[layers + blocks :]):  # of layers that were taken out of the model
+            log.once(
+                f"{keys.path}: compress_ratios or layer_types has {len(ratios)} entries for "
+                f"{layers} layers and {blocks} MTP blocks; those behind the layers are not used"
+            )
+            ratios, kinds = ratios[:layers], kinds[:layers]
         missing = max(layers + blocks - len(ratios), 0)
-        ratios, kinds = [*ratios, *[0] * missing], (*kinds, *[LayerKind.WINDOW] * missing)
-        if not any(ratios[layers + blocks :]):  # of blocks that were taken out of the model
-            ratios, kinds = ratios[: layers + blocks], kinds[: layers + blocks]
+        ratios = [*ratios, *[0] * missing][: layers + blocks]
+        kinds = (*kinds, *[LayerKind.WINDOW] * missing)[: layers + blocks]
     return {
         "compress_ratios": tuple(ratios),
         "layer_types": kinds,

@@ -300,7 +300,8 @@ def check_config(config: ModelConfig) -> None:
     require("num_attention_heads", heads % groups == 0, rule)
     rotated, experts = config.qk_rope_head_dim, config.n_routed_experts
     require("qk_rope_head_dim", rotated % 2 == 0, "must be even")
-    for name in ("head_dim", "index_head_dim"):
+    indexed = ("index_head_dim",) if LayerKind.CSA in config.layer_types else ()
+    for name in ("head_dim", *indexed):
         rule = f"must be at least qk_rope_head_dim = {rotated}"
         require(name, getattr(config, name) >= rotated, rule)
     rule = f"must not exceed n_routed_experts = {experts}"
