@@ -4,13 +4,14 @@ b  sequences of a batch         t  tokens of one call
 s  rows of successive tokens    q  queries of one tile
 d  hidden_size                  n  residual streams (hc_mult); j source, k destination
 h  attention heads              c  head_dim (plain channels, then rotated ones)
-r  low rank                     g  output groups
+r  low rank; rows of a draft    g  output groups
 w  compressed entries           m  tokens of one compression window
 z  channels of a compressor's projection (one series or two)
 i  index heads                  x  index_head_dim
 e  experts                      f  expert width
 k  selected entries, chosen experts (beside j: a stream)
 v  vocabulary                   l  layers of one kind
+a  anchors: drafts of a row in training
 """
 
 from collections.abc import Sequence

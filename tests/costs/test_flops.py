@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from v4jax.config.loading import load_model_config
+from v4jax.config.model import DraftConfig
 from v4jax.costs import flops
 from v4jax.kernels.table import visible_entries
 from v4jax.model import take_inventory
@@ -104,3 +105,25 @@ def test_training_is_three_forwards_and_one_more_with_remat():
     assert again["dense attention"] == 4 * forward["dense attention"]
     assert plain["index scores"] == forward["index scores"]  # ids carry no gradient
     assert forward["MTP"] > 2 * 0.3186e9 * 4096  # the block's active weights, then the head
+
+
+def test_training_a_draft_module_by_hand():
+    """The target runs once forward; a stage as often as a block has rows, three times with 64."""
+    module = DraftConfig(stages=3, target_layer_ids=(40, 41, 42), markov_rank=256)
+    inventory = take_inventory(load_model_config("v4_flash").with_draft(module))
+    work = flops.by_component(flops.count_draft_training(inventory, 4096, 64, remat=False))
+    forward = flops.by_component(flops.count_tokens(inventory, 0, 4096, logits=0))
+    assert {name: work[name] for name in forward} == forward
+    rows, d, heads, c = 64 * 5, 4096, 64, 512
+    expert, groups = 3 * 2048 * d, 8 * 1024
+    products = 1024 * (d + heads * c) + groups * (heads * c // 8) + d * groups + 256 * d
+    products += 7 * expert + 2 * 24 * 4 * d  # six routed experts and the shared one; mHC
+    stages = 3 * (rows * products + (4096 + rows) * c * d)
+    heads_of_rows = rows * (4 * 4 * d + 129_280 * 256 + d + 256)
+    scores = 3 * rows * (128 + 5) * 4 * heads * c
+    context = 4096 * d * 3 * d
+    logits = rows * 129_280 * d
+    expected = 3 * (2 * (stages + heads_of_rows + context + logits) + scores)
+    assert work["draft module"] == expected
+    again = flops.by_component(flops.count_draft_training(inventory, 4096, 64, remat=True))
+    assert again["draft module"] == expected / 3 * 4 + 2 * logits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def oracle():
     yield importlib.import_module("oracle.numpy_oracle_dspark")
     numpy_oracle.W.clear()
     numpy_oracle.W.update(before)
+    del sys.modules["oracle.numpy_oracle_dspark"]  # which adds them again where it is next needed
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from small_models import CSA, IDS, WINDOWS, make_config, make_model
 
 from v4jax.checkpoint import read_model
 from v4jax.config import LayerKind, get_numerics
-from v4jax.config.run import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
+from v4jax.config.model import DraftConfig
+from v4jax.config.run import DraftTraining, LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from v4jax.errors import ConfigError
 from v4jax.model import abstract_transformer
 from v4jax.model.weights import read_weights, write_weights
@@ -21,7 +22,7 @@ from v4jax.quant import LowRank, Master, ScaledArray, quantize_weight
 from v4jax.training.export import export
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.state import abstract_state, finish, init_state, join_model, split_model
-from v4jax.training.trainable import split_trained
+from v4jax.training.trainable import describe_heads, split_trained
 
 
 def config_of(**changes):
@@ -69,6 +70,57 @@ def test_what_is_trained(case):
     routers = {name for name in weights if name.endswith("router.weight")}
     assert biases.keys() == {name.removesuffix("weight") + "bias" for name in routers}
     assert any("mtp.0" in name for name in biases) == ("mtp.0" not in untrained)
+
+
+MODULE = DraftConfig(stages=1, target_layer_ids=(1,), markov_rank=4, noise_token_id=7)
+# (model, changes of the run, what the log says of blocks that predict ahead).
+HEADS = {
+    "MTP is trained": (CSA, {}, "the first MTP block is trained too, by loss.mtp_weight = 0.3"),
+    "MTP without a loss": (CSA, {"loss": SILENT}, "the MTP blocks stay bit for bit"),
+    "MTP without adapters": (
+        CSA, {"lora": LoraConfig(targets=("indexer.query_up",)), "indexer": "distill"},
+        "the MTP blocks stay bit for bit",
+    ),
+    "a module": (CSA.with_draft(MODULE), {}, "the draft module stays bit for bit"),
+    "the module's own run": (
+        CSA.with_draft(MODULE), {"draft": DraftTraining()}, "the draft module alone is trained",
+    ),
+    "a fresh module": (
+        CSA, {"draft": DraftTraining(MODULE)}, "the draft module alone is trained",
+    ),
+    "neither": (WINDOWS, {}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADS.values(), ids=HEADS.keys())
+def test_what_becomes_of_blocks_that_predict_ahead(case):
+    model_config, changes, said = case
+    config = config_of(**changes)
+    frozen, weights, _ = split_trained(abstract(model_config), config)
+    assert describe_heads(frozen.config, config, weights).startswith(said)
+    alone = {name.startswith("drafter.") for name in weights}
+    assert alone == {bool(config.draft)}
+
+
+DRAFT_ERRORS = {
+    "no module": ({"draft": DraftTraining()}, "train.model has none; describe a fresh one"),
+    "taps beyond the layers": (
+        {"draft": DraftTraining(dataclasses.replace(MODULE, target_layer_ids=(2,)))},
+        "draft.target_layer_ids must be ascending layers",
+    ),
+    "adapters": ({"draft": DraftTraining(MODULE), "lora": LoraConfig()}, "lora must be left out"),
+    "the indexer": (
+        {"draft": DraftTraining(MODULE), "indexer": "distill"}, "indexer must be 'frozen'",
+    ),
+    "no anchors": (lambda: {"draft": DraftTraining(anchors=0)}, "draft.anchors must be at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DRAFT_ERRORS.values(), ids=DRAFT_ERRORS.keys())
+def test_draft_errors(case):
+    changes, message = case
+    with pytest.raises(ConfigError, match=message):
+        split_trained(abstract(), config_of(**(changes() if callable(changes) else changes)))
 
 
 LORA_ERRORS = {

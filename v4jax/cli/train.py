@@ -146,14 +146,13 @@ def _show(config: Any, indent: str = "") -> None:
 
 def _show_size(config: Any) -> None:
     """Prints what the run amounts to, without reading weights or data."""
-    from v4jax.config.loading import load_model_config
-    from v4jax.costs import flops
+    from v4jax.config.loading import load_run_model
     from v4jax.model import take_inventory
+    from v4jax.training.metrics import count_step
 
-    model, data = load_model_config(config.model), config.data
+    inventory, data = take_inventory(load_run_model(config)), config.data
     tokens = data.batch * data.length * config.optimizer.accumulate
-    row = flops.total(flops.count_training(take_inventory(model), data.length, remat=False))
-    work = row / data.length * tokens
+    work = count_step(inventory, config, again=False) * tokens
     most = "FLOPs (at most: as if every row were one document)"
     if config.steps is None:
         print(f"\n{data.epochs} epochs, in steps of {tokens:,} tokens and {work:.3g} {most}")

@@ -23,6 +23,7 @@ from v4jax.config.from_hf import layer_kinds, router_kinds
 from v4jax.config.json_keys import brief, did_you_mean
 from v4jax.config.model import ModelConfig
 from v4jax.config.ranges import check_range
+from v4jax.config.run import TrainConfig
 from v4jax.errors import ConfigError
 from v4jax.files import find_model, is_folder, to_path
 
@@ -63,6 +64,16 @@ def load_model_config(name_or_folder: str | pathlib.Path) -> ModelConfig:
     if isinstance(config, str):  # of a run: a name or a folder
         return load_model_config(config)
     return build(ModelConfig, config, "model")
+
+
+def load_run_model(config: TrainConfig) -> ModelConfig:
+    """Returns the configuration of the model that a run trains: with its fresh draft module.
+
+    Raises:
+      ConfigError: as `load_model_config`, or the run's module is missing or does not fit.
+    """
+    model = load_model_config(config.model)
+    return config.draft.add_module(model) if config.draft else model
 
 
 def load_run(

@@ -229,6 +229,21 @@ class ModelConfig:
         """Channels of one output group: heads per group × head_dim."""
         return self.num_attention_heads // self.o_groups * self.head_dim
 
+    def with_draft(self, draft: DraftConfig) -> "ModelConfig":
+        """Returns the configuration with a draft module in place of MTP blocks or another module.
+
+        Raises:
+          ConfigError: the module contradicts the rest of the model.
+        """
+        layers, stages = self.num_hidden_layers, max(draft.stages, 0)
+        return dataclasses.replace(
+            self,
+            draft=draft,
+            num_nextn_predict_layers=0,
+            compress_ratios=self.compress_ratios[:layers] + (0,) * stages,
+            layer_types=self.layer_types[:layers] + (LayerKind.WINDOW,) * stages,
+        )
+
     def _layer(self, index: int, router: RouterKind) -> Layer:
         kind, ratio = self.layer_types[index], self.compress_ratios[index]
         own = dict(self.layer_overrides).get(index, ())

@@ -7,6 +7,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from v4jax.config.data import DataConfig
+from v4jax.config.model import DraftConfig, ModelConfig
 from v4jax.errors import ConfigError
 from v4jax.files import is_remote
 
@@ -185,6 +186,59 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftTraining:
+    """Trains the draft module alone; everything else stays as it is, bit for bit.
+
+    At each anchor the module drafts a block behind a token of the text. Row i of the block weighs
+    exp(−i / decay), times the weight of its target in the data.
+
+    Attributes:
+      module: shape of a fresh module, which takes the place of the module or the MTP blocks of
+        `train.model`; None trains the module that is there.
+      anchors: blocks of each row of a batch at most, at places that are drawn anew every step.
+      cross_entropy_weight: weight of the cross-entropy with the text.
+      distance_weight: weight of Σ|P − Q|, the distance of the draft's distribution Q from the
+        target's P.
+      confidence_weight: weight of the binary cross-entropy of the confidence with the probability
+        of being accepted, 1 − ½·Σ|P − Q|.
+      decay: rows in which the weight of a row falls to 1/e.
+
+    Source: spec dspark 2, Training. These are the numbers of DeepSpec for drafts of other models;
+    those of the released modules are not published (UNVERIFIED).
+    """
+
+    module: DraftConfig | None = None
+    anchors: int = 512
+    cross_entropy_weight: float = 0.1
+    distance_weight: float = 0.9
+    confidence_weight: float = 1.0
+    decay: float = 4.0
+
+    def __post_init__(self):
+        require(self.anchors >= 1, "draft.anchors", "must be at least 1", self.anchors)
+        require(self.decay > 0, "draft.decay", "must be positive", self.decay)
+        for field in ("cross_entropy_weight", "distance_weight", "confidence_weight"):
+            value = getattr(self, field)
+            require(value >= 0, f"draft.{field}", "must not be negative", value)
+
+    def add_module(self, model: ModelConfig) -> ModelConfig:
+        """Returns the model's configuration with the module that is trained.
+
+        Raises:
+          ConfigError: the model has no module and none is described, or one that does not fit it.
+        """
+        if self.module:
+            return model.with_draft(self.module)
+        if model.draft is None:
+            raise ConfigError(
+                "train.draft trains the draft module, and train.model has none; describe a fresh "
+                "one: train.draft.module = dict(stages=3, target_layer_ids=(40, 41, 42), "
+                "markov_rank=256)"
+            )
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """How often the state of a run is kept.
 
@@ -241,7 +295,9 @@ class TrainConfig:
       seed: makes the random weights of a run that starts from such.
       from_scratch: starts from random weights where `model` is a packaged configuration.
       numerics: how the computation rounds (`config.numerics`).
-      lora: trains adapters only; None trains all weights.
+      lora: trains adapters only; None trains all weights. A draft module is trained by `draft`
+        alone, and MTP blocks by their loss.
+      draft: trains the draft module only.
       quantization_aware: routed experts and other quantized weights are rounded to their stored
         format during training; exporting them then loses nothing.
       indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
@@ -269,6 +325,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig | None = None
+    draft: DraftTraining | None = None
     quantization_aware: bool = False
     indexer: Literal["frozen", "distill"] = "frozen"
     dense_steps: int = 0
@@ -310,6 +367,12 @@ class TrainConfig:
                 "train.quantization_aware rounds weights that are trained; with train.lora the "
                 "base is quantized already: use one of the two"
             )
+        if self.draft:
+            for field in ("lora", "dense_steps"):
+                rule = "must be left out with train.draft, which trains the draft module only"
+                require(not getattr(self, field), field, rule, getattr(self, field))
+            rule = "must be 'frozen' with train.draft, which trains the draft module only"
+            require(self.indexer == "frozen", "indexer", rule, self.indexer)
         if self.count_gaps and not self.data.gaps:
             raise ConfigError(
                 "train.count_gaps is for documents that leave positions out; set data.gaps, or "

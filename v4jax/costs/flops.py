@@ -77,6 +77,36 @@ def count_training(inventory: Inventory, tokens: int, *, remat: bool) -> list[Wo
     return [work.times((1 if work.component in _FORWARD_ONLY else 3) + again) for work in forward]
 
 
+def count_draft_training(
+    inventory: Inventory, tokens: int, blocks: int, *, remat: bool
+) -> list[Work]:
+    """Returns the work of training the draft module alone on one sequence.
+
+    The target runs forward only. The module makes context keys of all tokens, and trains on
+    `blocks` drafts; their logits are compared with the target's.
+
+    Args:
+      remat: whether the stages' forward pass is recomputed in the backward pass.
+    """
+    config, draft = inventory.config, inventory.config.draft
+    rows = blocks * draft.block_size
+    head = Work(DRAFT, 2.0 * config.vocab_size * config.hidden_size * rows, "bfloat16")
+    keys = rows * (config.sliding_window + draft.block_size) * draft.stages
+    scores = 4.0 * config.num_attention_heads * config.head_dim * keys
+    work, chosen = [Work(DRAFT, scores, "bfloat16")], config.num_experts_per_tok
+    for weight in inventory.weights:
+        if weight.component != DRAFT or not weight.is_matrix:
+            continue
+        name = weight.path.rpartition(".")[2]
+        count = {"context_projection": tokens, "key_value": tokens + rows}.get(name, rows)
+        share = chosen / config.n_routed_experts if weight.is_routed else 1.0
+        work.append(Work(DRAFT, 2.0 * weight.parameters * share * count, weight.fmt))
+    target = [w for w in count_tokens(inventory, 0, tokens, logits=0) if w.component != DRAFT]
+    # The head has no gradient of its own; its logits are made again with the tiles of the loss.
+    logits = [head.times(3 + (2 if remat else 0))]
+    return target + [w.times(4 if remat else 3) for w in work] + logits
+
+
 def total(work: list[Work], *components: str) -> float:
     """Returns all operations, or those of the components named."""
     return sum(item.flops for item in work if not components or item.component in components)

@@ -34,7 +34,12 @@ _COMPONENTS = (
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
 )
-_NO_PRODUCT = ("embed", "position_bias", "table")  # looked up or added, not multiplied
+_NO_PRODUCT = (
+    "embed",
+    "markov_embed",
+    "position_bias",
+    "table",
+)  # looked up or added, not multiplied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,15 +76,28 @@ class Drafter(nnx.Module):
           embedded: embeddings of the last token and of the noise tokens.
           keys: of the context, one array a stage; `seen` says which of them exist.
         """
-        shape = (*embedded.shape[:2], self.config.hc_mult, embedded.shape[-1])
-        streams = jnp.broadcast_to(embedded[:, :, None], shape)
+        streams = self.open_streams(embedded)
         for stage, context_keys in zip(self.stages, keys, strict=True):
-
-            def attend(x, stage=stage, context_keys=context_keys):
-                return self._attend(stage, x, context_keys, seen, context), None
-
-            streams, _ = stage.run(streams, context, attend)
+            streams = self.run_stage(stage, streams, context_keys, seen, context)
         return self.collapse(streams)
+
+    def open_streams(self, embedded: Float[Array, "b r d"]) -> Float[Array, "b r n d"]:
+        """Returns the residual streams of the rows before the first stage."""
+        shape = (*embedded.shape[:2], self.config.hc_mult, embedded.shape[-1])
+        return jnp.broadcast_to(embedded[:, :, None], shape)
+
+    def run_stage(
+        self,
+        stage: Block,
+        streams: Float[Array, "b r n d"],
+        keys: Float[Array, "b k c"],
+        seen: Bool[Array, "b k"],
+        context: Context,
+    ) -> Float[Array, "b r n d"]:
+        """Returns the streams after one stage; arguments as `__call__`."""
+        return stage.run(
+            streams, context, lambda x: (self._attend(stage, x, keys, seen, context), None)
+        )[0]
 
     def _attend(self, stage: Block, x, keys, seen, context: Context) -> Float[Array, "b r d"]:
         attention = stage.attention
@@ -105,6 +118,27 @@ class Drafter(nnx.Module):
         """Returns the rows' logits before the Markov head corrects them, float32."""
         return matmul_float32(self.norm(x), head)
 
+    def correct(
+        self,
+        logits: Float[Array, "... v"],
+        before: Float[Array, "... k"],
+        wide: Float[Array, "v k"] | None = None,
+    ) -> Float[Array, "... v"]:
+        """Returns rows' logits with the tokens before them in view.
+
+        Args:
+          before: the rows of `markov_embed` of these tokens.
+          wide: `markov_head` in float32, as `matmul_float32` takes it.
+        """
+        return logits + matmul_float32(before, self.markov_head[...], wide)
+
+    def estimate(
+        self, x: Float[Array, "... d"], before: Float[Array, "... k"]
+    ) -> Float[Array, "..."]:
+        """Returns the logit of the estimate that a row's token is accepted; `before` as above."""
+        joined = jnp.concatenate([x, before.astype(x.dtype)], axis=-1)
+        return matmul_float32(joined, self.confidence_head[...])[..., 0]
+
     def choose_tokens(
         self,
         x: Float[Array, "b r d"],
@@ -117,13 +151,11 @@ class Drafter(nnx.Module):
         Args:
           last: the token before the first row's.
         """
-        confidence_head = self.confidence_head[...]
         chosen, corrected, confidence = [], [], []
         for row in range(logits.shape[1]):
             before_br = self.markov_embed[...][last]
-            scores = logits[:, row] + matmul_float32(before_br, self.markov_head[...])
-            joined = jnp.concatenate([x[:, row], before_br.astype(x.dtype)], axis=-1)
-            confidence.append(matmul_float32(joined, confidence_head)[:, 0])
+            scores = self.correct(logits[:, row], before_br)
+            confidence.append(self.estimate(x[:, row], before_br))
             last = choice.choose(scores, row)
             chosen.append(last)
             corrected.append(scores)

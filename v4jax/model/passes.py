@@ -86,7 +86,7 @@ def _run_layers(axes, weights, tokens, start, end, cache):
     context = make_context(tokens, start, end, ropes, axes=axes)
     streams = open_streams(axes, embedding, tokens, stack)
     if cache is None:
-        return stack(streams, context), None
+        return stack(streams, context)[0], None
     if drafter is None:
         streams, cache, _ = stack.extend(streams, context, cache)
         return streams, cache

@@ -44,14 +44,27 @@ class Stack(nnx.Module):
         self.period = blocks(plan.prefix, plan.period, plan.repeats)
         self.suffix = blocks(config.num_hidden_layers - plan.suffix, plan.suffix, None)
 
-    def __call__(self, streams: Float[Array, "b t n d"], context: Context) -> Array:
-        """Returns the streams after all layers of sequences that start at position 0."""
+    def __call__(
+        self,
+        streams: Float[Array, "b t n d"],
+        context: Context,
+        taps: Float[Array, "b t l d"] | None = None,
+    ) -> tuple[Float[Array, "b t n d"], Array | None]:
+        """Returns the streams after all layers of sequences that start at position 0.
 
-        def run(block, streams, layer):
+        Args:
+          taps: filled with what the draft module reads, and returned as well; None: nothing is.
+        """
+
+        def run(block, carry, layer, layer_index):
+            streams, taps = carry
             memory = full_sequence(self.config, self.numerics, layer, context)
-            return materialize(context.axes, block)(streams, context, memory)[0], None
+            streams, _ = materialize(context.axes, block)(streams, context, memory)
+            if taps is not None:
+                taps = tap_streams(self.config, taps, streams, layer_index)
+            return (streams, taps), None
 
-        return self.run(streams, run)[0]
+        return self._run(run, (streams, taps), slice_experts=True)[0]
 
     def run(self, streams: Float[Array, "b t n d"], run_layer: Callable) -> tuple[Array, dict]:
         """Returns the streams after all layers, and what the layers reported.

@@ -1,7 +1,8 @@
 """Held-out text: loss by position in the document, and the recall of the indexers.
 
 The recall compares with full attention: layers attend to every visible entry, and it is the share
-of this attention that goes to the indexer's `index_topk` best entries.
+of this attention that goes to the indexer's `index_topk` best entries. Where the draft module is
+trained, its drafts are measured instead; nothing else changes.
 """
 
 import dataclasses
@@ -13,9 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax import log
+from v4jax.config.run import DraftTraining
 from v4jax.model import Transformer
 from v4jax.parallel import Layout
 from v4jax.training.batch import Batch, put_batch
+from v4jax.training.draft import (
+    DraftTotals,
+    compute_draft_losses,
+    count_rows,
+    place_anchors,
+)
 from v4jax.training.forward import Mode, read_normed, run_rows
 from v4jax.training.losses import indexer_parts, score_targets, shift, target_weights
 from v4jax.training.state import TrainState
@@ -90,3 +98,35 @@ def evaluate_text(
             "at the text of that batch, or compare with numerics float32"
         )
     return total.report()
+
+
+def score_drafts(model: Transformer, batch: Batch, *, training: DraftTraining):
+    """Returns sums of the parts of `compute_draft_losses`, and what they are divided by.
+
+    The anchors of a batch are the same every time.
+    """
+    rows = model.config.draft.block_size
+    anchors = place_anchors(batch, training.anchors, rows, jax.random.key(0))
+    one = DraftTotals(jnp.float32(1), jnp.ones(rows), jnp.float32(1))
+    mode = Mode(remat="none")
+    _, sums = compute_draft_losses(model, batch, anchors, one, training, mode)
+    del sums["reports"]
+    return sums, count_rows(anchors, training.decay)
+
+
+def evaluate_drafts(
+    score: Callable, state: TrainState, batches: Iterable[Batch], layout: Layout | None = None
+) -> dict:
+    """Returns `eval_loss`, `eval_acceptance` and the other parts of the loss, of host batches.
+
+    Args:
+      score: `score_drafts`, compiled by `compile_forward`.
+    """
+    scored = [jax.device_get(score(state, put_batch(batch, layout))) for batch in batches]
+    if not scored:
+        return {"eval_loss": float("nan")}
+    sums, totals = jax.tree.map(lambda *found: np.sum(found, axis=0), *scored)
+    by_row = dict.fromkeys(("acceptance", "agreement"), totals.rows)
+    dividers = by_row | {"accepted_length": totals.blocks}
+    means = {name: value / dividers.get(name, totals.weight) for name, value in sums.items()}
+    return {f"eval_{name}": np.asarray(mean, np.float64).tolist() for name, mean in means.items()}

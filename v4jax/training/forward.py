@@ -74,7 +74,7 @@ def run_rows(
     run = on_shards(body, model.layout, call.tokens, inputs, (rows, P()))
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.stack
-    places = _find_places(call, begin, skipped)
+    places = find_places(call, begin, skipped)
     streams, reports = run(weights, call.pad(tokens), end, places)
     return call.cut(streams), reports
 
@@ -82,7 +82,7 @@ def run_rows(
 def _run_rows(axes, weights, tokens, end, places, mode):
     embedding, stack = weights
     ropes = {layer.rope for layer in stack.config.layers}
-    context = _make_context(axes, tokens, end, places, ropes, mode)
+    context = make_row_context(axes, tokens, end, places, ropes, mode)
     streams = open_streams(axes, embedding, tokens, stack)
 
     def run_layer(block, streams, layer):
@@ -140,7 +140,7 @@ def run_drafts(
     )
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.mtp[0]
-    places = _find_places(call, begin, skipped), _pad_begin(call, paired)
+    places = find_places(call, begin, skipped), _pad_begin(call, paired)
     normed, report = run(weights, call.pad(streams), call.pad(following), end, *places)
     return call.cut(normed), {"mtp.0.block": report}
 
@@ -148,7 +148,7 @@ def run_drafts(
 def _run_drafts(axes, weights, streams, following, end, places, paired, mode):
     embedding, mtp = weights
     layer = mtp.layer
-    context = _make_context(axes, following, end, places, {layer.rope}, mode)
+    context = make_row_context(axes, following, end, places, {layer.rope}, mode)
     counted = dataclasses.replace(context, document_begin=paired, end=end - 1)
     embedded = embed(axes, embedding, following, mtp.numerics)
 
@@ -161,24 +161,29 @@ def _run_drafts(axes, weights, streams, following, end, places, paired, mode):
     return rematerialize(run, mode)(mtp, streams, embedded)
 
 
-def _find_places(call, begin, skipped) -> dict[str, Array]:
+def find_places(call, begin, skipped) -> dict[str, Array]:
     """Returns the fields of `Context` that say where tokens are; those without a value left out."""
     if begin is None:
         assert skipped is None
         return {}
     if skipped is None:
         return {"document_begin": _pad_begin(call, begin)}
-    row = jnp.arange(skipped.shape[1])
-    changes = (jnp.roll(skipped, 1, axis=1) != skipped) | (jnp.roll(begin, 1, axis=1) != begin)
-    window_begin = jax.lax.cummax(jnp.where(changes, row, 0), axis=1)
     return {
         "document_begin": _pad_begin(call, begin),
-        "window_begin": call.pad(window_begin),
-        "positions": call.pad(row - jnp.maximum(begin, 0) + skipped),
+        "window_begin": call.pad(find_window_begin(begin, skipped)),
+        "positions": call.pad(jnp.arange(skipped.shape[1]) - jnp.maximum(begin, 0) + skipped),
     }
 
 
-def _make_context(axes, tokens, end, places, ropes, mode):
+def find_window_begin(begin: Int[Array, "... t"], skipped: Int[Array, "... t"]) -> Array:
+    """Returns the index in the row from which on no position is left out up to each token."""
+    before = tuple(jnp.roll(x, 1, axis=-1) for x in (skipped, begin))
+    changes = (before[0] != skipped) | (before[1] != begin)
+    row = jnp.arange(skipped.shape[-1])
+    return jax.lax.cummax(jnp.where(changes, row, 0), axis=skipped.ndim - 1)
+
+
+def make_row_context(axes, tokens, end, places, ropes, mode):
     start = jnp.zeros_like(end) + axes.offset("tokens", tokens.shape[1])
     fields = {"dense": mode.dense, "axes": axes} | places
     if mode.count_gaps and "window_begin" in places:

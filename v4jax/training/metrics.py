@@ -25,9 +25,10 @@ import jax
 import numpy as np
 
 from v4jax import log
-from v4jax.config import ModelConfig
+from v4jax.config import ModelConfig, TrainConfig
 from v4jax.costs import flops
 from v4jax.costs.chips import peak_flops
+from v4jax.costs.inventory import Inventory
 from v4jax.errors import ConfigError, TrainingError
 from v4jax.files import Path, PathLike, is_remote, to_path
 from v4jax.model import take_inventory
@@ -191,15 +192,11 @@ def _open_receiver(name: str, folder: Path):
 class Speed:
     """Tokens and operations per second since the last reading."""
 
-    def __init__(self, config: ModelConfig, row_tokens: int, remat: bool):
+    def __init__(self, config: TrainConfig, model: ModelConfig):
         """Counts the work of one row as one document, which is an upper bound for packed rows."""
-        inventory = take_inventory(config)
-
-        def per_token(again: bool) -> float:
-            work = flops.count_training(inventory, row_tokens, remat=again)
-            return flops.total(work) / row_tokens
-
-        self._model, self._executed = per_token(False), per_token(remat)
+        inventory = take_inventory(model)
+        self._model = count_step(inventory, config, again=False)
+        self._executed = count_step(inventory, config, again=config.remat == "layers")
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._rate = log.Rate()
 
@@ -224,14 +221,29 @@ class Speed:
         return found
 
 
+def count_step(inventory: Inventory, config: TrainConfig, *, again: bool) -> float:
+    """Returns the operations of a step for each token of its rows.
+
+    Args:
+      again: whether what is computed again in the backward pass counts.
+    """
+    length = config.data.length
+    if config.draft is None:
+        return flops.total(flops.count_training(inventory, length, remat=again)) / length
+    blocks = min(config.draft.anchors, length)
+    return flops.total(flops.count_draft_training(inventory, length, blocks, remat=again)) / length
+
+
 def flatten(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metrics of a step as JSON-able values."""
     values: dict[str, Any] = {}
     for name, value in metrics.items():
         if name == "load":
             values["imbalance"] = {path: _imbalance(load) for path, load in value.items()}
-        else:
-            values[name] = bool(value) if name == "finite" else float(value)
+        elif name == "finite":
+            values[name] = bool(value)
+        else:  # a number, or one for each row of a draft
+            values[name] = np.asarray(value, np.float64).tolist()
     return values
 
 

@@ -1,6 +1,6 @@
 """The optimizer: Muon for matrices, AdamW for the rest, as an optax transformation; and its rate.
 
-AdamW trains embedding, head, norms, sinks, the static parts of the hyper-connections (`base`,
+AdamW trains embeddings, heads, norms, sinks, the static parts of the hyper-connections (`base`,
 `scale`) and the compressor's `position_bias`, which is added and multiplies nothing. Muon trains
 every other weight as a stack of independent matrices [out, in], such as the three of each expert
 and the groups of the grouped output projection. An update of Muon has the root mean square
@@ -26,6 +26,7 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 # Summand of a gradient's norm: zeros stay 0, and gradients whose square underflows stay below 1.
 SMALLEST_NORM = 1e-12
 _ADAMW = ("embed", "head", "position_bias", "base", "scale", "sink")
+_ADAMW += ("markov_embed", "markov_head", "confidence_head")
 
 # What a square in the second moments, float32 whatever `moments` is, must reach not to be flushed.
 SMALLEST_SQUARE = float(jnp.finfo(jnp.float32).tiny)

@@ -39,8 +39,15 @@ def _perplexities(line: dict) -> dict[str, float]:
     return line.get("eval_perplexity", {})
 
 
+def _acceptance(line: dict) -> dict[str, float]:
+    """Returns the acceptance of drafts by their row."""
+    return {f"row {i}": share for i, share in enumerate(line.get("acceptance", ()))}
+
+
 PANELS = (
     Panel("loss, nats a token", _fields("loss", "mtp_loss", "eval_loss")),
+    Panel("drafts: acceptance by row", _acceptance),
+    Panel("drafts: tokens a pass", _fields("accepted_length", "eval_accepted_length")),
     Panel("perplexity of held-out text, by position", _perplexities, logarithmic=True),
     Panel("fullest expert over the mean, by layer", _fullest),
     Panel("norm of the gradient", _fields("grad_norm"), logarithmic=True),

@@ -69,7 +69,7 @@ def abstract_program(
     optimizer = build_optimizer(config.optimizer, model)
     mode = Mode(config.remat, config.keep, config.offload, distill=config.indexer == "distill")
     rate, clip_norm = build_schedule(config.optimizer, config.steps), config.optimizer.clip_norm
-    step = build_step(config.loss, optimizer, rate, mode, clip_norm)
+    step = build_step(config.loss, optimizer, rate, mode, clip_norm, config.draft)
     frozen, state, batches = arguments.frozen, arguments.state, arguments.batches
     return jax.jit(step, donate_argnums=1), (frozen, state, batches)
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from v4jax.config.run import LossConfig
+from v4jax.config.run import DraftTraining, LossConfig
 from v4jax.training.batch import Batch
+from v4jax.training.draft import compute_draft_losses, count_rows, place_anchors
 from v4jax.training.forward import Mode
 from v4jax.training.losses import compute_losses, count_totals
 from v4jax.training.state import Frozen, TrainState, join_model
@@ -26,6 +27,7 @@ def build_step(
     rate: optax.Schedule,
     mode: Mode,
     clip_norm: float,
+    draft: DraftTraining | None = None,
 ) -> Callable[[Frozen, TrainState, Batch], tuple[TrainState, dict]]:
     """Returns the step for its caller to compile; the state may be donated.
 
@@ -34,8 +36,9 @@ def build_step(
     biases and optimizer stay as they are, and `skipped` counts the step. The rate goes on by
     `TrainState.step`, which counts these as well.
 
-    Its metrics are the parts of `compute_losses`, `grad_norm` before clipping, `finite`, the `rate`
-    of the update, and `load`: the assignments per expert of every router.
+    Its metrics are the parts of `compute_losses`, or with `draft` of `compute_draft_losses`;
+    `grad_norm` before clipping, `finite`, the `rate` of the update, and `load`: the assignments per
+    expert of every router.
 
     Args:
       optimizer: gives updates at rate 1.
@@ -43,19 +46,27 @@ def build_step(
     """
 
     def step(frozen, state, batches):
-        totals = count_totals(batches, frozen.config)
+        if draft is None:
+            given, totals = (batches,), count_totals(batches, frozen.config)
+        else:
+            rows = frozen.config.draft.block_size
+            key = jax.random.fold_in(jax.random.key(0), state.step)
+            anchors = place_anchors(batches, draft.anchors, rows, key)
+            given, totals = (batches, anchors), count_rows(anchors, draft.decay)
 
-        def differentiate(batch):
+        def differentiate(given):
             def run(weights):
-                held = dataclasses.replace(state, weights=weights)
-                return compute_losses(join_model(frozen, held), batch, totals, loss, mode)
+                model = join_model(frozen, dataclasses.replace(state, weights=weights))
+                if draft is None:
+                    return compute_losses(model, *given, totals, loss, mode)
+                return compute_draft_losses(model, *given, totals, draft, mode)
 
             return jax.grad(run, has_aux=True)(state.weights)
 
         if batches.tokens.shape[0] == 1:
-            gradients, parts = differentiate(jax.tree.map(lambda x: x[0], batches))
+            gradients, parts = differentiate(jax.tree.map(lambda x: x[0], given))
         else:
-            gradients, parts = _sum_over_batches(differentiate, batches)
+            gradients, parts = _sum_over_batches(differentiate, given)
         return finish_step(state, gradients, parts)
 
     def finish_step(state, gradients, parts):

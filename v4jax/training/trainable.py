@@ -1,15 +1,26 @@
 """What a run trains: the names of the weights, adapters among them, and what is rounded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
+from flax import nnx
 
 from v4jax.checkpoint.names import stored_formats
 from v4jax.config import TrainConfig
+from v4jax.config.model import ModelConfig
+from v4jax.config.run import DraftTraining
 from v4jax.errors import ConfigError
-from v4jax.model import Transformer
+from v4jax.model import Transformer, abstract_transformer
+from v4jax.model.draft import Drafter
+from v4jax.model.parameters import Declare
 from v4jax.model.weights import read_weights, variables, write_weights
-from v4jax.parallel.weight_sharding import annotate_shardings, put_sharded
+from v4jax.parallel.weight_sharding import (
+    annotate_shardings,
+    init_sharded,
+    is_variable,
+    name_of,
+    put_sharded,
+)
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.lora import add_adapters
 from v4jax.training.state import Frozen, split_model, store
@@ -21,11 +32,14 @@ def split_trained(model: Transformer, config: TrainConfig) -> tuple[Frozen, dict
     """Returns what `split_model` returns for the weights that a run trains; shapes give shapes.
 
     With `config.lora`, a model without adapters gets some; those of a model with some are trained.
+    With `config.draft.module`, the model gets a fresh draft module.
 
     Raises:
       ConfigError: what is to be trained does not exist or is frozen, or the mesh splits a weight
         inside the tiles that it is rounded in.
     """
+    if config.draft:
+        model = add_draft(model, config.draft, config.seed)
     names = choose_trained(model, config)
     if config.lora:
         if not choose_adapted(model):
@@ -62,16 +76,69 @@ def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
     """Returns the names of the weights that a loss of the run reaches, except a frozen indexer's.
 
     A weight that no loss reaches would only decay: those of the second and later MTP blocks, those
-    of the first without the MTP loss, and those of a draft module.
+    of the first without the MTP loss, and those of a draft module. With `config.draft` the weights
+    of the module are the only ones.
     """
     drafts = bool(config.loss.mtp_weight)
 
     def trains(name: str) -> bool:
+        if config.draft:
+            return name.startswith("drafter.")
         if name.startswith("drafter.") or (".indexer." in name and config.indexer == "frozen"):
             return False
         return not name.startswith("mtp.") or (drafts and name.startswith("mtp.0."))
 
     return [name for name in read_weights(model) if trains(name)]
+
+
+def add_draft(model: Transformer, draft: DraftTraining, seed: int = 0) -> Transformer:
+    """Returns the model with the draft module that a run trains: a fresh one if it describes one.
+
+    Shapes in place of arrays give shapes; on a mesh the module is made where it is held.
+
+    Raises:
+      ConfigError: as `DraftTraining.add_module`.
+    """
+    config, numerics, layout = draft.add_module(model.config), model.numerics, model.layout
+    if draft.module is None:
+        return model
+
+    def build() -> Drafter:
+        return Drafter(Declare(config, "float32", nnx.Rngs(seed)), config, numerics)
+
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        fresh = jax.eval_shape(build)
+        fresh = fresh if layout is None else annotate_shardings(fresh, layout)
+    else:
+        fresh = build() if layout is None else init_sharded(build, layout)
+    held = variables(model) | {f"drafter.{name}": v for name, v in variables(fresh).items()}
+    made = jax.tree_util.tree_map_with_path(
+        lambda path, _: held[name_of(path)],
+        abstract_transformer(config, numerics),
+        is_leaf=is_variable,
+    )
+    made.layout, made.folder = layout, model.folder
+    return made
+
+
+def describe_heads(model: ModelConfig, config: TrainConfig, trained: Iterable[str]) -> str:
+    """Returns what happens to the draft module or the MTP blocks of a model; "" without any.
+
+    Args:
+      trained: names of the arrays that the run trains.
+    """
+    if config.draft:
+        return "the draft module alone is trained; everything else stays bit for bit as it is"
+    if model.draft:
+        return (
+            "the draft module stays bit for bit as it is. It was trained for the model as it was: "
+            "answers stay right, fewer drafts are accepted; train.draft trains it for the new one"
+        )
+    if not model.num_nextn_predict_layers:
+        return ""
+    if any(name.startswith("mtp.") for name in trained):
+        return f"the first MTP block is trained too, by loss.mtp_weight = {config.loss.mtp_weight}"
+    return "the MTP blocks stay bit for bit as they are (loss.mtp_weight = 0, or no adapters there)"
 
 
 def choose_adapted(model: Transformer) -> list[str]:

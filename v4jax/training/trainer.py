@@ -32,7 +32,7 @@ from v4jax.checkpoint import api
 from v4jax.checkpoint.adapters import write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
-from v4jax.config.loading import load_model_config, pretrained_names
+from v4jax.config.loading import load_run_model, pretrained_names
 from v4jax.config.run import LossConfig, TrainConfig
 from v4jax.errors import TrainingError
 from v4jax.files import Path, find_model, is_remote, to_path
@@ -42,13 +42,19 @@ from v4jax.parallel.agreement import gather_json
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch, put_batch, row_shares
 from v4jax.training.data import Loader, merge_states
-from v4jax.training.evaluate import evaluate_text, score_batch
+from v4jax.training.evaluate import (
+    evaluate_drafts,
+    evaluate_text,
+    score_batch,
+    score_drafts,
+)
 from v4jax.training.export import export
 from v4jax.training.forward import Mode
 from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import adam_epsilon, build_optimizer, build_schedule
 from v4jax.training.samples import describe_sample, predict, write_samples
 from v4jax.training.state import (
+    Frozen,
     TrainState,
     abstract_state,
     compile_forward,
@@ -57,7 +63,7 @@ from v4jax.training.state import (
 )
 from v4jax.training.step import build_step
 from v4jax.training.stopping import AskedToEnd, others_asked
-from v4jax.training.trainable import split_trained
+from v4jax.training.trainable import describe_heads, split_trained
 
 
 class Trainer:
@@ -78,27 +84,26 @@ class Trainer:
             self.folder / "checkpoints",
             keep=checkpoint.keep,
             every=checkpoint.every,
-            model=load_model_config(config.model),
+            model=load_run_model(config),
         )
         model = load_model(config)
-        self.model_config = model.config
-        self.layout = model.layout
         self.frozen, weights, biases = split_trained(model, config)
-        self.tokenizer = load_tokenizer(model.folder or model.config.tokenizer)
+        self.model_config, self.layout = self.frozen.config, model.layout
+        self.tokenizer = load_tokenizer(model.folder or self.model_config.tokenizer)
         self.loader = self._open_data(config.data)
         if config.steps is None:
             config = self.config = dataclasses.replace(config, steps=self._count_steps())
-        self.optimizer = build_optimizer(config.optimizer, model.config)
+        self.optimizer = build_optimizer(config.optimizer, self.model_config)
         self.rate = build_schedule(config.optimizer, config.steps)
         self.state = init_state(self.frozen, weights, biases, self.optimizer)
         del model, weights, biases
-        _announce(self.state, config)
+        _announce(self.state, self.frozen, config)
         self._resume()
         self.metrics = Metrics(self.folder, config.report_to, first_step=self.step + 1)
         self._steps: dict[tuple[Mode, LossConfig], Callable] = {}  # compiled
         self._skipped = int(self.state.skipped)
         self._step_tokens = config.data.batch * config.data.length * config.optimizer.accumulate
-        self._speed = Speed(self.model_config, config.data.length, config.remat == "layers")
+        self._speed = Speed(config, self.model_config)
 
     @property
     def step(self) -> int:
@@ -158,9 +163,10 @@ class Trainer:
         with contextlib.closing(self._open_data(evaluation.data)) as held_out:
             batches = list(itertools.islice(held_out, evaluation.batches))
         with log.phase("evaluation") as phase:
-            found = evaluate_text(self._score, self.state, batches, self.layout)
+            measure = evaluate_drafts if self.config.draft else evaluate_text
+            found = measure(self._score, self.state, batches, self.layout)
             phase.note(f"step {self.step}", f"loss {found['eval_loss']:.3f}")
-        if evaluation.samples and batches:
+        if evaluation.samples and batches and not self.config.draft:
             found["samples"] = write_samples(
                 self._predict,
                 self.state,
@@ -221,7 +227,10 @@ class Trainer:
 
     @functools.cached_property
     def _score(self) -> Callable:
-        return compile_forward(self.frozen, score_batch)
+        score = score_batch
+        if self.config.draft:
+            score = functools.partial(score_drafts, training=self.config.draft)
+        return compile_forward(self.frozen, score)
 
     @functools.cached_property
     def _predict(self) -> Callable:
@@ -287,8 +296,8 @@ class Trainer:
         return found
 
     def _build_step(self, mode: Mode, loss: LossConfig):
-        clip_norm = self.config.optimizer.clip_norm
-        step = build_step(loss, self.optimizer, self.rate, mode, clip_norm)
+        clip_norm, draft = self.config.optimizer.clip_norm, self.config.draft
+        step = build_step(loss, self.optimizer, self.rate, mode, clip_norm, draft)
         return jax.jit(step, donate_argnums=1)
 
     def _settle(self, computing: tuple[int, dict] | None, progress: log.Progress) -> None:
@@ -378,7 +387,7 @@ def _seed(config: TrainConfig) -> int | None:
     return None if stored else config.seed
 
 
-def _announce(state: TrainState, config: TrainConfig) -> None:
+def _announce(state: TrainState, frozen: Frozen, config: TrainConfig) -> None:
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     kept = ", ".join(config.optimizer.undecayed) or "nothing"
@@ -387,10 +396,14 @@ def _announce(state: TrainState, config: TrainConfig) -> None:
         f"{log.format_bytes(size)}; indexer {config.indexer}; no weight decay on: {kept}; "
         f"AdamW's epsilon: {adam_epsilon(config.optimizer):.1e}"
     )
+    if said := describe_heads(frozen.config, config, state.weights):
+        log.info(f"train: {said}")
 
 
 def _describe(step: int, values: dict[str, Any]) -> str:
     parts = [f"step {step}", f"loss {values['loss']:.3f}"]
+    if "accepted_length" in values:
+        parts.append(f"accepted length {values['accepted_length']:.2f}")
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     return ", ".join(parts)
