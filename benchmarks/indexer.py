@@ -10,6 +10,7 @@ not scoring.
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,12 @@ def draw(queries: int, entries: int):
     )
 
 
-def score_all(queries, weights, keys: EntryTable):
+def score_all(target: Target, queries, weights, keys: EntryTable):
     """Returns one number that needs every score, block by block as the selection makes them."""
     block = min(portable.ENTRY_BLOCK, keys.capacity)
 
     def add(total, index):
-        scores = portable.score(Target.here(), queries, weights, keys.block(index * block, block))
+        scores = portable.score(target, queries, weights, keys.block(index * block, block))
         return jnp.maximum(total, scores.max(axis=-1)), None
 
     blocks = jnp.arange(keys.capacity // block, dtype=jnp.int32)
@@ -52,11 +53,12 @@ def measure(queries: int, entries: int, repeats: int) -> str:
     """Returns a line of the table."""
     arrays = draw(queries, entries)
     start = jnp.array([entries * RATIO - queries], jnp.int32)
-    select = jax.jit(
-        lambda q, w, k: indexer.select(q, w, k, start, start + queries, ratio=RATIO, count=COUNT)
-    )
+    target = Target.here()
+    options = {"ratio": RATIO, "count": COUNT, "target": target}
+    select = jax.jit(lambda q, w, k: indexer.select(q, w, k, start, start + queries, **options))
+    score = jax.jit(functools.partial(score_all, target))
     before = machine.product_rate()
-    scoring = machine.best_seconds(jax.jit(score_all), *arrays, repeats=repeats)
+    scoring = machine.best_seconds(score, *arrays, repeats=repeats)
     whole = machine.best_seconds(select, *arrays, repeats=repeats)
     matmul = max(before, machine.product_rate())
     flops = 2 * queries * entries * HEADS * CHANNELS

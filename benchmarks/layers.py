@@ -33,6 +33,7 @@ from v4jax.config.numerics import BFLOAT16
 from v4jax.config.run import TrainConfig
 from v4jax.costs import flops
 from v4jax.costs.chips import CHIPS
+from v4jax.kernels import Target
 from v4jax.model import Transformer, take_inventory
 from v4jax.model.transformer import abstract_transformer
 from v4jax.training.batch import Batch
@@ -104,7 +105,8 @@ def flash_layers() -> ModelConfig:
 
 def make_model(config: ModelConfig, storage: str = "bfloat16") -> Transformer:
     """Returns the model with random matrices, and vectors of ones."""
-    leaves, tree = jax.tree.flatten(abstract_transformer(config, BFLOAT16, storage=storage))
+    abstract = abstract_transformer(config, BFLOAT16, storage=storage, target=Target.here())
+    leaves, tree = jax.tree.flatten(abstract)
 
     def draw(key, leaf):
         if jnp.issubdtype(leaf.dtype, jnp.integer):

@@ -41,9 +41,12 @@ def weigh(times: float) -> None:
             window=0,
             entries=entries,
             ratio=ratio,
+            target=context.target,
         )
         far_mass = far_mass + jnp.log(times)
-        near_bthc, near_mass = attention.attend_dense(queries, recent, sink, *rows, window=window)
+        near_bthc, near_mass = attention.attend_dense(
+            queries, recent, sink, *rows, window=window, target=context.target
+        )
         mass = jnp.logaddexp(far_mass, near_mass)
         attended_bthc = far_bthc * jnp.exp(far_mass - mass)[..., None]
         return attended_bthc + near_bthc * jnp.exp(near_mass - mass)[..., None], mass

@@ -189,8 +189,8 @@ FAULTS = [
     Fault(
         "head weights of the indexer are not applied",
         "model/indexer.py",
-        "weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)",
-        "weights_bti = 1 + 0 * matmul(x, self.head_weights[...]).astype(jnp.float32)",
+        "weights_bti = matmul(",
+        "weights_bti = 1 + 0 * matmul(",
         PIECES,
     ),
     Fault(
@@ -361,8 +361,8 @@ FAULTS = [
     Fault(
         "heads are not summed over devices",
         "model/attention.py",
-        'return context.axes.psum(output, "heads"), memory',
-        "return output, memory",
+        'return context.axes.psum(self._linear(low_btr, self.output_up, context), "heads")',
+        "return self._linear(low_btr, self.output_up, context)",
         "tests/parallel/test_model.py",
     ),
     Fault(

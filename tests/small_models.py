@@ -23,12 +23,14 @@ from v4jax.checkpoint.names import stored_formats
 from v4jax.config import LayerKind, ModelConfig, Numerics, RouterKind, get_numerics
 from v4jax.config.loading import load_model_config
 from v4jax.config.model import DraftConfig
+from v4jax.kernels import Target
 from v4jax.model import Transformer
 from v4jax.model.weights import read_weights, write_weights
 from v4jax.parallel import Layout, WeightLayout, make_mesh
 from v4jax.parallel.weight_sharding import put_sharded
 from v4jax.quant import quantize_weight
 
+CPU = Target("cpu")
 TINY = load_model_config("tiny")
 DRAFT = DraftConfig(stages=1, target_layer_ids=(0,), markov_rank=4, block_size=3, noise_token_id=7)
 RATIOS = {LayerKind.WINDOW: 0, LayerKind.CSA: 4, LayerKind.HCA: 128}

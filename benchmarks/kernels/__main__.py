@@ -35,7 +35,6 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.figures import Core, KernelFigures
 from v4jax import log
 from v4jax.errors import RequestError, UnsupportedError, V4JaxError
-from v4jax.kernels import dispatch
 from v4jax.planning import ahead_of_time
 
 PLAIN_WIDTH = 160  # columns where the output is no terminal
@@ -94,8 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     if unknown:
         raise RequestError(f"--model must be among {cases.MODELS}, got {unknown[0]!r}")
     core = schedule.core_of(options.topology)
-    with dispatch.compiling_for("tpu", core.device):  # tiles and loops may depend on it
-        selected = cases.select(tuple(options.model), tuple(options.only))
+    selected = cases.select(core.target, tuple(options.model), tuple(options.only))
     if options.list:
         print("\n".join(case.key for case in selected))
         return 0

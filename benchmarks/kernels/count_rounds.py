@@ -17,7 +17,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from v4jax.kernels import dispatch, indexer
+from v4jax.kernels import Target, indexer
 from v4jax.kernels.table import EntryTable
 from v4jax.quant import EntryFormat
 
@@ -34,10 +34,9 @@ class Counters:
 
 
 def count(function, arguments) -> Counters:
-    """Runs a function whose Pallas kernels are traced for TPU and interpreted here."""
+    """Runs a function whose Pallas kernels are made for TPUs, and interpreted here."""
     counters = Counters()
-    with dispatch.compiling_for("tpu"):
-        closed = jax.make_jaxpr(function)(*arguments)
+    closed = jax.make_jaxpr(function)(*arguments)
     closed = closed.replace(jaxpr=_instrument(closed.jaxpr, counters, in_kernel=False))
     run = jax.jit(jax.extend.core.jaxpr_as_fun(closed))
     jax.block_until_ready(run(*jax.tree.leaves(arguments)))
@@ -115,7 +114,8 @@ def main():
 
     def select(queries, weights, stored, start, end):
         table = EntryTable(stored, jnp.int32(0), stored_as)
-        return indexer.select(queries, weights, table, start, end, ratio=RATIO, count=options.count)
+        chosen = {"ratio": RATIO, "count": options.count, "target": Target("tpu")}
+        return indexer.select(queries, weights, table, start, end, **chosen)
 
     arguments = (queries, weights, jax.jit(stored_as.encode)(keys), end - options.tokens, end)
     counters = count(select, arguments)

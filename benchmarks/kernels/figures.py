@@ -12,6 +12,7 @@ from benchmarks.kernels import bundles
 from benchmarks.kernels.cases import Case, Kernel
 from v4jax.costs import chips
 from v4jax.errors import UnsupportedError
+from v4jax.kernels import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Core:
     flops_per_cycle: int  # bfloat16
     cores: int  # of one device
     bytes_per_cycle: float  # of HBM, per core, at the published bandwidth and peak
+
+    @property
+    def target(self) -> Target:
+        """What programs for the core are made for."""
+        return Target("tpu", self.device)
 
 
 def _core(name: str, unit: int, flops_per_cycle: int, cores: int = 1) -> Core:

@@ -20,7 +20,6 @@ from benchmarks.kernels import cases
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.figures import Core, KernelFigures, Traced, core_of, count
 from v4jax.errors import UnsupportedError
-from v4jax.kernels import dispatch
 from v4jax.planning import ahead_of_time
 
 _DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true " + (
@@ -73,7 +72,7 @@ def _compile(topology: str, case: Case, folder: pathlib.Path) -> None:
 
 def read_folder(folder: pathlib.Path, core: Core, case: Case) -> list[KernelFigures]:
     """Returns the figures of the Pallas kernels whose bundles are in `folder`."""
-    calls = trace(case, core.device)
+    calls = trace(case)
     figures = []
     for path in sorted(folder.glob("*final_bundles.txt")):
         match = re.fullmatch(r"(\d+)-(.+)-(\d+)-schedule-analysis_final_bundles\.txt", path.name)
@@ -103,10 +102,9 @@ def _called(calls: list[Traced], name: str, result: tuple[int, ...]) -> Traced |
     return next((call for call in found if call.result == result), found[0] if found else None)
 
 
-def trace(case: Case, device: str = "") -> list[Traced]:
-    """Returns the Pallas calls of a case, in order, as traced for this kind of TPU."""
-    with dispatch.compiling_for("tpu", device):
-        return list(_pallas_calls(jax.make_jaxpr(case.function)(*case.arguments).jaxpr))
+def trace(case: Case) -> list[Traced]:
+    """Returns the Pallas calls of a case, in order."""
+    return list(_pallas_calls(jax.make_jaxpr(case.function)(*case.arguments).jaxpr))
 
 
 def _pallas_calls(jaxpr: Any):
@@ -134,7 +132,7 @@ def _describe(params: dict, result: tuple[int, ...]) -> Traced:
 
 def _compile_here(topology: str, key: str) -> None:
     """Compiles one case in the child process; the compiler's files are the result."""
-    case = cases.find(key)
+    case = cases.find(key, core_of(topology).target)
     ahead_of_time.compile_for(topology, case.function, *case.arguments)
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from benchmarks.kernels import cases
 from v4jax.errors import RequestError
+from v4jax.kernels import Target
+
+TPU = Target("tpu")
 
 # case, kernel → FLOPs, in factors that can be checked against the model's sizes.
 FLOPS = {
@@ -32,13 +35,13 @@ FLOPS = {
 
 @pytest.mark.parametrize(("key", "name"), FLOPS)
 def test_flops(key, name):
-    (kernel,) = [k for k in cases.find(key).kernels if k.name == name]
+    (kernel,) = [k for k in cases.find(key, TPU).kernels if k.name == name]
     assert kernel.flops == FLOPS[key, name]
 
 
 def test_training_counts_first_windows_and_entries():
     """8,192 tokens from the start on, an entry per 128; the backward pass has five products."""
-    forward, backward = cases.find("dense_attention/v4_flash/training_8192").kernels
+    forward, backward = cases.find("dense_attention/v4_flash/training_8192", TPU).kernels
     windows = 128 * 129 // 2 + (8192 - 128) * 128
     entries = 128 * sum(range(64)) + 64
     assert forward.flops == (windows + entries) * 64 * 4 * 512
@@ -47,14 +50,14 @@ def test_training_counts_first_windows_and_entries():
 
 def test_bytes_of_experts():
     """Half a byte and a 32nd a weight, rows in and out in bfloat16."""
-    gated, _ = cases.find("grouped_matmul/v4_flash/prefill_fp4").kernels
+    gated, _ = cases.find("grouped_matmul/v4_flash/prefill_fp4", TPU).kernels
     weights = 32 * 2 * 2048 * 4096
     assert gated.moved_bytes == weights / 2 + weights / 32 + 12_288 * 2 * (4096 + 2048)
 
 
 def test_bytes_of_an_expansion():
     """As stored, and two bytes a weight."""
-    (kernel,) = cases.find("scaled_matmul/v4_flash/expansion_fp4").kernels
+    (kernel,) = cases.find("scaled_matmul/v4_flash/expansion_fp4", TPU).kernels
     weights = 32 * 2 * 2048 * 4096
     assert kernel.moved_bytes == weights / 2 + weights / 32 + 2 * weights
     assert kernel.flops is None
@@ -62,20 +65,20 @@ def test_bytes_of_an_expansion():
 
 def test_bounds():
     """64 rows of heads fill a quarter of a unit 256 wide; 128 channels half of its depth."""
-    _, sparse, _ = cases.find("sparse_attention/v4_flash/prefill").kernels
+    _, sparse, _ = cases.find("sparse_attention/v4_flash/prefill", TPU).kernels
     assert (sparse.bound_for(256), sparse.bound_for(128)) == (0.25, 0.5)
     assert sparse.goal_for(256) == pytest.approx(0.15)
-    (index,) = cases.find("indexer/v4_flash/prefill").kernels
+    (index,) = cases.find("indexer/v4_flash/prefill", TPU).kernels
     assert (index.bound_for(256), index.bound_for(128)) == (0.5, 1.0)
-    (dense,) = cases.find("dense_attention/v4_flash/prefill").kernels
+    (dense,) = cases.find("dense_attention/v4_flash/prefill", TPU).kernels
     assert (dense.bound_for(256), dense.goal_for(256)) == (1.0, 0.65)
 
 
 def test_keys_are_found_again():
-    keys = [case.key for case in cases.select(cases.MODELS)]
+    keys = [case.key for case in cases.select(TPU, cases.MODELS)]
     assert len(set(keys)) == len(keys)
-    assert cases.find(keys[-1]).key == keys[-1]
-    only = cases.select(("v4_pro",), ("indexer", "decode_64"))
+    assert cases.find(keys[-1], TPU).key == keys[-1]
+    only = cases.select(TPU, ("v4_pro",), ("indexer", "decode_64"))
     decoding = {"rotation", "hyper_connections", "scaled_matmul"}
     assert {case.op for case in only} == {"indexer"} | decoding
     assert {case.model for case in only} == {"v4_pro"}
@@ -83,6 +86,6 @@ def test_keys_are_found_again():
 
 def test_unknown_cases():
     with pytest.raises(RequestError, match="operations are dense_attention"):
-        cases.select(("v4_flash",), ("index", "softmax"))
+        cases.select(TPU, ("v4_flash",), ("index", "softmax"))
     with pytest.raises(RequestError, match="no benchmark case"):
-        cases.find("indexer/v4_flash")
+        cases.find("indexer/v4_flash", TPU)

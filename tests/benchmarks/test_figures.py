@@ -80,7 +80,7 @@ def test_calls_are_told_apart_by_name_and_result():
 
 
 def test_traced_calls():
-    calls = schedule.trace(cases.find("grouped_matmul/v4_flash/decode_16"))
+    calls = schedule.trace(cases.find("grouped_matmul/v4_flash/decode_16", CORE.target))
     assert [call.name for call in calls] == ["grouped_matmul_gated_fp4", "scaled_matmul_fp4"]
     assert calls[0].grid[-1] is None and calls[0].parallel == (True, False)
 
@@ -92,7 +92,7 @@ def test_unknown_topology():
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(ahead_of_time, "why_unavailable", lambda: "libtpu is not installed")
-    case = cases.find("scaled_matmul/v4_flash/decode_64")
+    case = cases.find("scaled_matmul/v4_flash/decode_64", CORE.target)
     with pytest.raises(UnsupportedError, match="libtpu is not installed"):
         schedule.measure("v6e:2x2", case)
 
@@ -102,7 +102,7 @@ def test_without_libtpu(monkeypatch):
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_end_to_end(topology, tmp_path):
     """Rounds of all loops are found, and explain the FLOPs: no padding in this shape."""
-    case = cases.find("scaled_matmul/v4_flash/decode_64")
+    case = cases.find("scaled_matmul/v4_flash/decode_64", CORE.target)
     (found,) = schedule.measure(topology, case, tmp_path / "kept")
     assert found.kernel == "scaled_matmul_fp8"
     assert 0.1 < found.share <= 1

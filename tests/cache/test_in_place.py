@@ -16,7 +16,7 @@ from v4jax.cache.hybrid import LayerCache
 from v4jax.config import LayerKind
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import RELEASED
-from v4jax.kernels import attention, dispatch, indexer
+from v4jax.kernels import Target, attention, indexer
 from v4jax.planning import ahead_of_time
 
 MILLION = 1 << 20
@@ -35,7 +35,7 @@ CASES = [
 ]
 
 
-def build_step(csa, hca, tokens, window):
+def build_step(csa, hca, tokens, window, target):
     """Returns step(cache, …) → (cache, attended), of two CSA and two HCA layers."""
 
     def step(cache, queries, recent, sink, index_queries, weights, entries, heavy, keys):
@@ -47,18 +47,19 @@ def build_step(csa, hca, tokens, window):
 
         def run(carry, i):
             cache, total = carry
-            view = LayerCache(cache, csa, 2 * i, i, start, end)
+            view = LayerCache(cache, csa, 2 * i, i, start, end, target)
             table, view = view.append_entries("index", keys, rows(4))
-            selected = indexer.select(index_queries, weights, table, start, end, ratio=4, count=512)
+            options = {"ratio": 4, "count": 512, "target": target}
+            selected = indexer.select(index_queries, weights, table, start, end, **options)
             table, view = view.append_entries("entries", entries, rows(4))
             arguments = (queries, recent, sink, start)
             total += attention.attend_sparse(
-                *arguments, window=window, entries=table, selected=selected
+                *arguments, window=window, entries=table, selected=selected, target=target
             )[0]
-            view = LayerCache(view.cache, hca, 2 * i + 1, i, start, end)
+            view = LayerCache(view.cache, hca, 2 * i + 1, i, start, end, target)
             table, view = view.append_entries("entries", heavy, rows(128))
             total += attention.attend_dense(
-                *arguments, end, window=window, entries=table, ratio=128
+                *arguments, end, window=window, entries=table, ratio=128, target=target
             )[0]
             return (view.cache, total), None
 
@@ -96,19 +97,19 @@ def test_no_table_is_copied(name, chip):
 
     heads, channels, window = config.num_attention_heads, config.head_dim, config.sliding_window
     cache = jax.tree.map(place, jax.eval_shape(lambda: init_cache(few, RELEASED, batch, MILLION)))
-    with dispatch.compiling_for("tpu", device.device_kind):
-        step = jax.jit(build_step(csa, hca, tokens, window), donate_argnums=0)
-        program = step.lower(
-            cache,
-            spec(batch, tokens, heads, channels),
-            spec(batch, window + tokens, channels),
-            spec(heads, dtype=jnp.float32),
-            spec(batch, tokens, config.index_n_heads, config.index_head_dim),
-            spec(batch, tokens, config.index_n_heads),
-            spec(batch, -(-tokens // 4), channels),
-            spec(batch, -(-tokens // 128), channels),
-            spec(batch, -(-tokens // 4), config.index_head_dim),
-        ).compile()
+    target = Target("tpu", device.device_kind)
+    step = jax.jit(build_step(csa, hca, tokens, window, target), donate_argnums=0)
+    program = step.lower(
+        cache,
+        spec(batch, tokens, heads, channels),
+        spec(batch, window + tokens, channels),
+        spec(heads, dtype=jnp.float32),
+        spec(batch, tokens, config.index_n_heads, config.index_head_dim),
+        spec(batch, tokens, config.index_n_heads),
+        spec(batch, -(-tokens // 4), channels),
+        spec(batch, -(-tokens // 128), channels),
+        spec(batch, -(-tokens // 4), config.index_head_dim),
+    ).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.bytes(), "the cache must be written in place"
     rows = batch * MILLION // 4 * 2 * channels if tokens > 1 else 0

@@ -10,7 +10,14 @@ import pytest
 import v4jax
 from v4jax.cache import init_cache
 from v4jax.config.from_hf import layer_kinds
-from v4jax.errors import CacheError, CheckpointError, ConfigError, ShapeError
+from v4jax.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    ShapeError,
+    UnsupportedError,
+)
+from v4jax.model import abstract_transformer
 
 TOKENS = np.zeros((2, 4), np.int32)
 
@@ -154,3 +161,16 @@ def test_extend_inside_a_transformation():
     expected, _ = model.extend(tokens, cache, logits="last")
     inside = jax.jit(lambda tokens, cache: model.extend(tokens, cache, logits="last")[0])
     np.testing.assert_allclose(inside(tokens, cache), expected, 0, 1e-5)
+
+
+def test_target(model):
+    """What is asked for of the model's target runs or raises, in every call; shapes have none."""
+    asking = jax.tree.map(lambda leaf: leaf, model)
+    asking.target = model.target.using(indexer="pallas_tpu")
+    for call in (asking, lambda ids: asking.extend(ids, asking.init_cache(2, 8))):
+        with pytest.raises(UnsupportedError, match="indexer=pallas_tpu cannot run: it needs a tpu"):
+            call(TOKENS)
+    assert model(TOKENS).shape == (2, 4, model.config.vocab_size)
+    shapes = abstract_transformer(model.config, model.numerics)
+    with pytest.raises(ConfigError, match=r"no target.*give abstract_transformer one"):
+        jax.eval_shape(shapes, TOKENS)

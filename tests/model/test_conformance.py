@@ -176,7 +176,7 @@ def test_future_tokens_change_nothing(model, ids, whole, changed):
 def test_selection_matters_here(model, ids, whole):
     """The model's selection truncates: selecting everything gives other logits."""
     config = dataclasses.replace(CONFIG, index_topk=4096)
-    abstract = abstract_transformer(config, model.numerics, storage="float32")
+    abstract = abstract_transformer(config, model.numerics, storage="float32", target=model.target)
     other = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
     logits = np.asarray(other(ids[None]))[0]
     seen = CONFIG.index_topk * 4

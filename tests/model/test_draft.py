@@ -22,7 +22,6 @@ from v4jax.model.context import make_context
 from v4jax.model.passes import open_streams
 from v4jax.model.speculation import Drafts, accept_by_rejection
 from v4jax.model.stack import full_sequence
-from v4jax.parallel import ONE_DEVICE
 
 DRAFT = DraftConfig(stages=3, target_layer_ids=(2, 3, 4), markov_rank=8, noise_token_id=95)
 RAW = J4_CONFIG | {
@@ -298,14 +297,14 @@ def test_a_scanned_stack_taps_its_layers():
     def run(model):
         zeros = jnp.zeros(2, jnp.int32)
         ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
-        context = make_context(jnp.asarray(tokens), zeros, zeros + 40, ropes)
+        context = make_context(jnp.asarray(tokens), zeros, zeros + 40, ropes, model.target)
 
         def run_layer(block, streams, layer):
             memory = full_sequence(config, stack.numerics, layer, context)
             streams, _ = block(streams, context, memory)
             return streams, streams.mean(axis=2)
 
-        streams = open_streams(ONE_DEVICE, model.embed, tokens, model.stack)
+        streams = open_streams(context, model.embed, model.stack)
         _, means = model.stack.run(streams, run_layer)
         # Layer 1 is CSA, repeat 0; layers 4 and 6 are HCA, repeats 1 and 2.
         csa, hca = means["stack.period.0"], means["stack.period.1"]

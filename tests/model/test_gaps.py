@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import CPU
 
 from model.test_packing import MODE, make_model
 from v4jax.kernels.scaled_matmul import matmul_float32
@@ -24,7 +25,7 @@ TOKENS = np.random.RandomState(4).randint(0, 256, (1, ROW))
 @jax.jit
 def run(model, tokens, begin, skipped):
     streams, _ = run_rows(model, tokens, begin, MODE, skipped)
-    return matmul_float32(read_normed(model, streams), model.head[...])
+    return matmul_float32(read_normed(model, streams), model.head[...], target=model.target)
 
 
 def logits(tokens, skipped, begin=0):
@@ -117,7 +118,7 @@ def test_attention_over_a_gap_equals_the_naive_softmax(which):
         entries = EntryTable({"values": rows}, jnp.int32(0), stored_as)
         ids = jnp.zeros((1, tokens), jnp.int32)
         begins = {"document_begin": ids, "window_begin": jnp.asarray(window_begin)[None]}
-        context = make_context(ids, zero, zero + tokens, set(), **begins)
+        context = make_context(ids, zero, zero + tokens, set(), CPU, **begins)
         arguments = context, queries, recent, jnp.asarray(sink)
         return function(*arguments, window=window, entries=entries, **options)
 

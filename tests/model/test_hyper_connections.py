@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from oracle import checkpoints
 from oracle.released_numpy import FLOAT32, ReleasedModel
+from small_models import CPU
 
 from v4jax.config.from_hf import model_config_from_hf
 from v4jax.model.hyper_connections import HyperConnection
@@ -25,7 +26,7 @@ def test_iterations_are_those_of_the_configuration():
     base = np.concatenate([np.zeros(8), wanted.reshape(-1)]).astype(np.float32)
     site.base.set_value(jnp.asarray(base))
     streams = np.random.RandomState(0).standard_normal((5, 4, config.hidden_size)).astype("float32")
-    _, mix = jax.jit(site)(streams[None])
+    _, mix = jax.jit(site, static_argnums=1)(streams[None], CPU)
 
     def transcribe(iterations):
         config = dict(raw, hc_sinkhorn_iters=iterations)

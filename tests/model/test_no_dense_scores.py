@@ -14,7 +14,7 @@ import small_models
 from v4jax.config.loading import load_model_config
 from v4jax.config.numerics import BFLOAT16, RELEASED
 from v4jax.config.run import LossConfig
-from v4jax.kernels import dispatch
+from v4jax.kernels import Target
 from v4jax.model import abstract_transformer, passes
 from v4jax.model.weights import read_weights
 from v4jax.training.batch import Batch
@@ -124,9 +124,8 @@ def test_neither_do_the_kernels_for_tpu(program):
     """Flash as a TPU runs it: the walk enters the bodies of the Pallas kernels."""
     numerics, storage = (BFLOAT16, "bfloat16") if program is train else (RELEASED, "released")
     config = load_model_config("v4_flash")
-    model = abstract_transformer(config, numerics, storage=storage)
-    with dispatch.compiling_for("tpu"):
-        growth = largest_growth(program, model)
+    model = abstract_transformer(config, numerics, storage=storage, target=Target("tpu"))
+    growth = largest_growth(program, model)
     assert 1.9 <= growth <= LARGEST_GROWTH, f"an array grows {growth:.1f} times"
 
 

@@ -68,7 +68,8 @@ def read(model, tokens, begin):
     """Returns the logits of next tokens and of the tokens after them."""
     streams, _ = run_rows(model, tokens, begin, MODE)
     drafts, _ = run_drafts(model, streams, tokens, begin, MODE)
-    return tuple(matmul_float32(x, model.head[...]) for x in (read_normed(model, streams), drafts))
+    head, normed = model.head[...], read_normed(model, streams)
+    return tuple(matmul_float32(x, head, target=model.target) for x in (normed, drafts))
 
 
 read_jit = jax.jit(read)

@@ -41,7 +41,7 @@ def layer_call(model, number, tokens):
     layer = model.config.layers[number]
     start = jnp.zeros(1, jnp.int32)
     ids = jnp.zeros((1, tokens), jnp.int32)
-    context = make_context(ids, start, start + tokens, {layer.rope})
+    context = make_context(ids, start, start + tokens, {layer.rope}, model.target)
     return context, full_sequence(model.config, model.numerics, layer, context)
 
 
@@ -50,14 +50,14 @@ def run_piece(model, piece, x=None, streams=None, low_rank=None, ids=None):
     """Returns the outputs of a piece under their golden names."""
     number = golden.PIECES[piece]["layer"]
     if piece == "hyper_connections_head":
-        return dict(collapsed=model.collapse(streams))
+        return dict(collapsed=model.collapse(streams, model.target))
     module = block(model, number)
     if piece == "hyper_connections":
-        collapsed, mix = module.attention_hyper(streams)
+        collapsed, mix = module.attention_hyper(streams, model.target)
         return dict(post=mix.post, mix=mix.residual, collapsed=collapsed)
     if piece in ("router", "hash_router"):
         ids = jnp.zeros(x.shape[1], jnp.int32) if ids is None else ids[0]
-        chosen, weights, _ = module.moe.router(x[0], ids)
+        chosen, weights, _ = module.moe.router(x[0], ids, model.target)
         order = jnp.argsort(chosen, axis=-1)
         return {
             "experts": jnp.take_along_axis(chosen, order, -1)[None],
@@ -69,10 +69,11 @@ def run_piece(model, piece, x=None, streams=None, low_rank=None, ids=None):
     if piece.endswith("_attention"):
         return dict(rows=module.attention(x, context, memory)[0][:, golden.ATTENTION_ROWS])
     if piece.endswith("_compressor"):
-        return dict(entries=read_table(module.attention.compressor(x, memory)[0]))
+        return dict(entries=read_table(module.attention.compressor(x, context, memory)[0]))
     indexer = module.attention.indexer
     chosen = indexer(x, low_rank, context, memory)[0]
-    return dict(keys=read_table(indexer.compressor(x, memory)[0]), chosen=jnp.sort(chosen, -1))
+    keys, _ = indexer.compressor(x, context, memory)
+    return dict(keys=read_table(keys), chosen=jnp.sort(chosen, -1))
 
 
 def read_table(table):

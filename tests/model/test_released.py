@@ -127,14 +127,15 @@ def our_pieces(model, x, low_rank, streams, ids):
         attention = module.attention
         outputs[f"{kind}_attention"] = attention(x, context, memory)[0]
         if kind != "window":
-            outputs[f"{kind}_entries"] = read_table(attention.compressor(x, memory)[0])
+            outputs[f"{kind}_entries"] = read_table(attention.compressor(x, context, memory)[0])
         if kind == "csa":
             chosen = attention.indexer(x, low_rank, context, memory)[0]
             outputs["chosen"] = jnp.sort(chosen, -1)
-            outputs["index_keys"] = read_table(attention.indexer.compressor(x, memory)[0])
+            keys, _ = attention.indexer.compressor(x, context, memory)
+            outputs["index_keys"] = read_table(keys)
     first = block(model, 0)
-    outputs["linear"] = first.attention._linear(low_rank, first.attention.query_up)
     context, memory = layer_call(model, 0, TOKENS)
+    outputs["linear"] = first.attention._linear(low_rank, first.attention.query_up, context)
     context = dataclasses.replace(context, tokens=ids)
     outputs["hash_moe"] = first.moe(x, context)
     outputs["moe"] = block(model, 3).moe(x, context)
@@ -147,12 +148,12 @@ def our_pieces(model, x, low_rank, streams, ids):
 def our_layer(layer, streams, context, memory):
     """Returns the steps of `Block.__call__`."""
     steps = {}
-    x, mix = layer.attention_hyper(streams)
+    x, mix = layer.attention_hyper(streams, context.target)
     steps["layer_attention_input"] = x
     output, _ = layer.attention(layer.attention_norm(x), context, memory)
     streams = layer.attention_hyper.expand(output, streams, mix)
     steps["layer_attention"] = streams
-    x, mix = layer.moe_hyper(streams)
+    x, mix = layer.moe_hyper(streams, context.target)
     steps["layer_experts_input"] = x
     output = layer.moe(layer.moe_norm(x), context)
     steps["layer"] = layer.moe_hyper.expand(output, streams, mix)

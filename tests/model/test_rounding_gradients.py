@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import CPU
 
 from v4jax.config import LayerKind, get_numerics
 from v4jax.config.loading import load_model_config
@@ -49,7 +50,7 @@ def gradients(attention):
     @jax.jit
     def differentiate(attention, x):
         def loss(attention, x):
-            context = make_context(ids, start, start + TOKENS, {LAYER.rope})
+            context = make_context(ids, start, start + TOKENS, {LAYER.rope}, CPU)
             memory = full_sequence(CONFIG, NUMERICS, LAYER, context)
             return (attention(x, context, memory)[0].astype(jnp.float32) * factors).sum()
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_models import CPU
 
 from v4jax.errors import ConfigError
-from v4jax.kernels import dispatch, grouped_matmul
+from v4jax.kernels import Target, grouped_matmul
 from v4jax.kernels.scaled_matmul import round_activations
 from v4jax.parallel import Axes, ExpertExchange, Layout, make_mesh
 from v4jax.parallel.axes import MESH_AXES
@@ -48,8 +49,9 @@ def make_weights(fmt):
 WEIGHTS = {fmt: make_weights(fmt) for fmt in ("float32", "fp4")}
 
 
-def compute(parameters, x, ids, weights):
-    return grouped_matmul.apply_experts(x, ids, weights, *parameters, limit=LIMIT)
+def compute(parameters, x, ids, weights, target=CPU):
+    options = {"limit": LIMIT, "target": target}
+    return grouped_matmul.apply_experts(x, ids, weights, *parameters, **options)
 
 
 @functools.cache
@@ -172,13 +174,13 @@ def test_ragged_compiles(payload):
     ]
 
     def run(weights, x, ids, routing, real):
-        return route(Axes(layout), compute, weights, x, ids, routing, real, EXPERTS)
+        return route(Axes(layout), on_tpu, weights, x, ids, routing, real, EXPERTS)
 
+    on_tpu = functools.partial(compute, target=Target("tpu", devices.flat[0].device_kind))
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(P("expert"),) * 5, out_specs=P("expert"), check_vma=False
     )
-    with dispatch.compiling_for("tpu", devices.flat[0].device_kind):
-        text = jax.jit(mapped).lower(*arguments).compile().as_text()
+    text = jax.jit(mapped).lower(*arguments).compile().as_text()
     assert "ragged-all-to-all" in text
     assert "tpu_custom_call" in text
 

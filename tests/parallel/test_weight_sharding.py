@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from small_models import CPU
 
-from v4jax.kernels import Target, dispatch
+from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import expand_tpu
 from v4jax.model.weights import materialize
 from v4jax.parallel import ONE_DEVICE, WEIGHTS, Layout, annotate_shardings, make_mesh, on_shards
@@ -26,7 +27,7 @@ class Linear(nnx.Module):
 
 
 def sum_squares(axes, module):
-    weight = materialize(axes, module).weight.get_value().astype(jnp.float32)
+    weight = materialize(axes, module, Target("tpu")).weight.get_value().astype(jnp.float32)
     return (weight * weight).sum(keepdims=True)[0]
 
 
@@ -44,13 +45,12 @@ def test_adapters_read_their_base_by_the_kernel(kind, shape):
     value = LowRank(base, down, up, 0.5, "bfloat16", rounds_inputs=False)
     module = nnx.Dict(weight=nnx.Param(value, axes=("rank",) * len(shape)))
 
-    def expanded(module):
-        return materialize(ONE_DEVICE, module).weight.get_value()
+    def expanded(module, target):
+        return materialize(ONE_DEVICE, module, target).weight.get_value()
 
-    with dispatch.using(expand="portable"):
-        expected = jax.jit(expanded)(module)
-    with dispatch.compiling_for("tpu", "TPU v6 lite"):
-        traced = str(jax.make_jaxpr(lambda module: expanded(module))(module))
+    expected = jax.jit(expanded, static_argnums=1)(module, CPU)
+    tpu = Target("tpu", "TPU v6 lite")
+    traced = str(jax.make_jaxpr(expanded, static_argnums=1)(module, tpu))
     assert f"expand_{kind}" in traced
     interpreted = Target("tpu", interpret=True)
     by_kernel = value.expand(lambda weight, dtype: expand_tpu.expand(weight, target=interpreted))

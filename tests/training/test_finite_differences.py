@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from oracle import numpy_oracle
+from small_models import CPU
 
 from v4jax.config import RouterKind
 from v4jax.config.loading import load_model_config
@@ -57,7 +58,8 @@ def test_hyper_connections(sharp, monkeypatch):
     def ours(x):
         streams = x["streams"][None]
         collapsed, mix = hyper_connections.mix(
-            *(streams, x["fn"], x["base"], x["scale"]), norm_eps=1e-6, eps=1e-6, iterations=20
+            *(streams, x["fn"], x["base"], x["scale"]),
+            **{"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20, "target": CPU},
         )
         return (hyper_connections.expand(jnp.tanh(collapsed), streams, mix)[0] * pull).sum()
 
@@ -123,7 +125,8 @@ def test_router(kind):
         ids = np.asarray(router.table[...])[tokens]
 
     def ours(x):
-        _, weights, _ = write_weights(router, {"weight": x["weight"]})(x["x"], jnp.asarray(tokens))
+        module = write_weights(router, {"weight": x["weight"]})
+        _, weights, _ = module(x["x"], jnp.asarray(tokens), CPU)
         return (weights * pull).sum()
 
     def plain(x):

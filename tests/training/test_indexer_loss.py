@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import CSA, IDS, make_config, make_model
+from small_models import CPU, CSA, IDS, make_config, make_model
 
 from v4jax.cache.formats import index_format
 from v4jax.config.numerics import FLOAT32
@@ -21,7 +21,7 @@ from v4jax.parallel import ONE_DEVICE
 from v4jax.training import indexer_loss
 from v4jax.training.batch import Batch
 from v4jax.training.forward import Mode
-from v4jax.training.indexer_loss import compare_selected, compare_visible
+from v4jax.training.indexer_loss import Shown, compare_selected, compare_visible
 from v4jax.training.losses import compute_losses, count_totals
 
 B, T, H, C, I, X, W, RATIO, TOPK = 2, 21, 3, 8, 4, 6, 5, 4, 2
@@ -89,14 +89,13 @@ def dense(index_queries, head_weights, keys, among):
 
 def compare(mode, index_queries, head_weights, keys):
     case = example()
-    arrays = case.queries, case.log_mass, table(case.entries), index_queries, head_weights
+    attention = case.queries, case.log_mass, table(case.entries)
+    arguments = ONE_DEVICE, CPU, Shown(*attention, index_queries, head_weights, table(keys))
     if mode == "selected":
-        return compare_selected(ONE_DEVICE, *arrays, table(keys), case.selected)
+        return compare_selected(*arguments, case.selected)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    return compare_visible(
-        *(ONE_DEVICE, *arrays, table(keys), positions, jnp.asarray(BEGIN // RATIO)),
-        **{"ratio": RATIO, "count": TOPK},
-    )
+    first = jnp.asarray(BEGIN // RATIO)
+    return compare_visible(*arguments, positions, first, ratio=RATIO, count=TOPK)
 
 
 def trained():
@@ -156,14 +155,15 @@ def test_attention_gets_no_gradient(mode):
     case = example()
 
     def divergence(queries, log_mass, entries):
-        arrays = queries, log_mass, table(entries), case.index_queries, case.head_weights
+        index = case.index_queries, case.head_weights, table(case.keys)
+        arguments = ONE_DEVICE, CPU, Shown(queries, log_mass, table(entries), *index)
         if mode == "selected":
-            found = compare_selected(ONE_DEVICE, *arrays, table(case.keys), case.selected)
+            found = compare_selected(*arguments, case.selected)
             return found.divergence.sum()
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         options = {"ratio": RATIO, "count": TOPK}
         first = jnp.zeros_like(positions)
-        found = compare_visible(ONE_DEVICE, *arrays, table(case.keys), positions, first, **options)
+        found = compare_visible(*arguments, positions, first, **options)
         return found.divergence.sum() + found.recall.sum()
 
     slopes = jax.grad(divergence, argnums=(0, 1, 2))(case.queries, case.log_mass, case.entries)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_models import IDS, WINDOWS, make_model
+from small_models import CPU, IDS, WINDOWS, make_model
 
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
@@ -240,7 +240,8 @@ def test_a_mesh_expands_and_differentiates_the_same():
         weights[name + ".lora_up"] = jax.device_put(jnp.asarray(up), sharding)
 
         def add_cubes(axes, experts):
-            found = jax.tree.leaves(materialize(axes, experts), is_leaf=is_variable)
+            experts = materialize(axes, experts, CPU)
+            found = jax.tree.leaves(experts, is_leaf=is_variable)
             values = (variable.get_value() for variable in found)
             return axes.psum(sum((value**3).sum() for value in values), "experts")
 

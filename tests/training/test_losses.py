@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import CPU
 
 from v4jax.config.loading import load_model_config
 from v4jax.model.context import make_context
@@ -22,7 +23,7 @@ FLOAT32 = 2e-6
 
 def head(scale=1.0):
     weight = np.random.RandomState(1).standard_normal((VOCAB, WIDTH)).astype(np.float32) * scale
-    return types.SimpleNamespace(layout=None, head=nnx.Param(jnp.asarray(weight)))
+    return types.SimpleNamespace(layout=None, target=CPU, head=nnx.Param(jnp.asarray(weight)))
 
 
 def plain(normed, weight, targets):
@@ -84,7 +85,7 @@ def test_no_array_of_tokens_times_vocabulary():
                     walk(inner)
 
     def loss(normed, weight):
-        model = types.SimpleNamespace(layout=None, head=nnx.Param(weight))
+        model = types.SimpleNamespace(layout=None, target=CPU, head=nnx.Param(weight))
         return score_targets(model, normed, jnp.zeros((1, tokens), jnp.int32))[0].sum()
 
     shapes = [
@@ -154,7 +155,7 @@ def routing(begin):
     return (
         jnp.asarray(ids),
         jnp.asarray(scores),
-        make_context(tokens, zeros, end, set(), document_begin=begin),
+        make_context(tokens, zeros, end, set(), CPU, document_begin=begin),
     )
 
 

@@ -25,7 +25,7 @@ from v4jax.cache.entries import CompressorRows
 from v4jax.cache.formats import entry_format, index_format
 from v4jax.config import Layer, LayerKind, ModelConfig, Numerics
 from v4jax.errors import CacheError
-from v4jax.kernels import table
+from v4jax.kernels import Target, table
 from v4jax.kernels.table import EntryTable
 from v4jax.parallel import ONE_DEVICE, Axes
 from v4jax.parallel.context_parallel import rows_before
@@ -331,6 +331,7 @@ class LayerCache:
     kind_index: jax.Array
     start: jax.Array
     end: jax.Array
+    target: Target
     axes: Axes = ONE_DEVICE
 
     def append_window(self, key_values):
@@ -405,6 +406,7 @@ class LayerCache:
             jax.tree.map(gather, stored_as.encode(vectors)),
             first - self.axes.offset("entries", capacity),
             completed,
+            target=self.target,
         )
         return self._table(stored, stored_as), self._store(name, stored)
 

@@ -30,6 +30,7 @@ from v4jax.config import Numerics, choose_numerics
 from v4jax.config.overrides import override
 from v4jax.errors import CheckpointError
 from v4jax.files import PathLike
+from v4jax.kernels import Target
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.model.weights import variables
 from v4jax.parallel import Layout, annotate_shardings, check_mesh
@@ -78,7 +79,7 @@ def read_model(
         for path, source in sources.items():
             held[path].set_value(source.join([reader.place(path, x) for x in source.arrays]))
         phase.note(f"read {shards}", log.format_bytes(reader.total))
-    model.folder = opened.path
+    model.folder, model.target = opened.path, Target.here()
     return model
 
 

@@ -1,17 +1,14 @@
 """Which implementation of an operation runs: the only place that looks at platforms.
 
-A `Target` says for which devices a program is made; every operation takes one. An implementation is
-a module of its operation's room: `portable` runs everywhere, a name that ends in a platform runs
-there, if the module's `supported` finds no reason against it.
-
-The choice is made while a program is traced: what `jax.jit` has compiled before stays as it is.
+A `Target` says for which devices a program is made; every operation takes one. A model carries it
+(`model.target`), and its layers find it in the `Context` of a call. An implementation is a module
+of its operation's room. `portable` runs everywhere; a name that ends in a platform runs there, if
+the module's `supported` finds no reason against it.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TypeVar
 
@@ -21,12 +18,6 @@ from v4jax import log
 from v4jax.errors import UnsupportedError
 
 Value = TypeVar("Value")
-
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-_device: contextvars.ContextVar[str] = contextvars.ContextVar("device", default="")
-_requested: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
-    "requested", default=None
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +38,7 @@ class Target:
     @classmethod
     def here(cls) -> "Target":
         """Returns the target of the devices that JAX finds."""
-        requested = tuple((_requested.get() or {}).items())
-        if _platform.get():
-            return cls(_platform.get(), _device.get(), requested)
-        return cls(jax.default_backend(), jax.devices()[0].device_kind, requested)
+        return cls(jax.default_backend(), jax.devices()[0].device_kind)
 
     def using(self, **implementations: str) -> "Target":
         """Returns this target with implementations asked for, by operation."""
@@ -140,24 +128,3 @@ def _load(target, room, name, arguments) -> tuple[ModuleType | None, str | None]
 def _platform_of(name: str) -> str | None:
     """Returns the platform that an implementation needs, by its name's ending; None: any."""
     return next((x for x in ("tpu", "gpu") if name.endswith(f"_{x}")), None)
-
-
-@contextlib.contextmanager
-def compiling_for(name: str, device: str = "") -> Iterator[None]:
-    """Makes `Target.here()` another machine's: for callers that do not pass a target yet."""
-    tokens = _platform.set(name), _device.set(device)
-    try:
-        yield
-    finally:
-        _platform.reset(tokens[0])
-        _device.reset(tokens[1])
-
-
-@contextlib.contextmanager
-def using(**implementations: str) -> Iterator[None]:
-    """Makes `Target.here()` ask for implementations: for callers that do not pass a target yet."""
-    token = _requested.set({**(_requested.get() or {}), **implementations})
-    try:
-        yield
-    finally:
-        _requested.reset(token)

@@ -39,7 +39,7 @@ def select(
     Where devices share the entries, each gets those of the selected that it has, in ascending
     order, and −1 behind them. Only rows that no cache holds have several documents.
     """
-    axes, options = context.axes, {"ratio": ratio, "count": count}
+    axes, options = context.axes, {"ratio": ratio, "count": count, "target": context.target}
     if axes.size("read_entries") == 1:
         places = {"begin": context.document_begin}
         rows = context.start, context.end
@@ -94,6 +94,7 @@ def attend_selected(
             entries=entries,
             selected=selected,
             begin=context.document_begin,
+            target=context.target,
         )
     own = selected - context.axes.offset("read_entries", entries.capacity)
     own = jnp.where((selected >= 0) & (own >= 0) & (own < entries.capacity), own, -1)
@@ -105,6 +106,7 @@ def attend_selected(
         window=0,
         entries=entries,
         selected=own,
+        target=context.target,
     )
     return _join_window(context, queries, recent, sink, window, partial)
 
@@ -133,7 +135,9 @@ def attend_all(
             begin = context.window_begin
         rows = context.start, context.end
         options = {"window": window, "entries": entries, "ratio": ratio, "begin": begin}
-        return attention.attend_dense(queries, recent, sink, *rows, **options)
+        return attention.attend_dense(
+            queries, recent, sink, *rows, **options, target=context.target
+        )
     before = context.axes.offset("read_entries", entries.capacity) * ratio
     attended, mass = attention.attend_dense(
         queries,
@@ -145,6 +149,7 @@ def attend_all(
         entries=entries,
         ratio=ratio,
         begin=begin,
+        target=context.target,
     )
     if entry_weight is not None:
         mass = mass + jnp.log(entry_weight)[..., None]
@@ -160,9 +165,8 @@ def _join_window(context, queries, recent, sink, window, partial):
     """Joins attention over window and sink with that over all devices' entries; both results."""
     entries_bthc, entry_mass = merge_partials(context.axes, *partial)
     rows = context.start, context.end
-    window_bthc, window_mass = attention.attend_dense(
-        queries, recent, sink, *rows, window=window, begin=context.window_begin
-    )
+    options = {"window": window, "begin": context.window_begin, "target": context.target}
+    window_bthc, window_mass = attention.attend_dense(queries, recent, sink, *rows, **options)
     mass = jnp.logaddexp(entry_mass, window_mass)
     joined = entries_bthc * jnp.exp(entry_mass - mass)[..., None]
     joined += window_bthc.astype(jnp.float32) * jnp.exp(window_mass - mass)[..., None]

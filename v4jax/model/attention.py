@@ -59,9 +59,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b t d"], LayerMemory]:
-        angles = context.rotations[self.layer.rope]
-        latent_btr, queries_bthc = self.project_queries(x, angles)
-        recent_bsc, memory = memory.append_window(self.project_keys(x, angles))
+        latent_btr, queries_bthc = self.project_queries(x, context)
+        recent_bsc, memory = memory.append_window(self.project_keys(x, context))
 
         selected = entries = None
         if self.layer.kind is LayerKind.CSA:
@@ -69,7 +68,7 @@ class Attention(nnx.Module):
                 selected, finite_bt, memory = self.indexer(x, latent_btr, context, memory)
         if self.layer.kind is not LayerKind.WINDOW:
             with jax.named_scope("compressor"):
-                entries, memory = self.compressor(x, memory)
+                entries, memory = self.compressor(x, context, memory)
         arguments = context, queries_bthc, recent_bsc, self.sink[...]
         options = {"window": self.config.sliding_window, "entries": entries}
         if self.layer.kind is LayerKind.CSA and not context.dense:
@@ -84,41 +83,46 @@ class Attention(nnx.Module):
                     *arguments, ratio=self.layer.ratio, entry_weight=weight, **options
                 )
         context.show(queries=queries_bthc, log_mass=log_mass_bth, entries=entries)
-        output = self.project_output(rotate(attended_bthc, *angles, inverse=True))
+        output = self.project_output(attended_bthc, context)
         if self.layer.kind is LayerKind.CSA:
             # A selection by scores that are no numbers looks like any other: it must show.
             output = jnp.where(finite_bt[..., None], output, jnp.nan)
-        return context.axes.psum(output, "heads"), memory
+        return output, memory
 
     def project_queries(
-        self, x: Float[Array, "b t d"], angles: tuple[Array, Array]
+        self, x: Float[Array, "b t d"], context: Context
     ) -> tuple[Float[Array, "b t r"], Float[Array, "b t h c"]]:
         """Returns the normed latent vectors of x, and the rotated queries made of them."""
-        latent_btr = self.query_norm(self._linear(x, self.query_down))
-        queries_bthc = self._linear(latent_btr, self.query_up)
+        latent_btr = self.query_norm(self._linear(x, self.query_down, context))
+        queries_bthc = self._linear(latent_btr, self.query_up, context)
         queries_bthc = queries_bthc.reshape(*x.shape[:2], -1, self.config.head_dim)
         queries_bthc = rescale_stepwise(queries_bthc, self.config.rms_norm_eps)
-        return latent_btr, rotate(queries_bthc, *angles)
+        return latent_btr, self._rotate(queries_bthc, context)
 
-    def project_keys(
-        self, x: Float[Array, "b t d"], angles: tuple[Array, Array]
-    ) -> Float[Array, "b t c"]:
+    def project_keys(self, x: Float[Array, "b t d"], context: Context) -> Float[Array, "b t c"]:
         """Returns the rotated key-values of x, not rounded yet."""
-        return rotate(self.key_value_norm(self._linear(x, self.key_value)), *angles)
+        keys_btc = self.key_value_norm(self._linear(x, self.key_value, context))
+        return self._rotate(keys_btc, context)
 
-    def project_output(self, attended_bthc: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
-        """Projects each group of heads to a low rank, then all groups to the model width.
-
-        Where heads are split, this is the part of one device.
-        """
+    def project_output(
+        self, attended: Float[Array, "b t h c"], context: Context
+    ) -> Float[Array, "b t d"]:
+        """Rotates back; projects each group of heads to a low rank, then all to the model width."""
+        attended_bthc = self._rotate(attended, context, inverse=True)
         width, rank = self.config.group_width, self.config.o_lora_rank
         grouped = attended_bthc.reshape(*attended_bthc.shape[:2], -1, width)
         weight = self.output_down.get_value()
         if isinstance(weight, ScaledArray):  # expanded without rounding its input, as published
-            weight = expand(weight, grouped.dtype)
+            weight = expand(weight, grouped.dtype, target=context.target)
         weight_grk = weight.astype(grouped.dtype).reshape(-1, rank, width)
-        low_btgr = contract("btgk,grk->btgr", grouped, weight_grk)
-        return self._linear(low_btgr.reshape(*low_btgr.shape[:2], -1), self.output_up)
+        low_btgr = contract("btgk,grk->btgr", grouped, weight_grk, target=context.target)
+        low_btr = low_btgr.reshape(*low_btgr.shape[:2], -1)
+        return context.axes.psum(self._linear(low_btr, self.output_up, context), "heads")
 
-    def _linear(self, x, param):
-        return matmul(x, param.get_value(), quantize_activations=self.numerics.quantize_activations)
+    def _linear(self, x, param, context):
+        rounds = self.numerics.quantize_activations
+        return matmul(x, param.get_value(), quantize_activations=rounds, target=context.target)
+
+    def _rotate(self, x, context, inverse=False):
+        angles = context.rotations[self.layer.rope]
+        return rotate(x, *angles, inverse=inverse, target=context.target)

@@ -44,11 +44,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t n d"], Any]:
         """Runs the block with `attend` as its attention: normed x → output and its memory."""
         streams = checkpoint_name(streams, "streams")
-        x, mix = self.attention_hyper(streams)
+        x, mix = self.attention_hyper(streams, context.target)
         with jax.named_scope("attention"):
             output, memory = attend(self.attention_norm(x))
             output = checkpoint_name(output, "attention_output")
-        streams, x, mix = self.moe_hyper.expand_mix(output, streams, mix)
+        streams, x, mix = self.moe_hyper.expand_mix(output, streams, mix, context.target)
         with jax.named_scope("moe"):
             output = self.moe(self.moe_norm(x), context)
             output = checkpoint_name(output, "moe_output")

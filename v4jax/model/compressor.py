@@ -10,6 +10,7 @@ from v4jax.kernels import compressor as kernel
 from v4jax.kernels.rotation import rotate
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.table import EntryTable
+from v4jax.model.context import Context
 from v4jax.model.norm import RMSNorm
 from v4jax.model.parameters import Declare
 from v4jax.model.rope import rotation
@@ -38,21 +39,21 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(declare, channels, "entry", config.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "b t d"], memory: LayerMemory
+        self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
     ) -> tuple[EntryTable, LayerMemory]:
         """Appends the tokens; returns all entries so far and the memory."""
-        entries_bwc, rows, memory = self.pool(x, memory)
+        entries_bwc, rows, memory = self.pool(x, context, memory)
         return memory.append_entries(self.which, entries_bwc, rows)
 
     def pool(
-        self, x: Float[Array, "b t d"], memory: LayerMemory
+        self, x: Float[Array, "b t d"], context: Context, memory: LayerMemory
     ) -> tuple[Float[Array, "b w c"], CompressorRows, LayerMemory]:
         """Returns the entries of the windows that the tokens touch, not rounded to their format.
 
         Only `rows.completed` of them are entries; the memory does not have them yet.
         """
-        values_btz = matmul_float32(x, self.key_value[...])
-        gates_btz = matmul_float32(x, self.gate[...])
+        values_btz = matmul_float32(x, self.key_value[...], target=context.target)
+        gates_btz = matmul_float32(x, self.gate[...], target=context.target)
         rows, memory = memory.append_rows(self.which, values_btz, gates_btz)
         pooled_bwc = kernel.pool(
             rows.values,
@@ -63,4 +64,5 @@ class Compressor(nnx.Module):
             begin=rows.begin,
         )
         normed_bwc = self.norm(round_to(pooled_bwc, x.dtype))
-        return rotate(normed_bwc, *rotation(self.layer.rope, rows.positions)), rows, memory
+        angles = rotation(self.layer.rope, rows.positions)
+        return rotate(normed_bwc, *angles, target=context.target), rows, memory

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.config import Rope
+from v4jax.errors import ConfigError
+from v4jax.kernels import Target
 from v4jax.model.rope import rotation
 from v4jax.parallel import ONE_DEVICE, Axes
 
@@ -25,6 +27,7 @@ class Context:
     positions [b, t]: of each token in its document.
     rotations: rope → (cosine, sine) [b, t, channels] of the positions, computed once for all
       layers.
+    target: the devices that the program is made for; every operation asks.
     document_begin [b, t]: index in the row of the first token of each token's document, negative
       for padding. None: each row is one document.
     window_begin [b, t]: index in the row of the first token that each token's window may hold,
@@ -41,6 +44,7 @@ class Context:
     end: Int[Array, "b"]
     positions: Int[Array, "b t"]
     rotations: dict[Rope, tuple[jax.Array, jax.Array]]
+    target: Target
     document_begin: Int[Array, "b t"] | None = None
     window_begin: Int[Array, "b t"] | None = None
     entry_weight: Float[Array, "b t"] | None = None
@@ -75,6 +79,7 @@ def make_context(
     start: Array,
     end: Array,
     ropes: set[Rope],
+    target: Target,
     *,
     positions: Array | None = None,
     document_begin: Array | None = None,
@@ -85,12 +90,20 @@ def make_context(
     Args:
       positions: None: consecutive ones, counted from `document_begin` or else from the row's begin.
       fields: the other fields of `Context`.
+
+    Raises:
+      ConfigError: there is no target.
     """
+    if target is None:
+        raise ConfigError(
+            "this model of shapes has no target, the devices that its programs are made for; "
+            "give abstract_transformer one, such as target=Target.here()"
+        )
     if positions is None:
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         if document_begin is not None:
             positions = positions - jnp.maximum(document_begin, 0)
     rotations = {rope: rotation(rope, positions) for rope in ropes}
     return Context(
-        tokens, start, end, positions, rotations, document_begin=document_begin, **fields
+        tokens, start, end, positions, rotations, target, document_begin=document_begin, **fields
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from v4jax.cache.formats import entry_format
 from v4jax.config import ModelConfig, Numerics
-from v4jax.kernels.rotation import rotate
+from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import matmul, matmul_float32
 from v4jax.kernels.softmax import MASKED, Partial, finish, partial_weights
 from v4jax.model.block import Block
@@ -54,14 +54,13 @@ class Drafter(nnx.Module):
         self, taps: Float[Array, "b t l d"], context: Context
     ) -> list[Float[Array, "b t c"]]:
         """Returns the keys by which the stages see tokens of the target, one array a stage."""
-        rounding = self.numerics.quantize_activations
+        options = {
+            "quantize_activations": self.numerics.quantize_activations,
+            "target": context.target,
+        }
         joined = taps.reshape(*taps.shape[:2], -1)
-        projection = self.context_projection.get_value()
-        x = self.context_norm(matmul(joined, projection, quantize_activations=rounding))
-        return [
-            stage.attention.project_keys(x, context.rotations[layer.rope])
-            for stage, layer in zip(self.stages, self.config.draft_layers, strict=True)
-        ]
+        x = self.context_norm(matmul(joined, self.context_projection.get_value(), **options))
+        return [stage.attention.project_keys(x, context) for stage in self.stages]
 
     def __call__(
         self,
@@ -79,7 +78,7 @@ class Drafter(nnx.Module):
         streams = self.open_streams(embedded)
         for stage, context_keys in zip(self.stages, keys, strict=True):
             streams = self.run_stage(stage, streams, context_keys, seen, context)
-        return self.collapse(streams)
+        return self.collapse(streams, context.target)
 
     def open_streams(self, embedded: Float[Array, "b r d"]) -> Float[Array, "b r n d"]:
         """Returns the residual streams of the rows before the first stage."""
@@ -101,9 +100,8 @@ class Drafter(nnx.Module):
 
     def _attend(self, stage: Block, x, keys, seen, context: Context) -> Float[Array, "b r d"]:
         attention = stage.attention
-        angles = context.rotations[attention.layer.rope]
-        _, queries_brhc = attention.project_queries(x, angles)
-        own = entry_format(self.config, self.numerics).round(attention.project_keys(x, angles))
+        _, queries_brhc = attention.project_queries(x, context)
+        own = entry_format(self.config, self.numerics).round(attention.project_keys(x, context))
         keys_bkc = jnp.concatenate([keys, own], axis=1).astype(jnp.float32)
         seen_bk = jnp.concatenate([seen, jnp.ones(own.shape[:2], bool)], axis=1)
         scores = jnp.einsum("brhc,bkc->brhk", queries_brhc.astype(jnp.float32), keys_bkc)
@@ -111,17 +109,19 @@ class Drafter(nnx.Module):
         maximum, mass, weights = partial_weights(scores)
         partial = Partial(maximum, mass, jnp.einsum("brhk,bkc->brhc", weights, keys_bkc))
         attended, _ = finish(partial, attention.sink[...])
-        attended = rotate(round_to(attended, queries_brhc.dtype), *angles, inverse=True)
-        return context.axes.psum(attention.project_output(attended), "heads")
+        return attention.project_output(round_to(attended, queries_brhc.dtype), context)
 
-    def read_logits(self, x: Float[Array, "b r d"], head: Array) -> Float[Array, "b r v"]:
+    def read_logits(
+        self, x: Float[Array, "b r d"], head: Array, target: Target
+    ) -> Float[Array, "b r v"]:
         """Returns the rows' logits before the Markov head corrects them, float32."""
-        return matmul_float32(self.norm(x), head)
+        return matmul_float32(self.norm(x), head, target=target)
 
     def correct(
         self,
         logits: Float[Array, "... v"],
         before: Float[Array, "... k"],
+        target: Target,
         wide: Float[Array, "v k"] | None = None,
     ) -> Float[Array, "... v"]:
         """Returns rows' logits with the tokens before them in view.
@@ -130,14 +130,14 @@ class Drafter(nnx.Module):
           before: the rows of `markov_embed` of these tokens.
           wide: `markov_head` in float32, as `matmul_float32` takes it.
         """
-        return logits + matmul_float32(before, self.markov_head[...], wide)
+        return logits + matmul_float32(before, self.markov_head[...], wide, target=target)
 
     def estimate(
-        self, x: Float[Array, "... d"], before: Float[Array, "... k"]
+        self, x: Float[Array, "... d"], before: Float[Array, "... k"], target: Target
     ) -> Float[Array, "..."]:
         """Returns the logit of the estimate that a row's token is accepted; `before` as above."""
         joined = jnp.concatenate([x, before.astype(x.dtype)], axis=-1)
-        return matmul_float32(joined, self.confidence_head[...])[..., 0]
+        return matmul_float32(joined, self.confidence_head[...], target=target)[..., 0]
 
     def choose_tokens(
         self,
@@ -145,6 +145,7 @@ class Drafter(nnx.Module):
         logits: Float[Array, "b r v"],
         last: Int[Array, "b"],
         choice: Choice,
+        target: Target,
     ) -> Drafts:
         """Returns the tokens of all rows, each chosen with the one before it in view.
 
@@ -154,8 +155,8 @@ class Drafter(nnx.Module):
         chosen, corrected, confidence = [], [], []
         for row in range(logits.shape[1]):
             before_br = self.markov_embed[...][last]
-            scores = self.correct(logits[:, row], before_br)
-            confidence.append(self.estimate(x[:, row], before_br))
+            scores = self.correct(logits[:, row], before_br, target)
+            confidence.append(self.estimate(x[:, row], before_br, target))
             last = choice.choose(scores, row)
             chosen.append(last)
             corrected.append(scores)

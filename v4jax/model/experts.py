@@ -43,6 +43,7 @@ class Experts(nnx.Module):
                 *parameters,
                 limit=self.config.swiglu_limit,
                 quantize_activations=self.numerics.quantize_activations,
+                target=context.target,
             )
 
         parameters = self.gate_up.get_value(), self.down.get_value()
@@ -59,7 +60,7 @@ class SharedExpert(nnx.Module):
         self.gate_up = declare.matrix("fp8", (2, f, d), ("pair", "expert_width", "embed"))
         self.down = declare.matrix("fp8", (d, f), ("embed", "expert_width"))
 
-    def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    def __call__(self, x: Float[Array, "t d"], context: Context) -> Float[Array, "t d"]:
         """Returns the expert's output, float32."""
         return grouped_matmul.apply_shared_expert(
             x,
@@ -67,4 +68,5 @@ class SharedExpert(nnx.Module):
             self.down.get_value(),
             limit=self.config.swiglu_limit,
             quantize_activations=self.numerics.quantize_activations,
+            target=context.target,
         )

@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from v4jax.config import ModelConfig
+from v4jax.kernels import Target
 from v4jax.kernels import hyper_connections as kernel
 from v4jax.kernels.hyper_connections import Mix
 from v4jax.model.parameters import Declare
@@ -28,17 +29,24 @@ class HyperConnection(nnx.Module):
         self.base = declare.constant("float32", 0.0, (outputs,), ("mix",))
         self.scale = declare.constant("float32", INITIAL_SCALE, (3,), ("mix_kind",))
 
-    def __call__(self, streams: Float[Array, "b t n d"]) -> tuple[Float[Array, "b t d"], Mix]:
+    def __call__(
+        self, streams: Float[Array, "b t n d"], target: Target
+    ) -> tuple[Float[Array, "b t d"], Mix]:
         """Returns the sublayer's input and the mix that `expand` needs."""
         with jax.named_scope("hyper_connections"):
-            return kernel.mix(streams, *self._weights(), **self._options())
+            return kernel.mix(streams, *self._weights(), **self._options(), target=target)
 
     def expand_mix(
-        self, output: Float[Array, "b t d"], streams: Float[Array, "b t n d"], mix: Mix
+        self,
+        output: Float[Array, "b t d"],
+        streams: Float[Array, "b t n d"],
+        mix: Mix,
+        target: Target,
     ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t d"], Mix]:
         """Returns the streams after the sublayer before this site, and what `__call__` gives."""
         with jax.named_scope("hyper_connections"):
-            return kernel.expand_mix(output, streams, mix, *self._weights(), **self._options())
+            weights, options = self._weights(), self._options()
+            return kernel.expand_mix(output, streams, mix, *weights, **options, target=target)
 
     def _weights(self) -> tuple[Array, Array, Array]:
         return self.fn[...], self.base[...], self.scale[...]
@@ -68,7 +76,7 @@ class HyperHead(nnx.Module):
         self.base = declare.constant("float32", 0.0, (n,), ("mix",))
         self.scale = declare.constant("float32", INITIAL_SCALE, (1,), ("mix_kind",))
 
-    def __call__(self, streams: Float[Array, "b t n d"]) -> Float[Array, "b t d"]:
+    def __call__(self, streams: Float[Array, "b t n d"], target: Target) -> Float[Array, "b t d"]:
         return kernel.collapse(
             streams,
             self.fn[...],
@@ -76,4 +84,5 @@ class HyperHead(nnx.Module):
             self.scale[...],
             norm_eps=self.config.rms_norm_eps,
             eps=self.config.hc_eps,
+            target=target,
         )

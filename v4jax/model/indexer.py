@@ -60,11 +60,13 @@ class Indexer(nnx.Module):
             query_latent,
             self.query_up.get_value(),
             quantize_activations=self.numerics.quantize_activations,
+            target=context.target,
         )
         queries_btix = queries.reshape(*queries.shape[:2], heads, width)
-        queries_btix = rotate(queries_btix, *context.rotations[self.layer.rope])
-        weights_bti = matmul(x, self.head_weights[...]).astype(jnp.float32)
-        new_keys_bwx, rows, memory = self.compressor.pool(x, memory)
+        angles = context.rotations[self.layer.rope]
+        queries_btix = rotate(queries_btix, *angles, target=context.target)
+        weights_bti = matmul(x, self.head_weights[...], target=context.target).astype(jnp.float32)
+        new_keys_bwx, rows, memory = self.compressor.pool(x, context, memory)
         # Before they are rounded: FP4 has no code for what is no number.
         finite_bt = _are_finite(queries_btix, weights_bti, new_keys_bwx, rows)
         # They round like the keys.

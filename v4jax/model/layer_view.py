@@ -70,23 +70,23 @@ def _finish(name: str, x: Array | None, shape: tuple[int, int], stored_as: dict)
 def _run(model: Transformer, tokens, dense: bool) -> dict[str, dict[str, Any]]:
     batch, count = tokens.shape
     call = plan_call(model.layout, model.config, batch, count, extends=False)
-    view = functools.partial(_view, dense=dense)
+    view = functools.partial(_view, dense=dense, target=model.target)
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch"))
     run = on_shards(view, model.layout, call.tokens, inputs, P())
     return run((model.embed, model.stack), call.pad(tokens), jnp.full(batch, count, jnp.int32))
 
 
-def _view(axes: Axes, weights, tokens, end, dense: bool) -> dict[str, dict[str, Any]]:
+def _view(axes: Axes, weights, tokens, end, dense: bool, target) -> dict[str, dict[str, Any]]:
     embedding, stack = weights
     start = jnp.zeros_like(end) + axes.offset("tokens", tokens.shape[1])
     ropes = {layer.rope for layer in stack.config.layers}
-    context = make_context(tokens, start, end, ropes, dense=dense, axes=axes)
-    streams = open_streams(axes, embedding, tokens, stack)
+    context = make_context(tokens, start, end, ropes, target, dense=dense, axes=axes)
+    streams = open_streams(context, embedding, stack)
 
     def run_layer(block, streams, layer):
         memory = full_sequence(stack.config, stack.numerics, layer, context)
         observed, seen = context.observe()
-        streams, _ = materialize(axes, block)(streams, observed, memory)
+        streams, _ = materialize(axes, block, target)(streams, observed, memory)
         shown = seen | {"streams": streams}
         return streams, {name: _gather(axes, name, x, tokens.shape) for name, x in shown.items()}
 

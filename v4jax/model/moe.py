@@ -24,9 +24,11 @@ class MoE(nnx.Module):
         """Returns the experts' sum."""
         flat_td = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            ids_tk, weights_tk, scores_te = self.router(flat_td, context.tokens.reshape(-1))
+            tokens_t = context.tokens.reshape(-1)
+            ids_tk, weights_tk, scores_te = self.router(flat_td, tokens_t, context.target)
             context.show(router_ids=ids_tk, router_scores=scores_te)
         with jax.named_scope("experts"):
-            output_td = self.experts(flat_td, ids_tk, weights_tk, context) + self.shared(flat_td)
+            output_td = self.experts(flat_td, ids_tk, weights_tk, context)
+            output_td += self.shared(flat_td, context)
             output_td = context.axes.psum(output_td, "expert_width")
         return round_to(output_td, x.dtype).reshape(x.shape)

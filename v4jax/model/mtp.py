@@ -43,17 +43,10 @@ class MTP(nnx.Module):
         memory: LayerMemory,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t n d"], LayerMemory]:
         """Returns the normed vectors for the shared head, the block's streams, and the memory."""
-        rounding = self.numerics.quantize_activations
-        embedded = matmul(
-            self.embed_norm(embedded),
-            self.embed_projection.get_value(),
-            quantize_activations=rounding,
-        )
-        history = matmul(
-            self.stream_norm(streams),
-            self.stream_projection.get_value(),
-            quantize_activations=rounding,
-        )
+        rounds = self.numerics.quantize_activations
+        options = {"quantize_activations": rounds, "target": context.target}
+        embedded = matmul(self.embed_norm(embedded), self.embed_projection.get_value(), **options)
+        history = matmul(self.stream_norm(streams), self.stream_projection.get_value(), **options)
         joined = embedded[:, :, None].astype(jnp.float32) + history.astype(jnp.float32)
         streams, memory = self.block(round_to(joined, history.dtype), context, memory)
-        return self.norm(self.collapse(streams)), streams, memory
+        return self.norm(self.collapse(streams, context.target)), streams, memory

@@ -18,11 +18,11 @@ from v4jax.cache import HybridCache
 from v4jax.cache.hybrid import cache_axes, draft_keys, store_draft_keys
 from v4jax.config import Numerics
 from v4jax.kernels.scaled_matmul import matmul_float32
-from v4jax.model.context import make_context
+from v4jax.model.context import Context, make_context
 from v4jax.model.speculation import Choice, Drafts, Verified
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.model.weights import materialize
-from v4jax.parallel import WEIGHTS, Axes, on_shards
+from v4jax.parallel import WEIGHTS, on_shards
 from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_last
 from v4jax.parallel.shard import look_up, replicate
 
@@ -70,7 +70,8 @@ def run_layers(
     call = plan_call(model.layout, model.config, batch, count, extends=cache is not None)
     axes = None if cache is None else cache_axes(cache)
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
-    run = on_shards(_run_layers, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
+    body = partial(_run_layers, target=model.target)
+    run = on_shards(body, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
     weights = model.embed, model.stack, model.drafter
     streams, cache = run(weights, call.pad(tokens), start, end, cache)
     if cache is None:
@@ -78,13 +79,13 @@ def run_layers(
     return call.cut(streams), dataclasses.replace(cache, lengths=end.astype(jnp.int32))
 
 
-def _run_layers(axes, weights, tokens, start, end, cache):
+def _run_layers(axes, weights, tokens, start, end, cache, target):
     embedding, stack, drafter = weights
     start = start + axes.offset("tokens", tokens.shape[1])
     config = stack.config
     ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
-    context = make_context(tokens, start, end, ropes, axes=axes)
-    streams = open_streams(axes, embedding, tokens, stack)
+    context = make_context(tokens, start, end, ropes, target, axes=axes)
+    streams = open_streams(context, embedding, stack)
     if cache is None:
         return stack(streams, context)[0], None
     if drafter is None:
@@ -92,20 +93,19 @@ def _run_layers(axes, weights, tokens, start, end, cache):
         return streams, cache
     shape = (*tokens.shape, len(config.draft.target_layer_ids), config.hidden_size)
     streams, cache, taps = stack.extend(streams, context, cache, jnp.zeros(shape, streams.dtype))
-    keys = materialize(axes, drafter).context_keys(taps, context)
+    keys = materialize(axes, drafter, target).context_keys(taps, context)
     return streams, store_draft_keys(axes, cache, keys, start, end)
 
 
-def embed(axes: Axes, embedding: nnx.Param, tokens, numerics: Numerics) -> Float[Array, "b t d"]:
-    """Returns the embeddings of tokens in the activation dtype (spec B.1)."""
-    return look_up(axes, materialize(axes, embedding)[...], tokens).astype(
-        numerics.activation_dtype
-    )
+def embed(context: Context, embedding: nnx.Param, numerics: Numerics) -> Float[Array, "b t d"]:
+    """Returns the embeddings of the call's tokens in the activation dtype (spec B.1)."""
+    table_vd = materialize(context.axes, embedding, context.target)[...]
+    return look_up(context.axes, table_vd, context.tokens).astype(numerics.activation_dtype)
 
 
-def open_streams(axes: Axes, embedding: nnx.Param, tokens, stack: Stack) -> Float[Array, "b t n d"]:
+def open_streams(context: Context, embedding: nnx.Param, stack: Stack) -> Float[Array, "b t n d"]:
     """Returns the residual streams before the first layer: the embeddings, once for each."""
-    x = embed(axes, embedding, tokens, stack.numerics)
+    x = embed(context, embedding, stack.numerics)
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], stack.config.hc_mult, x.shape[-1]))
 
 
@@ -113,13 +113,14 @@ def read_logits(model: "Transformer", streams) -> Float[Array, "b t v"]:
     """Returns float32 logits of streams (spec B.15)."""
     split = divide_tokens(model.layout, streams.shape[1])
     inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens", "vocab")
-    read = on_shards(_read_logits, model.layout, split, inputs, outputs)
+    body = partial(_read_logits, target=model.target)
+    read = on_shards(body, model.layout, split, inputs, outputs)
     return read((model.collapse, model.norm, model.head), streams)
 
 
-def _read_logits(axes, weights, streams):
-    collapse, norm, head = materialize(axes, weights)
-    return matmul_float32(norm(collapse(streams)), head[...])
+def _read_logits(axes, weights, streams, target):
+    collapse, norm, head = materialize(axes, weights, target)
+    return matmul_float32(norm(collapse(streams, target)), head[...], target=target)
 
 
 def read_drafts(model: "Transformer", streams, tokens) -> Float[Array, "b u v"]:
@@ -132,21 +133,23 @@ def read_drafts(model: "Transformer", streams, tokens) -> Float[Array, "b u v"]:
     call = plan_call(model.layout, model.config, batch, count, extends=False)
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch", "tokens"), P("batch"))
     outputs = P("batch", "tokens", "vocab")
-    read = on_shards(_read_drafts, model.layout, call.tokens, inputs, outputs)
+    body = partial(_read_drafts, target=model.target)
+    read = on_shards(body, model.layout, call.tokens, inputs, outputs)
     end = jnp.full(batch, count, jnp.int32)
     weights = (model.embed, model.mtp[0], model.head)
     return call.cut(read(weights, call.pad(streams), call.pad(following), end))
 
 
-def _read_drafts(axes, weights, streams, following, end):
-    embedding, mtp, head = weights
-    mtp, head, layer = materialize(axes, mtp), materialize(axes, head), mtp.layer
+def _read_drafts(axes, weights, streams, following, end, target):
+    embedding, *others = weights
+    mtp, head = materialize(axes, others, target)
+    layer = mtp.layer
     start = jnp.zeros_like(end) + axes.offset("tokens", following.shape[1])
-    context = make_context(following, start, end, {layer.rope}, axes=axes)
+    context = make_context(following, start, end, {layer.rope}, target, axes=axes)
     memory = full_sequence(mtp.config, mtp.numerics, layer, context)
-    embedded = embed(axes, embedding, following, mtp.numerics)
+    embedded = embed(context, embedding, mtp.numerics)
     normed, _, _ = mtp(streams, embedded, context, memory)
-    return matmul_float32(normed, head[...])
+    return matmul_float32(normed, head[...], target=target)
 
 
 def draft_step(
@@ -155,23 +158,25 @@ def draft_step(
     """Returns `count` drafts that follow `last` [b], which follows what the cache holds."""
     axes = cache_axes(cache)
     inputs, outputs = (WEIGHTS, P("batch"), axes), (P("batch"), P("batch", None, "vocab"))
-    run = on_shards(partial(_draft, count=count), model.layout, "whole", inputs, outputs)
+    body = partial(_draft, count=count, target=model.target)
+    run = on_shards(body, model.layout, "whole", inputs, outputs)
     x, logits = run((model.embed, model.drafter, model.head), last, cache)
     x, logits, choice = replicate((x, logits, choice), model.layout)
-    return model.drafter.choose_tokens(x, logits, last, choice)
+    return model.drafter.choose_tokens(x, logits, last, choice, model.target)
 
 
-def _draft(axes, weights, last, cache, count: int):
-    embedding, module, head = weights
-    module, head, config = materialize(axes, module), materialize(axes, head), module.config
+def _draft(axes, weights, last, cache, count: int, target):
+    embedding, *others = weights
+    module, head = materialize(axes, others, target)
+    config = module.config
     rows, start = config.draft.block_size, cache.lengths
     noise = jnp.full((last.shape[0], rows - 1), config.draft.noise_token_id, jnp.int32)
     tokens = jnp.concatenate([last[:, None].astype(jnp.int32), noise], axis=1)
     ropes = {layer.rope for layer in config.draft_layers}
-    context = make_context(tokens, start, start + rows, ropes, axes=axes)
+    context = make_context(tokens, start, start + rows, ropes, target, axes=axes)
     keys, seen = draft_keys(cache)
-    x = module(embed(axes, embedding, tokens, module.numerics), keys, seen, context)[:, :count]
-    return x, module.read_logits(x, head[...])
+    x = module(embed(context, embedding, module.numerics), keys, seen, context)[:, :count]
+    return x, module.read_logits(x, head[...], target)
 
 
 def verify_step(

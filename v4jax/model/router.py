@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from v4jax.config import ModelConfig, RouterKind
+from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.model.parameters import Declare
 
@@ -39,10 +40,11 @@ class Router(nnx.Module):
             self.bias = declare.buffer(np.zeros(experts, np.float32), ("choices",))
 
     def __call__(
-        self, x: Float[Array, "t d"], tokens: Int[Array, "t"]
+        self, x: Float[Array, "t d"], tokens: Int[Array, "t"], target: Target
     ) -> tuple[Int[Array, "t k"], Float[Array, "t k"], Float[Array, "t e"]]:
         """Returns the ids of the chosen experts, their weights, and the scores of all experts."""
-        scores_te = jnp.sqrt(softplus(matmul_float32(x, self.weight[...])))
+        logits_te = matmul_float32(x, self.weight[...], target=target)
+        scores_te = jnp.sqrt(softplus(logits_te))
         if self.kind is RouterKind.HASH:
             ids_tk = self.table[...][tokens]
         else:

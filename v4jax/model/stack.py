@@ -59,7 +59,8 @@ class Stack(nnx.Module):
         def run(block, carry, layer, layer_index):
             streams, taps = carry
             memory = full_sequence(self.config, self.numerics, layer, context)
-            streams, _ = materialize(context.axes, block)(streams, context, memory)
+            block = materialize(context.axes, block, context.target)
+            streams, _ = block(streams, context, memory)
             if taps is not None:
                 taps = tap_streams(self.config, taps, streams, layer_index)
             return (streams, taps), None
@@ -94,9 +95,10 @@ class Stack(nnx.Module):
         def run(block, carry, layer, layer_index):
             streams, cache, taps = carry
             kind_index = kind_position(self.config.layers, layer.kind, layer_index)
-            rows = context.start, context.end, context.axes
-            memory = LayerCache(cache, layer, layer_index, kind_index, *rows)
-            streams, memory = materialize(context.axes, block)(streams, context, memory)
+            call = context.start, context.end, context.target, context.axes
+            memory = LayerCache(cache, layer, layer_index, kind_index, *call)
+            block = materialize(context.axes, block, context.target)
+            streams, memory = block(streams, context, memory)
             if taps is not None:
                 taps = tap_streams(self.config, taps, streams, layer_index)
             return (streams, memory.cache, taps), None

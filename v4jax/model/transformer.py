@@ -15,6 +15,7 @@ from v4jax.config import ModelConfig, Numerics
 from v4jax.config.overrides import override
 from v4jax.costs.flops import reading_work
 from v4jax.errors import CacheError, ConfigError, ShapeError
+from v4jax.kernels import Target
 from v4jax.model import passes
 from v4jax.model.draft import Drafter
 from v4jax.model.flat import FlatTransformer
@@ -25,6 +26,7 @@ from v4jax.model.parameters import Declare, Storage
 from v4jax.model.speculation import GREEDY, Choice, Drafts, Verified
 from v4jax.model.stack import Stack
 from v4jax.model.weights import variables
+from v4jax.parallel import Layout
 from v4jax.parallel.global_arrays import values_of
 from v4jax.parallel.shard import check_batch, entry_shards, make_arrays
 from v4jax.parallel.weight_sharding import annotate_shardings
@@ -41,6 +43,12 @@ class Transformer(nnx.Module):
     >>> logits = model(tokens)
     >>> cache = model.init_cache(batch=1, max_tokens=65536)
     >>> logits, cache = model.extend(tokens, cache, logits="last")
+
+    Attributes:
+      layout: on a mesh, where the weights lie; None on one device.
+      target: the devices that its programs are made for, and implementations that are asked for:
+        `model.target = model.target.using(indexer="portable")`. None: a model of shapes, which is
+        only counted.
     """
 
     def __init__(
@@ -50,10 +58,13 @@ class Transformer(nnx.Module):
         *,
         storage: Storage = "float32",
         rngs: nnx.Rngs | None,
+        target: Target | None = None,
     ):
         declare = Declare(config, storage, rngs)
         self.config, self.numerics, self.folder = config, numerics, None
-        self.layout = None  # on a mesh: where the weights lie, `parallel.Layout`
+        self.layout: Layout | None = None
+        # Shapes must not start JAX's backends: what plans and lists works where there are none.
+        self.target = Target.here() if target is None and rngs is not None else target
         vocab = (config.vocab_size, config.hidden_size)
         self.embed = declare.matrix("bfloat16", vocab, ("vocab", "embed"))
         self.stack = Stack(config, numerics, storage, rngs)
@@ -82,7 +93,7 @@ class Transformer(nnx.Module):
             fit: `load` with the same overrides then reads them as they must be grouped.
         """
         config = override(self.config, values)
-        made = abstract_transformer(config, self.numerics)
+        made = abstract_transformer(config, self.numerics, target=self.target)
         new, old = variables(made), variables(self)
         shapes = {name: variable.get_value().shape for name, variable in new.items()}
         if shapes != {name: variable.get_value().shape for name, variable in old.items()}:
@@ -344,7 +355,15 @@ class Transformer(nnx.Module):
 
 
 def abstract_transformer(
-    config: ModelConfig, numerics: Numerics, *, storage: Storage = "released"
+    config: ModelConfig,
+    numerics: Numerics,
+    *,
+    storage: Storage = "released",
+    target: Target | None = None,
 ) -> Transformer:
-    """Returns the model with shapes in place of arrays: nothing is allocated."""
-    return Transformer(config, numerics, storage=storage, rngs=None)
+    """Returns the model with shapes in place of arrays: nothing is allocated.
+
+    Args:
+      target: what its programs are made for; None where it is only counted.
+    """
+    return Transformer(config, numerics, storage=storage, rngs=None, target=target)

@@ -4,12 +4,14 @@ The name of a weight is its path in the module, such as "stack.period.0.attentio
 weight that a scan repeats is one array of all layers.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
+from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import expand
 from v4jax.model.parameters import Buffer
 from v4jax.parallel import Axes
@@ -19,7 +21,7 @@ from v4jax.quant import Recipe
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def materialize(axes: Axes, module: Module) -> Module:
+def materialize(axes: Axes, module: Module, target: Target) -> Module:
     """Returns the module with its weights as a layer uses them; call it right before the layer.
 
     In per-device code a weight that is split for storage is gathered; its gradient is summed and
@@ -28,9 +30,11 @@ def materialize(axes: Axes, module: Module) -> Module:
     if used_as_stored(axes, module):
         return module
 
+    decode = functools.partial(expand, target=target)
+
     def expand_recipe(variable):
         value = variable.get_value()
-        return variable.copy(value=value.expand(expand) if isinstance(value, Recipe) else value)
+        return variable.copy(value=value.expand(decode) if isinstance(value, Recipe) else value)
 
     return jax.tree.map(expand_recipe, gather_weights(axes, module), is_leaf=is_variable)
 

@@ -11,7 +11,6 @@ import os
 import jax
 
 from v4jax.errors import UnsupportedError
-from v4jax.kernels import dispatch
 
 # The smallest slice of each generation; its first device compiles a single-chip program.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -69,5 +68,4 @@ def compile_for(topology: str, function, *arguments):
     def place(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with dispatch.compiling_for("tpu", device.device_kind):
-        return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
+    return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()

@@ -35,7 +35,7 @@ def build_program(work: Workload, layout: Layout) -> Program:
       layout: of the workload's mesh, with real or described devices or without any.
     """
     if work.regime == "train":
-        return abstract_program(run_config(work), work.config, layout, work.storage)
+        return abstract_program(run_config(work), work.config, layout, work.target, work.storage)
     cache = abstract_cache(work, layout)
     tokens = _array((work.batch, work.chunk), work, layout, "batch", "tokens")
     lengths = _array((work.batch,), work, layout, "batch")
@@ -52,7 +52,7 @@ def abstract_model(work: Workload, layout: Layout) -> Transformer:
     """
     model = _unsharded_model(work.config, work.numerics, work.storage)
     model = annotate_shardings(model, layout)
-    model.layout = layout
+    model.layout, model.target = layout, work.target
     return with_shardings(model, weight_shardings(model, layout))
 
 
@@ -96,7 +96,7 @@ def sharded_weights(work: Workload) -> tuple[Weight, ...]:
 def train_state(work: Workload) -> TrainState:
     """Returns what a training step changes: trained weights and the optimizer's moments."""
     config = run_config(work)
-    return abstract_arguments(config, work.config, work.layout, work.storage).state
+    return abstract_arguments(config, work.config, work.layout, work.target, work.storage).state
 
 
 def run_config(work: Workload) -> TrainConfig:

@@ -11,7 +11,6 @@ import math
 import jax
 
 from v4jax.costs.inventory import device_bytes
-from v4jax.kernels import dispatch
 from v4jax.parallel.expert_parallel import even_rounds
 from v4jax.planning.collectives import Message, trace_collectives
 from v4jax.planning.liveness import peak_bytes
@@ -34,15 +33,13 @@ class StepTrace:
 @functools.lru_cache(maxsize=64)
 def trace_step(work: Workload) -> StepTrace:
     """Returns the trace of one step; takes some seconds."""
-    chip, layout = work.topology.chip, work.layout
-    with dispatch.compiling_for(chip.platform, chip.device_kind):
-        function, arguments = build_program(work, layout)
-        traced = function.trace(*arguments)
+    function, arguments = build_program(work, work.layout)
+    traced = function.trace(*arguments)
     arrays = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
     donated = [info.donated for info in jax.tree.leaves(traced.args_info)]
     tokens = work.local_batch * math.ceil(work.chunk / work.parts("tokens"))
     rounds = even_rounds(tokens * work.config.num_experts_per_tok)
     return StepTrace(
         peak_bytes(traced.jaxpr, [device_bytes(array) for array in arrays], donated),
-        tuple(trace_collectives(traced.jaxpr, layout.mesh.shape, rounds).items()),
+        tuple(trace_collectives(traced.jaxpr, work.layout.mesh.shape, rounds).items()),
     )

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from v4jax.config import ModelConfig, Numerics
 from v4jax.costs.chips import Topology
 from v4jax.errors import ConfigError
+from v4jax.kernels import Target
 from v4jax.parallel.axes import MESH_AXES, Tokens
 from v4jax.parallel.context_parallel import token_unit
 from v4jax.parallel.layout import Layout
@@ -48,6 +49,11 @@ class Workload:
         """The mesh without devices, and how weights lie on it."""
         weights = "train" if self.regime == "train" else "serve"
         return Layout(abstract_mesh(dict(self.mesh)), weights)
+
+    @property
+    def target(self) -> Target:
+        """The chips, as operations choose their implementation by them."""
+        return Target(self.topology.chip.platform, self.topology.chip.device_kind)
 
     @property
     def tokens(self) -> Tokens:

@@ -172,7 +172,7 @@ def draft_blocks(
     split = divide_tokens(model.layout, anchors.places.shape[1])
     rows = P("batch")
     inputs = (WEIGHTS, rows, rows, rows, rows, rows, blocks, blocks)
-    body = functools.partial(_draft_blocks, mode=mode)
+    body = functools.partial(_draft_blocks, mode=mode, target=model.target)
     run = on_shards(body, model.layout, split, inputs, (blocks, P()))
     weights, first = (model.embed, model.drafter, model.head), first_in_sight(batch)
     used = anchors.weights[..., 0] > 0
@@ -186,7 +186,8 @@ def run_target(
     count = batch.tokens.shape[1]
     call = plan_call(model.layout, model.config, batch.tokens.shape[0], count, extends=False)
     rows = P("batch", "tokens")
-    inputs, body = (WEIGHTS, rows, P("batch"), rows), functools.partial(_run_target, mode=mode)
+    inputs = (WEIGHTS, rows, P("batch"), rows)
+    body = functools.partial(_run_target, mode=mode, target=model.target)
     run = on_shards(body, model.layout, call.tokens, inputs, rows)
     end = jnp.full(batch.tokens.shape[0], count, jnp.int32)
     weights = model.embed, model.stack, model.collapse, model.norm, model.drafter
@@ -194,24 +195,27 @@ def run_target(
     return jax.tree.map(call.cut, run(weights, call.pad(batch.tokens), end, places))
 
 
-def _run_target(axes, weights, tokens, end, places, mode):
+def _run_target(axes, weights, tokens, end, places, mode, target):
     embedding, stack, collapse, norm, draft = weights
     config = stack.config
     ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
-    context = make_row_context(axes, tokens, end, places, ropes, mode)
-    streams = open_streams(axes, embedding, tokens, stack)
+    context = make_row_context(axes, tokens, end, places, ropes, mode, target)
+    streams = open_streams(context, embedding, stack)
     shape = (*tokens.shape, len(config.draft.target_layer_ids), config.hidden_size)
     found = stack(streams, context, jnp.zeros(shape, streams.dtype))
     streams, taps = jax.lax.stop_gradient(found)
-    collapse, norm = materialize(axes, (collapse, norm))
+    collapse, norm, draft = materialize(axes, (collapse, norm, draft), target)
     stored = entry_format(config, stack.numerics)
-    keys = [stored.round(k) for k in materialize(axes, draft).context_keys(taps, context)]
-    return jax.lax.stop_gradient(norm(collapse(streams))), keys, context.positions
+    keys = [stored.round(k) for k in draft.context_keys(taps, context)]
+    return jax.lax.stop_gradient(norm(collapse(streams, target))), keys, context.positions
 
 
-def _draft_blocks(axes, weights, tokens, normed, keys, positions, first, places, used, mode):
+def _draft_blocks(
+    axes, weights, tokens, normed, keys, positions, first, places, used, mode, target
+):
     embedding, module, head = weights
-    heads, config, window = materialize(axes, module), module.config, module.config.sliding_window
+    heads = materialize(axes, module, target)
+    config, window = module.config, module.config.sliding_window
     rows, noise = config.draft.block_size, config.draft.noise_token_id
     batch, count = places.shape
 
@@ -235,10 +239,11 @@ def _draft_blocks(axes, weights, tokens, normed, keys, positions, first, places,
         start,
         jnp.where(join(used), rows, 0),
         {layer.rope for layer in config.draft_layers},
+        target,
         positions=join(take(positions, places[..., None]) + jnp.arange(rows)),
         axes=axes,
     )
-    embedded = jax.lax.stop_gradient(embed(axes, embedding, ids, module.numerics))
+    embedded = jax.lax.stop_gradient(embed(context, embedding, module.numerics))
     streams = heads.open_streams(embedded)
     reports = {}
     for number, (stage, stage_keys) in enumerate(zip(module.stages, keys, strict=True)):
@@ -247,21 +252,21 @@ def _draft_blocks(axes, weights, tokens, normed, keys, positions, first, places,
             observed, shown = context.observe()
             window_keys = join(take(stage_keys, before))
             streams = module.run_stage(
-                materialize(axes, stage), streams, window_keys, seen, observed
+                materialize(axes, stage, target), streams, window_keys, seen, observed
             )
             return streams, count_load(shown["router_ids"], config.n_routed_experts, context)
 
         streams, load = rematerialize(run, mode)(stage, streams, stage_keys)
         reports[f"drafter.stages.{number}"] = {"load": load}
-    x = heads.collapse(streams).reshape(batch, count * rows, -1)
+    x = heads.collapse(streams, target).reshape(batch, count * rows, -1)
     flat = here.reshape(batch, -1)
     arrays = (tokens, tokens, normed), (flat, flat + 1, flat)
     previous, goals, normed = (
         take(array, index.reshape(here.shape)).reshape(batch, count * rows, *array.shape[2:])
         for array, index in zip(*arrays, strict=True)
     )
-    head_vd = jax.lax.stop_gradient(materialize(axes, head)[...])
-    found = score_rows(axes, heads, head_vd, x, previous, goals, normed)
+    head_vd = jax.lax.stop_gradient(materialize(axes, head, target)[...])
+    found = score_rows(axes, target, heads, head_vd, x, previous, goals, normed)
     return {k: v.reshape(here.shape) for k, v in found.items()}, reports
 
 
@@ -274,6 +279,7 @@ def count_load(ids_tk: Int[Array, "t k"], experts: int, context: Context) -> Flo
 
 def score_rows(
     axes: Axes,
+    target: Target,
     module: Drafter,
     head_vd: Array,
     x: Float[Array, "b t d"],
@@ -307,24 +313,24 @@ def score_rows(
         return -axes.pmax(-ids, "vocab")
 
     def score_tile(_, x, before, goals, normed):
-        draft = module.correct(module.read_logits(x, head_vd), before, wide_vk)
-        target = matmul_float32(normed, head_vd)
-        log_q, log_p = normalize(draft), normalize(target)
+        drafted = module.correct(module.read_logits(x, head_vd, target), before, target, wide_vk)
+        wanted = matmul_float32(normed, head_vd, target=target)
+        log_q, log_p = normalize(drafted), normalize(wanted)
         distance = axes.psum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(axis=-1), "vocab")
         local = goals - offset
         inside = (local >= 0) & (local < log_q.shape[-1])
         local = jnp.clip(local, 0, log_q.shape[-1] - 1)
         picked = jnp.take_along_axis(log_q, local[..., None], axis=-1)[..., 0]
         picked = axes.psum(jnp.where(inside, picked, 0.0), "vocab")
-        agreement = choose(jax.lax.stop_gradient(draft)) == choose(target)
+        agreement = choose(jax.lax.stop_gradient(drafted)) == choose(wanted)
         return jnp.stack([-picked, distance, agreement.astype(jnp.float32)], axis=-1)
 
-    elements = Target.here().sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
+    elements = target.sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
     tile = max(elements // (2 * x.shape[0] * head_vd.shape[0]), 1)
     found = map_query_tiles(score_tile, min(tile, x.shape[1]), x, before_btk, goals, normed)
     cross_entropy, distance, agreement = jnp.moveaxis(found, -1, 0)
     accepted = jax.lax.stop_gradient(1 - distance / 2)
-    confidence = module.estimate(x, before_btk)
+    confidence = module.estimate(x, before_btk, target)
     return {
         "cross_entropy": cross_entropy,
         "distance": distance,

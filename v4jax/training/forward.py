@@ -23,7 +23,7 @@ from v4jax.model.stack import full_sequence
 from v4jax.model.weights import materialize
 from v4jax.parallel.context_parallel import divide_tokens, plan_call
 from v4jax.parallel.shard import WEIGHTS, on_shards
-from v4jax.training.indexer_loss import compare_selected, compare_visible
+from v4jax.training.indexer_loss import Shown, compare_selected, compare_visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_rows(
     call = plan_call(model.layout, model.config, batch, count, extends=False)
     rows = P("batch", "tokens")
     inputs = (WEIGHTS, rows, P("batch"), rows)
-    body = functools.partial(_run_rows, mode=mode)
+    body = functools.partial(_run_rows, mode=mode, target=model.target)
     run = on_shards(body, model.layout, call.tokens, inputs, (rows, P()))
     end = jnp.full(batch, count, jnp.int32)
     weights = model.embed, model.stack
@@ -79,17 +79,17 @@ def run_rows(
     return call.cut(streams), reports
 
 
-def _run_rows(axes, weights, tokens, end, places, mode):
+def _run_rows(axes, weights, tokens, end, places, mode, target):
     embedding, stack = weights
     ropes = {layer.rope for layer in stack.config.layers}
-    context = make_row_context(axes, tokens, end, places, ropes, mode)
-    streams = open_streams(axes, embedding, tokens, stack)
+    context = make_row_context(axes, tokens, end, places, ropes, mode, target)
+    streams = open_streams(context, embedding, stack)
 
     def run_layer(block, streams, layer):
         def run(block, streams):
             memory = full_sequence(stack.config, stack.numerics, layer, context)
             observed, seen = context.observe()
-            streams, _ = materialize(axes, block)(streams, observed, memory)
+            streams, _ = materialize(axes, block, target)(streams, observed, memory)
             return streams, measure(seen, stack.config, layer, context, mode)
 
         return rematerialize(run, mode)(block, streams)
@@ -103,8 +103,8 @@ def read_normed(model: Transformer, streams: Float[Array, "b t n d"]) -> Float[A
     inputs, outputs = (WEIGHTS, P("batch", "tokens")), P("batch", "tokens")
 
     def read(axes, weights, streams):
-        collapse, norm = materialize(axes, weights)
-        return norm(collapse(streams))
+        collapse, norm = materialize(axes, weights, model.target)
+        return norm(collapse(streams, model.target))
 
     return on_shards(read, model.layout, split, inputs, outputs)(
         (model.collapse, model.norm), streams
@@ -132,7 +132,7 @@ def run_drafts(
     call = plan_call(model.layout, model.config, batch, count, extends=False)
     rows = P("batch", "tokens")
     run = on_shards(
-        functools.partial(_run_drafts, mode=mode),
+        functools.partial(_run_drafts, mode=mode, target=model.target),
         model.layout,
         call.tokens,
         (WEIGHTS, rows, rows, P("batch"), rows, rows),
@@ -145,17 +145,18 @@ def run_drafts(
     return call.cut(normed), {"mtp.0.block": report}
 
 
-def _run_drafts(axes, weights, streams, following, end, places, paired, mode):
+def _run_drafts(axes, weights, streams, following, end, places, paired, mode, target):
     embedding, mtp = weights
     layer = mtp.layer
-    context = make_row_context(axes, following, end, places, {layer.rope}, mode)
+    context = make_row_context(axes, following, end, places, {layer.rope}, mode, target)
     counted = dataclasses.replace(context, document_begin=paired, end=end - 1)
-    embedded = embed(axes, embedding, following, mtp.numerics)
+    embedded = embed(context, embedding, mtp.numerics)
 
     def run(mtp, streams, embedded):
         memory = full_sequence(mtp.config, mtp.numerics, layer, context)
         observed, seen = context.observe()
-        normed, _, _ = materialize(axes, mtp)(streams, embedded, observed, memory)
+        mtp = materialize(axes, mtp, target)
+        normed, _, _ = mtp(streams, embedded, observed, memory)
         return normed, measure(seen, mtp.config, layer, counted, mode)
 
     return rematerialize(run, mode)(mtp, streams, embedded)
@@ -183,12 +184,12 @@ def find_window_begin(begin: Int[Array, "... t"], skipped: Int[Array, "... t"]) 
     return jax.lax.cummax(jnp.where(changes, row, 0), axis=skipped.ndim - 1)
 
 
-def make_row_context(axes, tokens, end, places, ropes, mode):
+def make_row_context(axes, tokens, end, places, ropes, mode, target):
     start = jnp.zeros_like(end) + axes.offset("tokens", tokens.shape[1])
     fields = {"dense": mode.dense, "axes": axes} | places
     if mode.count_gaps and "window_begin" in places:
         fields["entry_weight"] = weigh_entries(start, places["document_begin"], places["positions"])
-    return make_context(tokens, start, end, ropes, **fields)
+    return make_context(tokens, start, end, ropes, target, **fields)
 
 
 def weigh_entries(start, document_begin, positions) -> Float[Array, "b t"]:
@@ -272,20 +273,20 @@ def measure_router(ids_tk, scores_te, experts: int, context) -> dict:
 
 def measure_indexer(seen: dict, config: ModelConfig, layer, context, mode: Mode) -> dict:
     """Returns `divergence`, `recall` and `queries` of a CSA layer's indexer."""
-    arrays = [context.axes, *(seen[name] for name in ("queries", "log_mass", "entries"))]
-    arrays += [seen[name] for name in ("index_queries", "index_weights", "index_keys")]
+    shown = Shown(*(seen[name] for name in Shown._fields))
+    arguments = context.axes, context.target, shown
     rows_bt = context.start[:, None] + jnp.arange(context.tokens.shape[1])
     begin_bt = jnp.zeros_like(rows_bt) if context.document_begin is None else context.document_begin
     if mode.dense:
         found = compare_visible(
-            *arrays,
+            *arguments,
             rows_bt,
             begin_bt // layer.ratio,
             ratio=layer.ratio,
             count=layer.adjust(config).index_topk,
         )
     else:
-        found = compare_selected(*arrays, seen["selected"])
+        found = compare_selected(*arguments, seen["selected"])
     sees_bt = context.real & (rows_bt + 1 - begin_bt >= layer.ratio)
 
     def add(values_bt):

@@ -13,13 +13,14 @@ Source: spec G.4; the published code has no training part, this form is what ind
 converged on.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from v4jax.kernels import indexer
+from v4jax.kernels import Target, indexer
 from v4jax.kernels.softmax import MASKED
 from v4jax.kernels.table import EntryTable, visible_entries
 from v4jax.kernels.tiles import map_query_tiles
@@ -41,46 +42,48 @@ class Comparison(NamedTuple):
     recall: Float[Array, "b t"]
 
 
+class Shown(NamedTuple):
+    """What a CSA layer shows of its attention, and of its indexer (`Context.show`)."""
+
+    queries: Float[Array, "b t h c"]
+    log_mass: Float[Array, "b t h"]
+    entries: EntryTable
+    index_queries: Float[Array, "b t i x"]
+    index_weights: Float[Array, "b t i"]
+    index_keys: EntryTable
+
+    def hold_attention(self) -> "Shown":
+        """Returns it with an attention side that gets no gradient."""
+        return Shown(*jax.lax.stop_gradient(self[:3]), *self[3:])
+
+
 def compare_selected(
-    axes: Axes,
-    queries: Float[Array, "b t h c"],
-    log_mass: Float[Array, "b t h"],
-    entries: EntryTable,
-    index_queries: Float[Array, "b t i x"],
-    head_weights: Float[Array, "b t i"],
-    keys: EntryTable,
-    selected: Int[Array, "b t k"],
+    axes: Axes, target: Target, shown: Shown, selected: Int[Array, "b t k"]
 ) -> Comparison:
     """Compares on the selected entries: the loss once attention is sparse. Its recall is 1.
 
-    The attention side gets no gradient.
+    As in `compare_visible`, the attention side gets no gradient.
     """
+    shown = shown.hold_attention()
 
-    def compare_tile(_, queries, log_mass, index_queries, head_weights, selected):
+    def compare_tile(_, queries, log_mass, index_queries, index_weights, selected):
         seen = selected >= 0
-        scores = _attention_scores("bqhc,bqkc->bqhk", queries, entries.take(selected))
+        scores = _attention_scores("bqhc,bqkc->bqhk", queries, shown.entries.take(selected))
         teacher = _teacher(axes, scores, log_mass, seen)
-        student = jnp.where(
-            seen, indexer.score_selected(index_queries, head_weights, keys, selected), MASKED
+        student = indexer.score_selected(
+            index_queries, index_weights, shown.index_keys, selected, target=target
         )
-        divergence = _divergence(teacher, student, seen)
+        divergence = _divergence(teacher, jnp.where(seen, student, MASKED), seen)
         return jnp.stack([divergence, seen.any(axis=-1).astype(jnp.float32)], axis=-1)
 
-    queries, log_mass, entries = jax.lax.stop_gradient((queries, log_mass, entries))
-    elements = selected.shape[-1] * max(queries.shape[-1], queries.shape[2])
-    tile = _choose_tile(queries, elements)
-    arrays = queries, log_mass, index_queries, head_weights, selected
-    return Comparison(*jnp.moveaxis(map_query_tiles(compare_tile, tile, *arrays), -1, 0))
+    elements = selected.shape[-1] * max(shown.queries.shape[-2:])
+    return _compare(compare_tile, elements, shown, selected)
 
 
 def compare_visible(
     axes: Axes,
-    queries: Float[Array, "b t h c"],
-    log_mass: Float[Array, "b t h"],
-    entries: EntryTable,
-    index_queries: Float[Array, "b t i x"],
-    head_weights: Float[Array, "b t i"],
-    keys: EntryTable,
+    target: Target,
+    shown: Shown,
     positions: Int[Array, "b t"],
     first: Int[Array, "b t"],
     *,
@@ -94,26 +97,35 @@ def compare_visible(
       first: id of the first entry that a query may see; 0 unless a row holds several documents.
       count: entries that the indexer selects.
     """
-    ids_w = jnp.arange(entries.capacity)
-    chosen = min(count, entries.capacity)
+    shown, capacity = shown.hold_attention(), shown.entries.capacity
+    ids_w = jnp.arange(capacity)
 
-    def compare_tile(_, queries, log_mass, index_queries, head_weights, positions, first):
+    def compare_tile(_, queries, log_mass, index_queries, index_weights, positions, first):
         visible_bq = visible_entries(positions, ratio)
         seen = (ids_w >= first[..., None]) & (ids_w < visible_bq[..., None])
-        rows = entries.block(jnp.int32(0), entries.capacity)
-        scores = _attention_scores("bqhc,bkc->bqhk", queries, rows)
+        entries = shown.entries.block(jnp.int32(0), capacity)
+        scores = _attention_scores("bqhc,bkc->bqhk", queries, entries)
         teacher = _teacher(axes, scores, log_mass, seen)
-        student = indexer.score(
-            index_queries, head_weights, keys.block(jnp.int32(0), keys.capacity)
-        )
+        keys = shown.index_keys.block(jnp.int32(0), shown.index_keys.capacity)
+        student = indexer.score(index_queries, index_weights, keys, target=target)
         student = jnp.where(seen, student, MASKED)
-        best = jax.lax.top_k(jax.lax.stop_gradient(student), chosen)[1]
+        best = jax.lax.top_k(jax.lax.stop_gradient(student), min(count, capacity))[1]
         recall = jnp.take_along_axis(teacher, best, axis=-1).sum(axis=-1)
         return jnp.stack([_divergence(teacher, student, seen), recall], axis=-1)
 
-    queries, log_mass, entries = jax.lax.stop_gradient((queries, log_mass, entries))
-    tile = _choose_tile(queries, entries.capacity * queries.shape[2])
-    arrays = queries, log_mass, index_queries, head_weights, positions, first
+    return _compare(compare_tile, capacity * shown.queries.shape[2], shown, positions, first)
+
+
+def _compare(compare_tile: Callable, elements: int, shown: Shown, *rows: Array) -> Comparison:
+    """Returns what `compare_tile` finds for all queries, in tiles.
+
+    Args:
+      elements: products of one query; they decide the size of a tile.
+      rows: what `compare_tile` takes of each query beside what is shown.
+    """
+    batch, tokens = shown.queries.shape[:2]
+    tile = min(max(TILE_ELEMENTS // (batch * elements), 1), tokens)
+    arrays = shown.queries, shown.log_mass, shown.index_queries, shown.index_weights, *rows
     return Comparison(*jnp.moveaxis(map_query_tiles(compare_tile, tile, *arrays), -1, 0))
 
 
@@ -136,8 +148,3 @@ def _divergence(teacher, student, seen):
     log_teacher = jnp.log(jnp.maximum(teacher, TINY))
     terms = teacher * (log_teacher - jnp.where(seen, log_student, 0.0))
     return jnp.where(teacher > 0, terms, 0.0).sum(axis=-1)
-
-
-def _choose_tile(queries, elements: int) -> int:
-    batch, tokens = queries.shape[:2]
-    return min(max(TILE_ELEMENTS // (batch * elements), 1), tokens)

@@ -5,6 +5,7 @@ the parts of a batch add up to the whole's, whichever way it is cut or packed.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.config.run import LossConfig
-from v4jax.kernels import Target
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.kernels.tiles import map_query_tiles
 from v4jax.model import Transformer
@@ -173,17 +173,18 @@ def score_targets(
     """
     split = divide_tokens(model.layout, normed.shape[1])
     rows = P("batch", "tokens")
-    run = on_shards(_score_targets, model.layout, split, (WEIGHTS, rows, rows), (rows, rows))
+    body = functools.partial(_score_targets, target=model.target)
+    run = on_shards(body, model.layout, split, (WEIGHTS, rows, rows), (rows, rows))
     return run(model.head, normed, targets)
 
 
-def _score_targets(axes, head, normed, targets):
-    weight_vd = materialize(axes, head)[...]
+def _score_targets(axes, head, normed, targets, target):
+    weight_vd = materialize(axes, head, target)[...]
     wide_vd = weight_vd.astype(jnp.float32)  # for the sum of the tiles' gradients
     first = axes.offset("vocab", weight_vd.shape[0])
 
     def score_tile(_, normed, targets):
-        logits = matmul_float32(normed, weight_vd, wide_vd)
+        logits = matmul_float32(normed, weight_vd, wide_vd, target=target)
         largest = axes.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), "vocab")
         mass = axes.psum(jnp.exp(logits - largest[..., None]).sum(axis=-1), "vocab")
         local = targets - first
@@ -194,7 +195,7 @@ def _score_targets(axes, head, normed, targets):
         right = (jax.lax.stop_gradient(picked) >= largest).astype(jnp.float32)
         return jnp.stack([jnp.log(mass) + largest - picked, right], axis=-1)
 
-    elements = Target.here().sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
+    elements = target.sized(LOGIT_ELEMENTS, gpu=GPU_LOGITS)
     tile = max(elements // (normed.shape[0] * weight_vd.shape[0]), 1)
     found = map_query_tiles(score_tile, min(tile, normed.shape[1]), normed, targets)
     return found[..., 0], found[..., 1]

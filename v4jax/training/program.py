@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig, TrainConfig, get_numerics
+from v4jax.kernels import Target
 from v4jax.model import abstract_transformer
 from v4jax.model.parameters import Storage
 from v4jax.parallel.layout import Layout
@@ -38,13 +39,18 @@ class Arguments:
 
 
 def abstract_arguments(
-    config: TrainConfig, model: ModelConfig, layout: Layout, storage: Storage = "released"
+    config: TrainConfig,
+    model: ModelConfig,
+    layout: Layout,
+    target: Target,
+    storage: Storage = "released",
 ) -> Arguments:
     """Returns the arguments of a step of a run.
 
     Args:
       config: the run; its model and its mesh are the arguments beside it.
       layout: with `weight_layout` "train".
+      target: the devices that the step is made for.
       storage: how the weights that are not trained are kept.
 
     Raises:
@@ -52,7 +58,7 @@ def abstract_arguments(
     """
     numerics = get_numerics(config.numerics)
     abstract = annotate_shardings(abstract_transformer(model, numerics, storage=storage), layout)
-    abstract.layout = layout
+    abstract.layout, abstract.target = layout, target
     frozen, weights, biases = split_trained(abstract, config)
     shardings = {k: v for k, v in frozen.shardings().items() if k in frozen.arrays}
     frozen = dataclasses.replace(frozen, arrays=with_shardings(frozen.arrays, shardings))
@@ -62,10 +68,14 @@ def abstract_arguments(
 
 
 def abstract_program(
-    config: TrainConfig, model: ModelConfig, layout: Layout, storage: Storage = "released"
+    config: TrainConfig,
+    model: ModelConfig,
+    layout: Layout,
+    target: Target,
+    storage: Storage = "released",
 ) -> Program:
     """Returns the step that most steps of a run are, with `abstract_arguments` in their order."""
-    arguments = abstract_arguments(config, model, layout, storage)
+    arguments = abstract_arguments(config, model, layout, target, storage)
     optimizer = build_optimizer(config.optimizer, model)
     mode = Mode(config.remat, config.keep, config.offload, distill=config.indexer == "distill")
     rate, clip_norm = build_schedule(config.optimizer, config.steps), config.optimizer.clip_norm

@@ -114,7 +114,7 @@ def add_draft(model: Transformer, draft: DraftTraining, seed: int = 0) -> Transf
     held = variables(model) | {f"drafter.{name}": v for name, v in variables(fresh).items()}
     made = jax.tree_util.tree_map_with_path(
         lambda path, _: held[name_of(path)],
-        abstract_transformer(config, numerics),
+        abstract_transformer(config, numerics, target=model.target),
         is_leaf=is_variable,
     )
     made.layout, made.folder = layout, model.folder

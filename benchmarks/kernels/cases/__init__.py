@@ -21,6 +21,7 @@ from benchmarks.kernels.cases.streams import hyper_connections_cases, rotation_c
 from v4jax.config.loading import load_model_config
 from v4jax.config.model import ModelConfig
 from v4jax.errors import RequestError
+from v4jax.kernels import Target
 
 MODELS = ("v4_flash", "v4_pro")
 _BUILDERS = (
@@ -34,24 +35,27 @@ _BUILDERS = (
 )
 
 
-def find(key: str) -> Case:
-    """Returns the case of a key.
+def find(key: str, target: Target) -> Case:
+    """Returns the case of a key; its kernels are those of the target.
 
     Raises:
       RequestError: there is none.
     """
     for build in _BUILDERS:
         for model in MODELS:
-            for case in build(model, _config(model)):
+            for case in build(model, _config(model), target):
                 if case.key == key:
                     return case
     raise RequestError(f"there is no benchmark case {key!r}")
 
 
-def select(models: tuple[str, ...], only: tuple[str, ...] = ()) -> list[Case]:
+def select(target: Target, models: tuple[str, ...], only: tuple[str, ...] = ()) -> list[Case]:
     """Returns the cases of some models, and if `only` is given those whose key contains a word."""
     found = [
-        case for build in _BUILDERS for model in models for case in build(model, _config(model))
+        case
+        for build in _BUILDERS
+        for model in models
+        for case in build(model, _config(model), target)
     ]
     if not only:
         return found

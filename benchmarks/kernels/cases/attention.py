@@ -5,21 +5,24 @@ import jax.numpy as jnp
 
 from benchmarks.kernels.cases.case import CHUNK, CONTEXT, Case, Kernel, spec
 from v4jax.config.model import ModelConfig
+from v4jax.kernels import Target
 from v4jax.shapes import ceil_div, round_up
 
 
-def dense_attention_cases(model: str, config: ModelConfig) -> list[Case]:
+def dense_attention_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """HCA and window layers. FLOPs: 4 · channels per query head and key it sees."""
     ratio = 128
     return [
-        _dense(model, config, "prefill", 1, CHUNK, CONTEXT, ratio, goal=0.65),
-        _dense(model, config, "prefill window layer", 1, CHUNK, CONTEXT, 0),
-        _dense(model, config, "decode 16", 16, 1, CONTEXT, ratio),
-        _dense(model, config, "training 8192", 1, 8192, 8192, ratio, backward=True),
+        _dense(model, config, target, "prefill", 1, CHUNK, CONTEXT, ratio, goal=0.65),
+        _dense(model, config, target, "prefill window layer", 1, CHUNK, CONTEXT, 0),
+        _dense(model, config, target, "decode 16", 16, 1, CONTEXT, ratio),
+        _dense(model, config, target, "training 8192", 1, 8192, 8192, ratio, backward=True),
     ]
 
 
-def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backward=False) -> Case:
+def _dense(
+    model, config, target, shape, batch, tokens, context, ratio, goal=None, backward=False
+) -> Case:
     from v4jax.kernels import attention
     from v4jax.kernels.attention import dense_backward_tpu, dense_tpu, entries_tpu
     from v4jax.kernels.table import EntryTable
@@ -42,6 +45,7 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
             window=window,
             entries=table,
             ratio=ratio,
+            target=target,
         )
 
     def gradients(*arguments):
@@ -96,7 +100,7 @@ def _dense(model, config, shape, batch, tokens, context, ratio, goal=None, backw
     return Case("dense_attention", model, shape, gradients if backward else run, arguments, kernels)
 
 
-def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
+def sparse_attention_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """CSA layers. FLOPs: 4 · channels · (window + selected) per query head.
 
     The rows of a product are the heads of one token, because every token has its own entries. Where
@@ -115,7 +119,7 @@ def sparse_attention_cases(model: str, config: ModelConfig) -> list[Case]:
     def run(queries, recent, sink, stored, layer, start, selected):
         table = EntryTable(stored, layer, stored_as)
         options = {"window": window, "entries": table, "selected": selected}
-        return attention.attend_sparse(queries, recent, sink, start, **options)[0]
+        return attention.attend_sparse(queries, recent, sink, start, **options, target=target)[0]
 
     cases = []
     for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 16", 16, 1)):
@@ -189,7 +193,7 @@ def _random_selection(queries, window: int, count: int) -> dict:
     }
 
 
-def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
+def indexer_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """Scores and selection in one kernel. FLOPs: 2 · heads · channels per query and entry."""
     from v4jax.kernels import indexer
     from v4jax.kernels.indexer import pallas_tpu
@@ -203,7 +207,8 @@ def indexer_cases(model: str, config: ModelConfig) -> list[Case]:
 
     def run(queries, weights, stored, layer, start, end):
         table = EntryTable(stored, layer, stored_as)
-        return indexer.select(queries, weights, table, start, end, ratio=ratio, count=count)
+        options = {"ratio": ratio, "count": count, "target": target}
+        return indexer.select(queries, weights, table, start, end, **options)
 
     cases = []
     for shape, batch, tokens in (("prefill", 1, CHUNK), ("decode 16", 16, 1)):

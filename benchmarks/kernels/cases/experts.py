@@ -8,36 +8,41 @@ import jax.numpy as jnp
 
 from benchmarks.kernels.cases.case import CHUNK, Case, Kernel, count_bytes, spec, stored_weight
 from v4jax.config.model import ModelConfig
+from v4jax.kernels import Target
 from v4jax.shapes import ceil_div, round_up
 
 
-def grouped_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
+def grouped_matmul_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """Routed experts: one kernel for gate and up, one for down; in training their gradients."""
     experts = config.n_routed_experts
     share, pod = experts // 8, experts // 16
+    sizes = model, config, target
     return [
-        _experts(model, config, "prefill fp4", CHUNK, share, "fp4", goal=0.65),
-        _experts(model, config, "prefill bfloat16", CHUNK, share, "bfloat16", goal=0.65),
-        _experts(model, config, "prefill fp8", CHUNK, share, "fp8"),
+        _experts(*sizes, "prefill fp4", CHUNK, share, "fp4", goal=0.65),
+        _experts(*sizes, "prefill bfloat16", CHUNK, share, "bfloat16", goal=0.65),
+        _experts(*sizes, "prefill fp8", CHUNK, share, "fp8"),
         # 4,096 tokens on each of 16 chips, which hold a sixteenth of the experts each.
-        _experts(model, config, "prefill on 16 chips fp4", 2 * CHUNK, pod, "fp4", goal=0.65),
-        _experts(model, config, "prefill on 16 chips bf16", 2 * CHUNK, pod, "bfloat16", goal=0.65),
-        _experts(model, config, "prefill all experts", CHUNK, experts, "fp4"),
-        _experts(model, config, "decode 16", 16, experts, "fp4"),
-        _experts_backward(model, config, "training bfloat16", CHUNK, share),
+        _experts(
+            model, config, target, "prefill on 16 chips fp4", 2 * CHUNK, pod, "fp4", goal=0.65
+        ),
+        _experts(
+            model, config, target, "prefill on 16 chips bf16", 2 * CHUNK, pod, "bfloat16", goal=0.65
+        ),
+        _experts(*sizes, "prefill all experts", CHUNK, experts, "fp4"),
+        _experts(*sizes, "decode 16", 16, experts, "fp4"),
+        _experts_backward(*sizes, "training bfloat16", CHUNK, share),
     ]
 
 
-def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
+def _experts(model, config, target, shape, tokens, experts, kind, goal=None) -> Case:
     """`tokens` times top-k assignments, spread evenly over the experts held here.
 
     FLOPs: assignments · 2 · hidden · 2 · inner for gate and up, half of it for down.
     """
-    from v4jax.kernels import Target
     from v4jax.kernels.grouped_matmul import pallas_tpu
     from v4jax.kernels.tpu import chip_of
 
-    chip = chip_of(Target.here())
+    chip = chip_of(target)
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, kind)
     tile = pallas_tpu.choose_tile(chip, tokens * config.num_experts_per_tok, experts)
@@ -68,7 +73,7 @@ def _experts(model, config, shape, tokens, experts, kind, goal=None) -> Case:
             **options,
         ),
     )
-    run = functools.partial(_run_experts, limit=config.swiglu_limit)
+    run = functools.partial(_run_experts, limit=config.swiglu_limit, target=target)
     return Case("grouped_matmul", model, shape, run, arguments, kernels)
 
 
@@ -85,22 +90,21 @@ def _visits(first: int, load: int, tile: int, linear, chip) -> dict[str, float]:
     return {f"0.{first + i}": loads.count(rows) / tiles for i, rows in enumerate(numbers)}
 
 
-def _run_experts(x, ids, routing, gate_up, down, *, limit):
+def _run_experts(x, ids, routing, gate_up, down, **options):
     from v4jax.kernels import grouped_matmul
 
-    return grouped_matmul.apply_experts(x, ids, routing, gate_up, down, limit=limit)
+    return grouped_matmul.apply_experts(x, ids, routing, gate_up, down, **options)
 
 
-def _experts_backward(model, config, shape, tokens, experts) -> Case:
+def _experts_backward(model, config, target, shape, tokens, experts) -> Case:
     """All gradients. FLOPs, in units of assignments · 2 · hidden · inner:
 
     gate, up and the gradient of the inner activations 3, of the inputs 2, of the weights 2 and 1.
     """
-    from v4jax.kernels import Target
     from v4jax.kernels.grouped_matmul import pallas_tpu
     from v4jax.kernels.tpu import chip_of
 
-    chip = chip_of(Target.here())
+    chip = chip_of(target)
     width, inner = config.hidden_size, config.moe_intermediate_size
     arguments = _expert_arguments(config, tokens, experts, "bfloat16")
     tile = pallas_tpu.choose_tile(chip, tokens * config.num_experts_per_tok, experts)
@@ -116,7 +120,8 @@ def _experts_backward(model, config, shape, tokens, experts) -> Case:
     def run(x, ids, routing, gate_up, down):
         def forward(*differentiable):
             x, routing, gate_up, down = differentiable
-            return _run_experts(x, ids, routing, gate_up, down, limit=config.swiglu_limit)
+            options = {"limit": config.swiglu_limit, "target": target}
+            return _run_experts(x, ids, routing, gate_up, down, **options)
 
         y, pull = jax.vjp(forward, x, routing, gate_up, down)
         return pull(y)
@@ -188,7 +193,7 @@ def _even_load(config: ModelConfig, tokens: int, experts: int, tile: int):
     return assignments, used, tiles, facts
 
 
-def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
+def scaled_matmul_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """The widest linear layer in FP8, queries up. FLOPs: tokens · 2 · rows · columns.
 
     Then stored weights that are expanded whole, as training's gradients and adapters need them: an
@@ -210,12 +215,11 @@ def scaled_matmul_cases(model: str, config: ModelConfig) -> list[Case]:
             entered={"0.0": 1 / tiles},
         )
         arguments = spec((1, tokens, columns), jnp.bfloat16), weight
-        cases.append(
-            Case("scaled_matmul", model, shape, scaled_matmul.matmul, arguments, (kernel,))
-        )
+        run = functools.partial(scaled_matmul.matmul, target=target)
+        cases.append(Case("scaled_matmul", model, shape, run, arguments, (kernel,)))
     share = config.n_routed_experts // 8
     experts = stored_weight((share, 2, config.moe_intermediate_size, config.hidden_size), "fp4")
-    run = functools.partial(scaled_matmul.expand, dtype=jnp.bfloat16)
+    run = functools.partial(scaled_matmul.expand, dtype=jnp.bfloat16, target=target)
     for kind, stored in (("fp4", experts), ("fp8", weight)):
         moved = count_bytes(stored) + 2 * math.prod(stored.shape)
         kernel = Kernel(f"expand_{kind}", moved_bytes=moved)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 
 from benchmarks.kernels.cases.case import CHUNK, Case, Kernel, count_bytes, spec
 from v4jax.config.model import ModelConfig
+from v4jax.kernels import Target
 
 
-def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
+def rotation_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """Queries turned in place: bound by memory, without products to count."""
     from v4jax.kernels import rotation
     from v4jax.kernels.tpu import LANES
@@ -20,11 +21,12 @@ def rotation_cases(model: str, config: ModelConfig) -> list[Case]:
         # A register of every head is read and written, and the angles of a token, filled up.
         moved_bytes = batch * tokens * LANES * (2 * 2 * heads + 2 * 4)
         kernel = Kernel("rotation", moved_bytes=moved_bytes)
-        cases.append(Case("rotation", model, shape, rotation.rotate, arguments, (kernel,)))
+        run = functools.partial(rotation.rotate, target=target)
+        cases.append(Case("rotation", model, shape, run, arguments, (kernel,)))
     return cases
 
 
-def hyper_connections_cases(model: str, config: ModelConfig) -> list[Case]:
+def hyper_connections_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
     """Streams collapsed to a sublayer's input, and merged with the output before: memory-bound.
 
     FLOPs: the projection alone, 2 · streams · hidden · outputs per token.
@@ -38,6 +40,7 @@ def hyper_connections_cases(model: str, config: ModelConfig) -> list[Case]:
         "norm_eps": config.rms_norm_eps,
         "eps": config.hc_eps,
         "iterations": config.hc_sinkhorn_iters,
+        "target": target,
     }
     site = (
         spec((outputs, n * width), jnp.float32),

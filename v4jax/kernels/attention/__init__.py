@@ -27,7 +27,7 @@ def attend_dense(
     entries: EntryTable | None = None,
     ratio: int = 0,
     begin: Int[Array, "b t"] | None = None,
-    target: Target | None = None,
+    target: Target,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """Returns softmax(q·k / √c) · k over window, visible entries and sink, and its log-sum-exp.
 
@@ -50,7 +50,6 @@ def attend_dense(
 
     Source: spec B.6, B.10.
     """
-    target = target or Target.here()
     _check(queries, recent, sink, window, begin)
     stored, layer, stored_as = None, None, None
     if entries is not None:
@@ -71,7 +70,7 @@ def attend_sparse(
     entries: EntryTable,
     selected: Int[Array, "b t k"],
     begin: Int[Array, "b t"] | None = None,
-    target: Target | None = None,
+    target: Target,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h"]]:
     """As `attend_dense`, over the window, the selected entries and the sink.
 
@@ -81,7 +80,6 @@ def attend_sparse(
 
     Source: spec B.9, B.10.
     """
-    target = target or Target.here()
     _check(queries, recent, sink, window, begin)
     check_shape("selected", selected, (*queries.shape[:2], None))
     call = Call(window, 0, entries.format, target)

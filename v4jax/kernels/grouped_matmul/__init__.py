@@ -21,7 +21,7 @@ def apply_experts(
     *,
     limit: float,
     quantize_activations: bool = False,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "t d"]:
     """Returns Σ_k down_e · (weight_k · SwiGLU(gate_up_e · x)) over the chosen experts, float32.
 
@@ -42,7 +42,6 @@ def apply_experts(
     check_shape("x", x, (tokens, width))
     check_shape("weights", weights, (tokens, chosen))
     assert down.shape[:2] == (experts, width), (gate_up.shape, down.shape)
-    target = target or Target.here()
     run = dispatch.pick(target, "grouped_matmul", __name__, x, gate_up, down).apply_experts
     options = {"limit": limit, "quantize_activations": quantize_activations, "target": target}
     return run(x, expert_ids, weights, gate_up, down, **options)
@@ -55,7 +54,7 @@ def apply_shared_expert(
     *,
     limit: float,
     quantize_activations: bool = False,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "t d"]:
     """Returns down · SwiGLU(gate_up · x) in float32: one expert for every token, unweighted.
 
@@ -63,7 +62,6 @@ def apply_shared_expert(
       gate_up: [2, f, d].
       down: [d, f].
     """
-    target = target or Target.here()
     run = dispatch.pick(target, "grouped_matmul", __name__, x, gate_up, down).apply_shared_expert
     options = {"limit": limit, "quantize_activations": quantize_activations, "target": target}
     return run(x, gate_up, down, **options)

@@ -23,7 +23,7 @@ def mix(
     norm_eps: float,
     eps: float,
     iterations: int,
-    target: Target | None = None,
+    target: Target,
 ) -> tuple[Float[Array, "b t d"], Mix]:
     """Returns the sublayer's input Σ_j pre_j · X_j, and how to merge its output back.
 
@@ -42,7 +42,7 @@ def mix(
     Source: spec B.2.
     """
     _check(streams, fn)
-    call = Call(norm_eps, eps, iterations, target or Target.here())
+    call = Call(norm_eps, eps, iterations, target)
     return _pick(call, streams).mix(call, streams, fn, base, scale)
 
 
@@ -64,7 +64,7 @@ def expand_mix(
     norm_eps: float,
     eps: float,
     iterations: int,
-    target: Target | None = None,
+    target: Target,
 ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t d"], Mix]:
     """Returns the streams after a sublayer, the next sublayer's input, and the next `Mix`.
 
@@ -76,7 +76,7 @@ def expand_mix(
     """
     _check(streams, fn)
     check_shape("output", output, (*streams.shape[:2], streams.shape[3]))
-    call = Call(norm_eps, eps, iterations, target or Target.here())
+    call = Call(norm_eps, eps, iterations, target)
     return _pick(call, streams).expand_mix(call, output, streams, mixing, fn, base, scale)
 
 
@@ -88,13 +88,13 @@ def collapse(
     *,
     norm_eps: float,
     eps: float,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "b t d"]:
     """Returns Σ_j pre_j · X_j after the last layer; pre = σ(projection · scale + base) + eps.
 
     Source: spec B.3.
     """
-    call = Call(norm_eps, eps, 0, target or Target.here())
+    call = Call(norm_eps, eps, 0, target)
     return portable.collapse(call, streams, fn, base, scale)
 
 

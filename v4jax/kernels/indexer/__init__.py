@@ -20,7 +20,7 @@ def select(
     ratio: int,
     count: int,
     begin: Int[Array, "b t"] | None = None,
-    target: Target | None = None,
+    target: Target,
 ) -> Int[Array, "b t k"]:
     """Returns the ids of the `count` best visible entries, −1 where fewer are visible.
 
@@ -50,7 +50,6 @@ def select(
         check_shape("begin", begin, (batch, tokens))
     # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
-    target = target or Target.here()
     run = dispatch.pick(target, "indexer", __name__, queries, keys, count, begin).select
     options = {"ratio": ratio, "count": count, "begin": hide_padding(begin), "target": target}
     return run(queries, head_weights, keys, start, end, **options)
@@ -65,7 +64,7 @@ def select_with_scores(
     *,
     ratio: int,
     count: int,
-    target: Target | None = None,
+    target: Target,
 ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
     """As `select`, and the scores of the selected in float32, −∞ for the id −1.
 
@@ -74,7 +73,6 @@ def select_with_scores(
     batch, tokens, heads, _ = queries.shape
     check_shape("head_weights", head_weights, (batch, tokens, heads))
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
-    target = target or Target.here()
     implementation = dispatch.pick(target, "indexer", __name__, queries, keys, count, None, True)
     options = {"ratio": ratio, "count": count, "target": target}
     return implementation.select_with_scores(queries, head_weights, keys, start, end, **options)
@@ -85,10 +83,10 @@ def score(
     head_weights: Float[Array, "b t i"],
     keys: Float[Array, "b w x"],
     *,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "b t w"]:
     """Returns the scores of all keys in float32, with a gradient: the indexer's loss needs both."""
-    return portable.score_block(target or Target.here(), queries, head_weights, keys)
+    return portable.score_block(target, queries, head_weights, keys)
 
 
 def score_selected(
@@ -97,7 +95,7 @@ def score_selected(
     keys: EntryTable,
     ids: Int[Array, "b t k"],
     *,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "b t k"]:
     """As `score`, of the keys with these ids; those of absent ids mean nothing."""
-    return portable.score_taken(target or Target.here(), queries, head_weights, keys, ids)
+    return portable.score_taken(target, queries, head_weights, keys, ids)

@@ -13,7 +13,7 @@ def rotate(
     sine: Float[Array, "b t r"],
     *,
     inverse: bool = False,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "b t ... c"]:
     """Rotates the last r channels in interleaved pairs, in float32; rounds to x's dtype.
 
@@ -29,6 +29,5 @@ def rotate(
     """
     check_shape("cosine", cosine, (*x.shape[:2], None))
     check_shape("sine", sine, cosine.shape)
-    target = target or Target.here()
     run = dispatch.pick(target, "rotation", __name__, x, cosine).rotate
     return run(x, cosine, sine, inverse=inverse, target=target)

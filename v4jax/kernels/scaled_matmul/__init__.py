@@ -16,7 +16,7 @@ def matmul(
     weight: jax.Array | ScaledArray,
     *,
     quantize_activations: bool = False,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "... o"]:
     """Returns x · weightᵀ in x's dtype, accumulated in float32.
 
@@ -27,7 +27,6 @@ def matmul(
 
     Source: spec B.0, FP8 linear.
     """
-    target = target or Target.here()
     if not isinstance(weight, ScaledArray):
         return portable.matmul(x, weight, target=target)
     if quantize_activations:
@@ -37,21 +36,18 @@ def matmul(
     )
 
 
-def expand(weight: ScaledArray, dtype=jnp.float32, *, target: Target | None = None) -> jax.Array:
+def expand(weight: ScaledArray, dtype=jnp.float32, *, target: Target) -> jax.Array:
     """Returns value × scale [..., out, in], exactly; a stored weight is a constant: no gradient."""
     weight = jax.lax.stop_gradient(weight)
     if jnp.dtype(dtype) != jnp.bfloat16:
         return weight.dequantize(dtype)
-    target = target or Target.here()
     names = ("expand_tpu", "portable")
     return dispatch.pick(target, "expand", __name__, weight, names=names).expand(
         weight, target=target
     )
 
 
-def contract(
-    subscripts: str, x: jax.Array, weight: jax.Array, *, target: Target | None = None
-) -> jax.Array:
+def contract(subscripts: str, x: jax.Array, weight: jax.Array, *, target: Target) -> jax.Array:
     """Returns an einsum of two arrays of one dtype, accumulated in float32, in that dtype.
 
     The gradients are products of that dtype as well. Autodiff would hand the rounded gradient on as
@@ -60,7 +56,7 @@ def contract(
     Args:
       subscripts: such as "ni,oi->no", each letter in at least two of the three.
     """
-    return portable.contract(target or Target.here(), subscripts, x, weight)
+    return portable.contract(target, subscripts, x, weight)
 
 
 def matmul_float32(
@@ -68,7 +64,7 @@ def matmul_float32(
     weight: jax.Array,
     wide: jax.Array | None = None,
     *,
-    target: Target | None = None,
+    target: Target,
 ) -> Float[Array, "... o"]:
     """Returns x · weightᵀ as of float32: router scores, compressor projections, logits.
 
@@ -80,7 +76,6 @@ def matmul_float32(
       wide: the same weight in float32, which gets its gradient in place of `weight`: the gradients
         of several calls are then added in float32.
     """
-    target = target or Target.here()
     if x.dtype == weight.dtype == jnp.bfloat16 and target.multiplies_bfloat16:
         differentiated = weight if wide is None else wide
         return portable.multiply_bfloat16(x, jax.lax.stop_gradient(weight), differentiated)

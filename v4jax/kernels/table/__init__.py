@@ -57,7 +57,7 @@ def write(
     first: Int[Array, "b"],
     count: Int[Array, "b"],
     *,
-    target: Target | None = None,
+    target: Target,
 ) -> dict[str, jax.Array]:
     """Returns stored arrays [l, b, w, …] with rows [b, n, …] written in one layer, in place.
 
@@ -67,7 +67,6 @@ def write(
       count: how many rows are real, 0 … n.
       target: the devices the program is made for.
     """
-    target = target or Target.here()
     run = dispatch.pick(target, "table_write", __name__, stored).write
     return run(stored, layer, rows, first, count, target=target)
 
