@@ -238,9 +238,9 @@ FAULTS = [
     ),
     Fault(
         "the last logits are those of the padding",
-        "model/passes.py",
-        "last_b = jnp.maximum(lengths - 1, 0)",
-        "last_b = jnp.full_like(lengths, tokens.shape[1] - 1)",
+        "parallel/context_parallel.py",
+        "jnp.maximum(lengths - 1, 0)\n    real_bt",
+        "jnp.full_like(lengths, x.shape[1] - 1)\n    real_bt",
         "tests/model/test_conformance.py",
     ),
     # Inference
@@ -304,8 +304,8 @@ FAULTS = [
     Fault(
         "a resumed run forgets its state",
         "training/trainer.py",
-        "self.state, extra = self.store.restore(newest, self.state)",
-        "_, extra = self.store.restore(newest, self.state)",
+        "self.state, extra = self.store.restore(None, self.state)",
+        "_, extra = self.store.restore(None, self.state)",
         "tests/training/test_trainer.py",
     ),
     Fault(
