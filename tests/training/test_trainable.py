@@ -142,6 +142,47 @@ def test_lora_errors(case):
         split_trained(abstract(), config_of(**changes))
 
 
+# Field: (changes, what the message says).
+UNNAMED = {
+    "undecayed": (
+        {"optimizer": OptimizerConfig(undecayed=("indxer",))},
+        r"train.optimizer.undecayed: 'indxer' names no weight of the model; did you mean 'indexer'",
+    ),
+    "frozen": (
+        {"frozen": ("embed", "moe.expert")},
+        r"train.frozen: 'moe.expert' names no weight of the model; did you mean 'moe.experts'\?",
+    ),
+    "lora.targets": (
+        {"lora": LoraConfig(targets=("attention.querydown",))},
+        r"train.lora.targets: 'attention.querydown' names no matrix that may be trained; did you "
+        r"mean 'attention.query_down'\?",
+    ),
+    "all frozen": ({"frozen": ("*",)}, r"train.frozen = \['\*'\] leaves no weight to be trained"),
+}
+
+
+@pytest.mark.parametrize("case", UNNAMED.values(), ids=UNNAMED.keys())
+def test_patterns_that_name_nothing(case):
+    """The nearest part of a name is offered; defaults are for models without an indexer, too."""
+    changes, message = case
+    with pytest.raises(ConfigError, match=message):
+        split_trained(abstract(), config_of(**changes))
+    split_trained(abstract(WINDOWS), config_of())
+
+
+def test_frozen_by_name():
+    _, every, _ = split_trained(abstract(), config_of())
+    frozen, weights, biases = split_trained(
+        abstract(), config_of(frozen=("moe.router", "*norm", "stack.period.0.attention"))
+    )
+    left = every.keys() - weights.keys()
+    assert left == {
+        name for name in every
+        if "moe.router." in name or "norm." in name or "stack.period.0.attention." in name
+    }  # fmt: skip
+    assert left <= frozen.arrays.keys() and not biases and len(weights) > 10
+
+
 def test_lora_trains_adapters_only():
     lora = LoraConfig(rank=2, targets=("attention.indexer.query_up", "moe.experts"))
     config = config_of(lora=lora, indexer="distill")

@@ -103,9 +103,9 @@ class OptimizerConfig:
     Attributes:
       decay_to: the last rate, as a fraction of `rate`.
       adamw_rate: rate of the weights under AdamW, relative to `rate`.
-      undecayed: parts of names without weight decay. The report decays indexer and router; here
-        they are left out by default, because a router that fine-tuning hardly moves would only
-        fade.
+      undecayed: patterns (`training.patterns`) of weights without weight decay. The report decays
+        indexer and router; here they are left out by default, because a router that fine-tuning
+        hardly moves would only fade.
       update_rms: root mean square of a Muon update at rate 1; with the default AdamW's rates fit.
       epsilon: of AdamW; the report's is below what float32 can hold beside squares, and
         `training.optimizer.adam_epsilon` then takes the smallest that it can.
@@ -162,7 +162,9 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: W + (alpha / rank) · up · down, on weights whose name has a `target`.
+    """Low-rank adapters: W + (alpha / rank) · up · down, on matrices that a target names.
+
+    Targets are patterns (`training.patterns`).
 
     The base stays as it is stored (FP4 and FP8), untouched.
     """
@@ -300,6 +302,7 @@ class TrainConfig:
       draft: trains the draft module only.
       quantization_aware: routed experts and other quantized weights are rounded to their stored
         format during training; exporting them then loses nothing.
+      frozen: patterns (`training.patterns`) of weights that are not trained.
       indexer: "frozen" (no gradient, no decay, no optimizer state) or "distill" (trained by its own
         loss alone).
       dense_steps: first steps in which CSA layers attend to every visible entry, before selection.
@@ -327,6 +330,7 @@ class TrainConfig:
     lora: LoraConfig | None = None
     draft: DraftTraining | None = None
     quantization_aware: bool = False
+    frozen: tuple[str, ...] = ()
     indexer: Literal["frozen", "distill"] = "frozen"
     dense_steps: int = 0
     count_gaps: bool = False

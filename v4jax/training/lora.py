@@ -27,6 +27,7 @@ from v4jax.model.draw import draw_normal
 from v4jax.model.weights import read_weights, variables, write_weights
 from v4jax.parallel.weight_sharding import spec_of, split_parts
 from v4jax.quant import LowRank, ScaledArray, quantize_weight
+from v4jax.training.patterns import choose_named
 
 
 def add_adapters(
@@ -78,7 +79,7 @@ def add_adapters(
 
 
 def choose_targets(model: Transformer, lora: LoraConfig, among: Iterable[str]) -> list[str]:
-    """Returns the names of the matrices whose name contains a target as whole words in a row.
+    """Returns the names of the matrices that a target names (`patterns.find_named`).
 
     Matrices are the weights that the release stores as FP4, FP8 or bfloat16 and multiplies with
     vectors; the embedding is none.
@@ -92,24 +93,12 @@ def choose_targets(model: Transformer, lora: LoraConfig, among: Iterable[str]) -
         for name in among
         if formats[name] != "float32" and name != "embed" and len(_matrix_axes(held[name])) >= 2
     ]
-    found = {target: [n for n in matrices if _has(n, target)] for target in lora.targets}
-    for target, names in found.items():
-        if not names:
-            known = sorted({".".join(n.split(".")[-2:]) for n in matrices})
-            raise ConfigError(
-                f"train.lora.targets: {target!r} names no matrix that may be trained; there are "
-                f"{', '.join(known)}"
-            )
-    chosen = {name for names in found.values() for name in names}
+    chosen = choose_named(lora.targets, matrices, "lora.targets", what="matrix that may be trained")
     return [name for name in matrices if name in chosen]
 
 
 def _matrix_axes(variable) -> list[str]:
     return [name for name in variable.get_metadata()["axes"] if name != "layers"]
-
-
-def _has(name: str, target: str) -> bool:
-    return f".{target}." in f".{name}."
 
 
 def merge(model: Transformer, dtype: str | None = None, *, requantize: bool = False) -> Transformer:

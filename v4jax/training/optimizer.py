@@ -20,6 +20,7 @@ import optax
 
 from v4jax.config import ModelConfig
 from v4jax.config.run import OptimizerConfig
+from v4jax.training.patterns import find_named
 
 # Coefficients of the two phases (report): eight fast iterations, two that polish.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
@@ -48,7 +49,8 @@ def build_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradie
     """
 
     def decays(weights: Weights) -> dict[str, bool]:
-        return {name: not any(part in name for part in config.undecayed) for name in weights}
+        kept = {name for pattern in config.undecayed for name in find_named(pattern, weights)}
+        return {name: name not in kept for name in weights}
 
     def finish(scale: float) -> tuple[optax.GradientTransformation, ...]:
         return (

@@ -8,7 +8,7 @@ from flax import nnx
 from v4jax.checkpoint.names import stored_formats
 from v4jax.config import TrainConfig
 from v4jax.config.model import ModelConfig
-from v4jax.config.run import DraftTraining
+from v4jax.config.run import DraftTraining, OptimizerConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.model.draft import Drafter
@@ -23,6 +23,7 @@ from v4jax.parallel.weight_sharding import (
 )
 from v4jax.quant import LowRank, Master, ScaledArray
 from v4jax.training.lora import add_adapters
+from v4jax.training.patterns import choose_named
 from v4jax.training.state import Frozen, split_model, store
 
 STORED = ("fp4", "fp8", "bfloat16")  # formats that a float32 weight is rounded to
@@ -73,7 +74,7 @@ def round_weights(model: Transformer, formats: Mapping[str, str]) -> Transformer
 
 
 def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
-    """Returns the names of the weights that a loss of the run reaches, except a frozen indexer's.
+    """Returns the names of the weights that a loss of the run reaches and that are not frozen.
 
     A weight that no loss reaches would only decay: those of the second and later MTP blocks, those
     of the first without the MTP loss, and those of a draft module. With `config.draft` the weights
@@ -88,7 +89,14 @@ def choose_trained(model: Transformer, config: TrainConfig) -> list[str]:
             return False
         return not name.startswith("mtp.") or (drafts and name.startswith("mtp.0."))
 
-    return [name for name in read_weights(model) if trains(name)]
+    weights = list(read_weights(model))
+    usual = OptimizerConfig.undecayed  # for every model, those without an indexer as well
+    choose_named(config.optimizer.undecayed, weights, "optimizer.undecayed", known=usual)
+    frozen = choose_named(config.frozen, weights, "frozen")
+    chosen = [name for name in weights if trains(name) and name not in frozen]
+    if not chosen:
+        raise ConfigError(f"train.frozen = {list(config.frozen)} leaves no weight to be trained")
+    return chosen
 
 
 def add_draft(model: Transformer, draft: DraftTraining, seed: int = 0) -> Transformer:
