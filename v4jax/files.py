@@ -23,7 +23,9 @@ import errno
 import functools
 import io
 import os
+import pathlib
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -50,10 +52,16 @@ def to_path(path: PathLike) -> Path:
     A repository of the hub becomes its commit: a folder in the hub's cache, or `HubPath`.
 
     Raises:
-      UnsupportedError: it names a bucket or the hub, and the library for it is not installed.
+      UnsupportedError: it names a bucket or the hub, and the library for it is not installed; or it
+        is of another kind.
       CheckpointError: the hub has no such repository, or cannot be reached.
     """
     if not is_remote(path):
+        if "://" in os.fspath(path):
+            raise UnsupportedError(
+                f"{path}: of paths with ://, those in {', '.join(EXTRAS)} are read; copy the "
+                "files to one of these, or to a disk"
+            )
         return epath.Path(path)
     if os.fspath(path).startswith(hub.SCHEME):
         return _to_hub_path(os.fspath(path))
@@ -183,8 +191,27 @@ def check_writable(path: PathLike) -> None:
         probe.unlink()
     elif path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    elif not os.access(path.absolute().parent, os.W_OK):
-        raise OSError("its folder is missing, or may not be written")
+    elif path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    else:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass  # asked by doing: what root may do, and where no file can be, no flag says
+
+
+def check_folder_writable(path: PathLike) -> None:
+    """Raises now unless a folder of this name could be made, or something be put into it.
+
+    Raises:
+      OSError: it could not; the message says why.
+      UnsupportedError: as `to_path`.
+    """
+    path = to_path(path)
+    if is_remote(path):
+        return check_writable(path / "new")
+    place = pathlib.Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    os.rmdir(tempfile.mkdtemp(prefix=".v4jax-", dir=place))
 
 
 class BucketPath(PosixGPath):

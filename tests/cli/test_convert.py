@@ -55,11 +55,14 @@ BROKEN = {
     "format": (["--model={in}", "--output={tmp}/out", "--format=int4"], "format"),
     "shard size": (
         ["--model={in}", "--output={tmp}/out", "--shard_gib=0"],
-        "--shard_gib must be positive, got 0.0",
+        "--shard_gib must be between 1e-06 and 1048576, got 0.0",
     ),
     "too large": (["--model=v4_flash", "--output={tmp}/out"], "too many for random weights"),
     "no such model": (["--model={tmp}/none", "--output={tmp}/out"], "a folder with config.json"),
-    "no checkpoint": (["--model={tmp}", "--output={tmp}/out"], "has no config.json"),
+    "no checkpoint": (
+        ["--model={tmp}", "--output={tmp}/out"],
+        "config.json cannot be read: No such file",
+    ),
     "full output": (["--model={in}", "--output={in}"], "exists and is not empty"),
 }
 

@@ -115,7 +115,7 @@ def test_the_verb_prints_its_grid(fake_model, capsys, tmp_path, bucket):
 BAD = {
     "no model": (["--lengths=4096"], "--model is required"),
     "no number": (["--model=tiny", "--lengths=4K"], "--lengths takes whole numbers"),
-    "too short": (["--model=tiny", "--lengths=8"], "--lengths must be at least 512"),
+    "too short": (["--model=tiny", "--lengths=8"], "--lengths must be between 512 and"),
     "answers nowhere": (
         ["--model=tiny", "--answers=nowhere/a.jsonl"],
         "cannot write --answers=nowhere/a.jsonl; name a file in a folder that exists",

@@ -129,7 +129,10 @@ BAD = {
     "flag and word": (["--model=tiny", "--what=x", "y"], "unexpected argument 'y'; leave it out"),
     "no number": (["--model=tiny", "x", "--many=5,K"], "--many takes whole numbers, got ['5', 'K"),
     "mesh": (["--model=tiny", "x", "--mesh=pipe=2"], "mesh must name each of data, expert, conte"),
-    "rule": (["--model=tiny", "x", "--max_tokens=0"], "inference.max_tokens must be at least 1"),
+    "rule": (
+        ["--model=tiny", "x", "--max_tokens=0"],
+        "--max_tokens must be between 1 and 268435456",
+    ),
     "no file": (["--config=none.py", "x"], "config must be a Python file with get_config(), got"),
 }
 

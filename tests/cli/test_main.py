@@ -71,7 +71,7 @@ MISTAKES = {
     ),
     "bad sampling": (
         ("generate", "--model=nano", "--prompt=a", "--top_p=2"),
-        "top_p must be a number greater than 0 and at most 1, got 2.0",
+        "--top_p must be between 0 and 1, got 2.0",
     ),
     "blank prompt": (
         ("generate", "--model=nano", "--prompt= "),

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 def test_library_is_missing(folder, monkeypatch, capsys, verb, flags, name, scheme, extra, module):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
-    path = f"{scheme}://bucket/a"
+    path = f"{scheme}://bucket/a.png"
     assert main.run([verb, *flags_of(flags | {name: path})]) == 2
     said = capsys.readouterr().err
     assert f"{scheme}:// needs the extra {extra}; pip install 'v4jax[{extra}]'" in said
@@ -60,9 +60,9 @@ def test_bucket_cannot_be_written(folder, bucket, monkeypatch, capsys, verb, fla
         raise RuntimeError("403 Forbidden\nmore")
 
     monkeypatch.setattr(folder_bucket.FolderBucket, "pipe_file", refuse)
-    assert main.run([verb, *flags_of(flags | {name: f"{bucket}/a"})]) == 2
+    assert main.run([verb, *flags_of(flags | {name: f"{bucket}/a.png"})]) == 2
     said = capsys.readouterr().err
-    assert f"{bucket}/a" in said and "403 Forbidden" in said and "cannot" in said
+    assert f"{bucket}/a.png" in said and "403 Forbidden" in said and "cannot" in said
 
 
 def test_batch_and_its_summary(folder, bucket, monkeypatch, capsys):

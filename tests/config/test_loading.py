@@ -168,8 +168,8 @@ def test_a_run_gives_its_model(tmp_path):
 # {file: (its text, what the message must say)}
 BAD_FILES = {
     "no function": ("x = 1\n", r"must define get_config\(\)"),
-    "raises": ("1 / 0\n", r"cannot be run: ZeroDivisionError"),
-    "syntax": ("def\n", r"cannot be run: SyntaxError"),
+    "raises": ("1 / 0\n", r"line 1, raises ZeroDivisionError"),
+    "syntax": ("def\n", r"line 1, raises SyntaxError"),
     "returns nothing": ("def get_config():\n    pass\n", r"must return a ConfigDict, got NoneType"),
     "unknown field": (
         "from v4jax.config.models import tiny\n"

@@ -38,11 +38,11 @@ BAD_SAMPLING = {
     ),
     "top_k negative": (
         {"top_k": -1},
-        "top_k must be an integer of at least 0, got -1; 0 keeps every token",
+        "top_k must be an integer between 0 and 16777216, got -1; 0 keeps every token",
     ),
     "top_k fraction": (
         {"top_k": 2.5},
-        "top_k must be an integer of at least 0, got 2.5; 0 keeps every token",
+        "top_k must be an integer between 0 and 16777216, got 2.5; 0 keeps every token",
     ),
     "seed too large": (
         {"seed": 2**32},
@@ -50,7 +50,7 @@ BAD_SAMPLING = {
     ),
     "no new tokens": (
         {"max_new_tokens": 0},
-        "max_new_tokens must be an integer of at least 1, got 0; an answer has a token or more",
+        "max_new_tokens must be an integer between 1 and 268435456, got 0; an answer ends",
     ),
 }
 

@@ -30,14 +30,15 @@ def test_axes_and_their_types():
 
 def test_parse_mesh():
     assert parse_mesh("data=2, expert=8") == MeshConfig(data=2, expert=8)
-    assert parse_mesh("") == MeshConfig()
 
 
 FLAGS = {
+    "nothing": ("", "such as data=1,expert=16; got ''"),
+    "a comma": ("data=2,", "such as data=1,expert=16; got 'data=2,'"),
     "unknown axis": ("model=4", "must name each of data, expert, context, tensor"),
     "twice": ("data=2,data=2", "at most once"),
     "no size": ("data", "such as data=1,expert=16"),
-    "zero": ("data=0", "mesh.data must be a positive integer, got '0'"),
+    "zero": ("data=0", "mesh.data must be between 1 and 1048576, got '0'"),
     "word": ("data=two", "got 'two'"),
 }
 

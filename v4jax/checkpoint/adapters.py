@@ -127,6 +127,17 @@ def write_adapters(
         phase.note(f"{len(contents) // 2:,} modules of rank {rank}", log.format_bytes(size))
 
 
+def check_adapters(folder: PathLike) -> None:
+    """Raises on what the files of adapters tell by themselves, before there is a model.
+
+    Raises:
+      CheckpointError: as `read_adapters`.
+    """
+    folder = to_path(folder)
+    _read_config(folder)
+    _read_tensors(folder)
+
+
 def read_adapters(model: Transformer, folder: PathLike) -> Transformer:
     """Returns the model with the adapters of a folder; module names of either kind are understood.
 
@@ -136,21 +147,7 @@ def read_adapters(model: Transformer, folder: PathLike) -> Transformer:
     """
     folder = to_path(folder)
     scale, rank = _read_config(folder)
-    found: dict[tuple[str, str], Tensor] = {}
-    for tensor in read_header(folder / WEIGHTS_NAME):
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.file} must have dtype {' or '.join(_DTYPES)}, "
-                f"got {tensor.dtype}"
-            )
-        part = _parse_name(tensor)
-        if part in found:
-            raise CheckpointError(
-                f"tensors {found[part].name} and {tensor.name} in {tensor.file} are the same"
-            )
-        found[part] = tensor
-    if not found:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME} holds no adapters: it has no tensor")
+    found = _read_tensors(folder)
     groups, weights = names.by_parameter(names.places(model.config)), read_weights(model)
     adapted, held = {}, variables(model)
     for name, places in groups.items():
@@ -182,6 +179,26 @@ def read_adapters(model: Transformer, folder: PathLike) -> Transformer:
             f"{did_you_mean(module, sorted(known))}"
         )
     return write_weights(model, adapted)
+
+
+def _read_tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Returns {(module, factor): tensor} of the file of adapters."""
+    found: dict[tuple[str, str], Tensor] = {}
+    for tensor in read_header(folder / WEIGHTS_NAME):
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.file} must have dtype {' or '.join(_DTYPES)}, "
+                f"got {tensor.dtype}"
+            )
+        part = _parse_name(tensor)
+        if part in found:
+            raise CheckpointError(
+                f"tensors {found[part].name} and {tensor.name} in {tensor.file} are the same"
+            )
+        found[part] = tensor
+    if not found:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME} holds no adapters: it has no tensor")
+    return found
 
 
 def _put(model: Transformer, value: LowRank, variable) -> LowRank:

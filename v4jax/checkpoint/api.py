@@ -12,7 +12,7 @@ from v4jax import log
 from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, choose_numerics, get_numerics
-from v4jax.config.loading import PRETRAINED, load_model_config, pretrained_names
+from v4jax.config.loading import PRETRAINED, load_model_config, packaged_names, pretrained_names
 from v4jax.config.overrides import override
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import PathLike, find_model, is_folder, is_remote, to_path
@@ -90,11 +90,7 @@ def load(
         return Transformer(config, numerics, storage=numerics.activation_dtype, rngs=rngs)
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(build)))
-    if parameters > LARGEST_RANDOM:
-        raise ConfigError(
-            f"{name_or_folder} has {parameters / 1e9:.0f} billion parameters, too many for random "
-            "weights; give the folder of its checkpoint, or a small configuration such as nano"
-        )
+    _check_random(name_or_folder, parameters)
     log.info(
         f"{name_or_folder}: random weights (seed {seed or 0}), {parameters / 1e6:.1f} M parameters"
     )
@@ -103,6 +99,29 @@ def load(
     model = init_sharded(build, layout)
     model.layout = layout
     return model
+
+
+def check_weights(name_or_folder: PathLike) -> None:
+    """Raises where `load` would find no weights and too many for random ones; loads nothing.
+
+    Raises:
+      ConfigError: so it is, or there is no such model.
+    """
+    config, name = load_model_config(name_or_folder), str(name_or_folder)
+    if name.endswith(".py") or name in {*packaged_names()} - {*pretrained_names()}:
+        experts = config.num_hidden_layers * config.n_routed_experts * 3
+        embeddings = 2 * config.vocab_size * config.hidden_size
+        _check_random(
+            name, experts * config.moe_intermediate_size * config.hidden_size + embeddings
+        )
+
+
+def _check_random(name: PathLike, parameters: int) -> None:
+    if parameters > LARGEST_RANDOM:
+        raise ConfigError(
+            f"{name} has {parameters / 1e9:.0f} billion parameters, too many for random "
+            "weights; give the folder of its checkpoint, or a small configuration such as nano"
+        )
 
 
 def save(model: Transformer, folder: PathLike, format: str = "released") -> None:

@@ -26,7 +26,15 @@ import numpy as np
 
 from v4jax.checkpoint.safetensors_file import Tensor, as_bytes, encode_header
 from v4jax.errors import CheckpointError
-from v4jax.files import BucketPath, Path, PathLike, check_writable, is_remote, remove_all, to_path
+from v4jax.files import (
+    BucketPath,
+    Path,
+    PathLike,
+    check_folder_writable,
+    is_remote,
+    remove_all,
+    to_path,
+)
 from v4jax.parallel.agreement import gather_json
 
 Contents = Mapping[str, tuple[str, tuple[int, ...]]]  # name → dtype in the file, shape
@@ -54,9 +62,9 @@ def _find_obstacle(folder: PathLike) -> str | None:
         if is_remote(path):
             if path.exists():
                 return taken
-            check_writable(path / "new")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             return taken
+        check_folder_writable(path)
     except OSError as error:
         return f"{path} cannot be written: {error.strerror or error}"
     return None

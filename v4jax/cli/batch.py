@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from v4jax.cli import outputs
 from v4jax.cli.hosts import HostFlags, find_hosts, start_serving
 from v4jax.config.inference import InferenceConfig
 from v4jax.errors import RequestError, UnsupportedError
-from v4jax.files import is_remote, is_same_file
+from v4jax.files import is_remote
 
 SUMMARY = "reads documents and answers questions about each"
 USAGE = """
@@ -120,7 +120,9 @@ def run(flags: Flags) -> int:
     )
 
     def work(load_engine: Callable[[], Any]) -> dict[str, Any]:
-        _check_summary(summary_file, {"input": flags.input, "output": output})
+        outputs.check_apart(summary=summary_file, input=flags.input, output=output)
+        if summary_file:
+            outputs.check_writable("summary", summary_file)
         summary = run_batch(job, load_engine)
         print("\n".join(summary.lines()), flush=True)
         if summary_file:
@@ -160,13 +162,3 @@ def _join(flags: Flags) -> None:
             "give each another part of the input; name the part of the whole slice, as in "
             "--shard=3/16"
         )
-
-
-def _check_summary(summary: str | None, others: Mapping[str, str]) -> None:
-    """Raises now, and not after hours of work, if the summary could not be written."""
-    if not summary:
-        return
-    for name, path in others.items():
-        if is_same_file(summary, path):
-            raise RequestError(f"--summary and --{name} are the same file, {summary}")
-    outputs.check_writable("summary", summary)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from v4jax.config.ranges import MAX_SEED, within
 from v4jax.errors import RequestError
 
 SUMMARY = "writes a checkpoint in another format: released, bfloat16, transformers"
@@ -49,13 +50,11 @@ class Flags:
     format: Literal["released", "bfloat16", "transformers"] = "released"
     adapters: str | None = None
     run: str | None = None
-    step: int | None = None
-    shard_gib: float = 5.0
-    seed: int | None = None
+    step: int | None = within(0, 1 << 40, None)
+    shard_gib: float = within(1e-6, 1 << 20, 5.0)
+    seed: int | None = within(0, MAX_SEED, None)
 
     def __post_init__(self):
-        if not self.shard_gib > 0:
-            raise RequestError(f"--shard_gib must be positive, got {self.shard_gib}")
         if self.step is not None and not self.run:
             raise RequestError("--step is a checkpoint of a training run: give its --run, too")
 
@@ -63,6 +62,7 @@ class Flags:
 def run(flags: Flags) -> int:
     """Converts the checkpoint."""
     from v4jax.checkpoint import load, write_model
+    from v4jax.checkpoint.api import check_weights
     from v4jax.checkpoint.new_folder import check_new
     from v4jax.parallel.hosts import find_hosts
 
@@ -72,7 +72,15 @@ def run(flags: Flags) -> int:
             "of several set V4JAX_PROCESS_COUNT=1"
         )
     shard_bytes = int(flags.shard_gib * 2**30)
-    check_new(flags.output)  # before the model is read, which may take long
+    # All of this is said before the model is read, which may take long.
+    check_new(flags.output)
+    trained = _read_run(flags) if flags.run else None
+    if trained is None:
+        check_weights(flags.model)
+    if flags.adapters:
+        from v4jax.checkpoint.adapters import check_adapters
+
+        check_adapters(flags.adapters)
     if not (flags.run or flags.adapters):
         model = load(flags.model, seed=flags.seed)
         write_model(model, flags.output, flags.format, shard_bytes=shard_bytes)
@@ -80,16 +88,27 @@ def run(flags: Flags) -> int:
     from v4jax.checkpoint.adapters import read_adapters
     from v4jax.training.export import export
 
-    model = _load_run(flags) if flags.run else load(flags.model, seed=flags.seed)
+    if trained is not None:
+        from v4jax.training.trainer import load_trained
+
+        model = load_trained(trained, flags.step)
+    else:
+        model = load(flags.model, seed=flags.seed)
     if flags.adapters:
         model = read_adapters(model, flags.adapters)
     export(model, flags.output, flags.format, shard_bytes=shard_bytes)
     return 0
 
 
-def _load_run(flags: Flags) -> Any:
+def _read_run(flags: Flags) -> Any:
     from v4jax.config import TrainConfig
     from v4jax.config.loading import load_run
-    from v4jax.training.trainer import load_trained
+    from v4jax.files import to_path
 
-    return load_trained(load_run(TrainConfig, flags.run, {"output": flags.model}), flags.step)
+    trained = load_run(TrainConfig, flags.run, {"output": flags.model})
+    if not (to_path(flags.model) / "checkpoints").is_dir():
+        raise RequestError(
+            f"--model must be the folder of a training run where --run is given, but {flags.model} "
+            "has no checkpoints/"
+        )
+    return trained

@@ -37,6 +37,31 @@ def complete(config: InferenceConfig) -> InferenceConfig:
     return dataclasses.replace(config, model=name, numerics=numerics, frame=frame)
 
 
+def _check(config: InferenceConfig) -> Any:
+    """Returns the configuration of the model, with which the flags have been compared.
+
+    Raises:
+      ConfigError: there is no such model, it has no weights, or it does not go so far.
+    """
+    from v4jax.checkpoint.api import check_weights
+    from v4jax.config.loading import load_model_config
+    from v4jax.errors import ConfigError
+
+    model = load_model_config(config.model)
+    check_weights(config.model)
+    most = model.max_position_embeddings
+    for name, tokens in (
+        ("max_tokens", config.max_tokens),
+        ("max_new_tokens", config.sampling.max_new_tokens),
+    ):
+        if tokens is not None and tokens > most:
+            raise ConfigError(
+                f"{name} must be at most the model's max_position_embeddings {most:,}, got "
+                f"{tokens:,}"
+            )
+    return model
+
+
 def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any]:
     """Returns the mesh over all devices, or None for one alone, and the EngineOptions for it.
 
@@ -44,13 +69,13 @@ def plan_engine(config: InferenceConfig, *, asks: bool = True) -> tuple[Any, Any
       config: as `complete` returned it.
       asks: whether questions to documents are answered, `questions_at_once` side by side.
     """
-    from v4jax.config.loading import load_model_config, packaged_names
+    from v4jax.config.loading import packaged_names
     from v4jax.inference import EngineOptions, Frame
     from v4jax.parallel.agreement import on_all
     from v4jax.parallel.mesh import choose_mesh
 
     frame, speculate = Frame(**vars(config.frame)), config.speculate
-    model = on_all(lambda: load_model_config(config.model))
+    model = on_all(lambda: _check(config))
     mesh = on_all(lambda: choose_mesh(config.mesh, model))
     sizes = {"data": 1, "expert": 1, "context": 1} if mesh is None else mesh.shape
     sharing = sizes["expert"] * sizes["context"]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 from v4jax.cli import outputs
 from v4jax.cli.hosts import HostFlags, start_serving
 from v4jax.config.inference import InferenceConfig
+from v4jax.config.ranges import MAX_SEED, MOST_TOKENS, within
 from v4jax.errors import RequestError
 
 SUMMARY = "needle accuracy by length and depth, as a table and a picture"
@@ -40,10 +42,10 @@ class Flags:
     """
 
     config: InferenceConfig = dataclasses.field(metadata={"without": ("sampling",)})
-    lengths: tuple[int, ...] = (4096, 16384)
-    questions: tuple[int, ...] = (20,)
-    depths: int = 5
-    seed: int = 0
+    lengths: tuple[int, ...] = within(512, MOST_TOKENS, (4096, 16384))
+    questions: tuple[int, ...] = within(1, 10_000, (20,))
+    depths: int = within(1, 100, 5)
+    seed: int = within(0, MAX_SEED, 0)
     folder: str | None = None
     answers: str | None = None
     plot: str | None = None
@@ -51,18 +53,17 @@ class Flags:
     hosts: HostFlags
 
     def __post_init__(self):
-        for name, values, least in (
-            ("lengths", self.lengths, 512),
-            ("questions", self.questions, 1),
-            ("depths", [self.depths], 1),
-        ):
-            if not values or min(values) < least:
-                raise RequestError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if not (self.lengths and self.questions):
+            raise RequestError("--lengths and --questions must name at least one number each")
         if len(self.questions) not in (1, len(self.lengths)):
             raise RequestError(
                 f"--questions takes one number, or one for each of {len(self.lengths)} lengths, "
                 f"got {len(self.questions)}"
             )
+        if self.folder and not os.path.isdir(self.folder):
+            raise RequestError(f"--folder must be a folder of text files, got {self.folder!r}")
+        outputs.check_ending("plot", self.plot, ".png")
+        outputs.check_apart(answers=self.answers, plot=self.plot)
 
 
 def run(flags: Flags) -> int:

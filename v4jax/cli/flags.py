@@ -20,6 +20,7 @@ from typing import Any, Literal
 from absl import flags
 
 from v4jax.config.inference import InferenceConfig
+from v4jax.config.ranges import check_range
 from v4jax.config.run import MeshConfig, parse_mesh
 from v4jax.errors import RequestError
 
@@ -27,6 +28,7 @@ CONFIG_HELP = (
     "Python file whose get_config() describes model and answers; see configs/inference. Flags "
     "replace its values."
 )
+SYSTEM = "system"  # the one text that may be empty: a system message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class _Leaf:
     default: Any
     help: str
     repeated: bool
+    record: type
 
     @property
     def required(self) -> bool:
@@ -72,14 +75,21 @@ def read(record: type, values: flags.FlagValues, words: list[str], hint: str) ->
         if words and field.metadata.get("positional") and values[field.name].value is None:
             values[field.name].value = words.pop(0)
         file = values.config if field.type is InferenceConfig else None
+        if file == "":
+            raise RequestError("--config must not be empty; leave it out, or name a file")
         for leaf in leaves:
             if leaf.required and not values[leaf.name].value and file is None:
                 raise RequestError(f"--{leaf.name} is required; --help shows examples")
+        for leaf in leaves:
+            _check_text(leaf, values)
         if not dataclasses.is_dataclass(field.type):
             (leaf,) = leaves
             found[field.name] = _value(leaf, values)
+            check_range(record, field.name, found[field.name], "--", RequestError)
             continue
         given = [leaf for leaf in leaves if values[leaf.name].present]
+        for leaf in given:
+            check_range(leaf.record, leaf.name, _value(leaf, values), "--", RequestError)
         changes = {leaf.path.partition(".")[2]: _value(leaf, values) for leaf in given}
         from v4jax.config.loading import load_run  # ml_collections: not for --help
 
@@ -109,7 +119,7 @@ def _leaves(record: type, field: dataclasses.Field, path: str = "") -> Iterator[
     else:
         text = _attributes(record)[field.name]
         repeated = field.metadata.get("repeated", False)
-        yield _Leaf(field.name, path, field.type, field.default, text, repeated)
+        yield _Leaf(field.name, path, field.type, field.default, text, repeated, record)
 
 
 def _attributes(record: type) -> dict[str, str]:
@@ -150,6 +160,13 @@ def _value(leaf: _Leaf, values: flags.FlagValues) -> Any:
         return tuple(int(item) for item in value)
     except ValueError as error:
         raise RequestError(f"--{leaf.name} takes whole numbers, got {value}") from error
+
+
+def _check_text(leaf: _Leaf, values: flags.FlagValues) -> None:
+    """Raises where a flag was given and says nothing, as a variable that is not set makes it."""
+    flag = values[leaf.name]
+    if flag.present and _without_none(leaf.hint) is str and leaf.name != SYSTEM and not flag.value:
+        raise RequestError(f"--{leaf.name} must not be empty; leave it out, or name something")
 
 
 def _without_none(hint: Any) -> Any:

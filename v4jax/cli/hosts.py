@@ -5,6 +5,8 @@ import signal
 import threading
 from typing import Any
 
+from v4jax.config.ranges import within
+
 
 @dataclasses.dataclass(frozen=True)
 class HostFlags:
@@ -18,8 +20,8 @@ class HostFlags:
     """
 
     coordinator: str | None = None
-    process_index: int | None = None
-    process_count: int | None = None
+    process_index: int | None = within(0, 1 << 20, None)
+    process_count: int | None = within(1, 1 << 20, None)
 
 
 def find_hosts(flags: HostFlags) -> Any:

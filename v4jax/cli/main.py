@@ -46,7 +46,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with _ends_in_order():
             return _dispatch(arguments)
     except (V4JaxError, flags.Error) as error:
-        print(f"v4jax: error: {error}", file=sys.stderr)
+        print(f"v4jax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except _Terminated:
         print("v4jax: terminated", file=sys.stderr)

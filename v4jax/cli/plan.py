@@ -6,6 +6,7 @@ import os
 from typing import Literal
 
 from v4jax.config.inference import InferenceConfig
+from v4jax.config.ranges import MOST_TOKENS, within
 from v4jax.config.run import MeshConfig
 from v4jax.errors import RequestError
 
@@ -61,14 +62,14 @@ class Flags:
     config: str | None = None
     model: str | None = None
     topology: str | None = None
-    slices: int = 1
+    slices: int = within(1, 1 << 12, 1)
     mesh: MeshConfig | None = None
     regime: Literal["decode", "prefill", "train"] = "decode"
-    context: int | None = None
-    batch: int | None = None
-    chunk: int | None = None
+    context: int | None = within(1, MOST_TOKENS, None)
+    batch: int | None = within(1, 1 << 24, None)
+    chunk: int | None = within(1, MOST_TOKENS, None)
     training: Literal["adamw", "muon", "lora"] = "adamw"
-    lora_rank: int = 16
+    lora_rank: int = within(1, 1 << 16, 16)
     numerics: Literal["float32", "bfloat16", "released"] | None = None
     json: bool = False
     compile: bool = False

@@ -6,8 +6,11 @@ field is also a flag, which replaces the file's value; the `Attributes` here are
 """
 
 import dataclasses
+import re
 from typing import Literal
 
+from v4jax.config.json_keys import brief
+from v4jax.config.ranges import MAX_SEED, MOST_TOKENS, check_ranges, within
 from v4jax.config.run import MeshConfig
 from v4jax.errors import ConfigError
 
@@ -44,11 +47,11 @@ class SamplingConfig:
       max_new_tokens: Ends an answer that has not ended itself; at least 1.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    max_new_tokens: int = 256
+    temperature: float = within(0, 1e6, 0.0)
+    top_p: float = within(0, 1, 1.0)  # 0 itself is refused where the options are checked
+    top_k: int = within(0, 1 << 24, 0)
+    seed: int = within(0, MAX_SEED, 0)
+    max_new_tokens: int = within(1, MOST_TOKENS, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +85,22 @@ class InferenceConfig:
 
     model: str
     numerics: Literal["float32", "bfloat16", "released"] | None = None
-    weights_seed: int | None = None
+    weights_seed: int | None = within(0, MAX_SEED, None)
     mesh: MeshConfig | None = None
-    chunk_tokens: int | None = None
-    max_tokens: int | None = None
-    questions_at_once: int = 4
+    chunk_tokens: int | None = within(1, MOST_TOKENS, None)
+    max_tokens: int | None = within(1, MOST_TOKENS, None)
+    questions_at_once: int = within(1, 1 << 16, 4)
     speculate: str = "auto"
     frame: FrameConfig = FrameConfig()
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
-        for field in ("chunk_tokens", "max_tokens", "questions_at_once"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"inference.{field} must be at least 1, got {value}")
-        count = int(self.speculate) if self.speculate.isdecimal() else 0
+        check_ranges(self, "inference.")
+        check_ranges(self.sampling, "inference.sampling.")
+        digits = re.fullmatch("[0-9]{1,4}", self.speculate)
+        count = int(self.speculate) if digits else 0
         if self.speculate not in ("auto", "off") and not count:
             raise ConfigError(
                 "inference.speculate must be auto, off or a number of tokens of at least 1, got "
-                f"{self.speculate!r}"
+                f"{brief(self.speculate)}"
             )

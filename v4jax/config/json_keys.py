@@ -131,6 +131,11 @@ def brief(value: Any) -> str:
     return _BRIEF.repr(value)
 
 
+def brief_name(name: str) -> str:
+    """Returns a name as a message shows it: bare, unless it would break or fill the line."""
+    return name if name.isprintable() and len(name) <= _BRIEF.maxstring else brief(name)
+
+
 def did_you_mean(name: str, known) -> str:
     """Returns `; did you mean 'x'?` for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=1)

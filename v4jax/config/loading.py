@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import importlib.util
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -239,12 +240,20 @@ def _join(path: str, name: str) -> str:
 
 
 def _run_file(path: pathlib.Path) -> Any:
+    """Returns what a file's get_config() returns; whatever it raises is a bad configuration."""
     spec = importlib.util.spec_from_file_location(f"v4jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises is a bad configuration
-        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} must define get_config()")
-    return module.get_config()
+        found = getattr(module, "get_config", None)
+        if callable(found):
+            return found()
+    except (Exception, SystemExit) as error:
+        steps = traceback.extract_tb(error.__traceback__)
+        lines = [step.lineno for step in steps if step.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f"{path}, line {line}," if line else f"{path}"
+        what = "exits" if isinstance(error, SystemExit) else f"raises {type(error).__name__}"
+        text = " ".join(str(error).split()) or "no message"
+        raise ConfigError(f"{place} {what}: {text}") from error
+    raise ConfigError(f"{path} must define get_config()")

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from v4jax.config.json_keys import brief
-from v4jax.config.ranges import check_ranges, within
+from v4jax.config.ranges import MOST_TOKENS, check_ranges, within
 from v4jax.errors import ConfigError
 
 PROFILES = ("preview", "0731")  # generations of checkpoints; `tokenizer.PROFILES` has their texts
@@ -41,7 +41,7 @@ class YarnScaling:
     factor: float = within(1e-3, 1e6, 16.0)
     beta_fast: float = within(1e-6, 1e6, 32.0)
     beta_slow: float = within(1e-6, 1e6, 1.0)
-    original_max_position_embeddings: int = within(1, 1 << 28, 65536)
+    original_max_position_embeddings: int = within(1, MOST_TOKENS, 65536)
 
     def __post_init__(self):
         check_ranges(self, "model.rope_scaling.")
@@ -172,7 +172,7 @@ class ModelConfig:
     # Serial MTP blocks; 0 where there is a draft module.
     num_nextn_predict_layers: int = within(0, 64, 1)
     draft: DraftConfig | None = None
-    max_position_embeddings: int = within(1, 1 << 28, 1048576)
+    max_position_embeddings: int = within(1, MOST_TOKENS, 1048576)
     initializer_range: float = within(0, 1e3, 0.02)
     expert_dtype: str = "fp4"  # stored format of the routed experts: fp4 | fp8
     weight_block_size: tuple[int, int] = within(1, 1 << 16, (128, 128))  # tile of one FP8 scale

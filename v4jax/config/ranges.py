@@ -13,6 +13,9 @@ from typing import Any
 from v4jax.config.json_keys import brief
 from v4jax.errors import ConfigError, V4JaxError
 
+MAX_SEED = 2**32 - 1
+MOST_TOKENS = 1 << 28  # of a sequence, far above every model's
+
 
 def within(least: float, most: float, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     """Declares a dataclass's field whose numbers lie between `least` and `most`, both included.

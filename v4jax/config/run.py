@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from v4jax.config.data import DataConfig
 from v4jax.config.model import DraftConfig, ModelConfig
+from v4jax.config.ranges import check_ranges, within
 from v4jax.errors import ConfigError
 from v4jax.files import is_remote
 
@@ -22,6 +23,9 @@ def require(holds: bool, field: str, rule: str, value: object) -> None:
         raise ConfigError(f"train.{field} {rule}, got {value!r}")
 
 
+_MOST_DEVICES = 1 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; `parallel/axes.py` says what each splits.
@@ -29,11 +33,21 @@ class MeshConfig:
     `slices` names axes whose devices are in several slices, as pairs: (("data", 2),).
     """
 
-    data: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = within(1, _MOST_DEVICES, 1)
+    expert: int = within(1, _MOST_DEVICES, 1)
+    context: int = within(1, _MOST_DEVICES, 1)
+    tensor: int = within(1, _MOST_DEVICES, 1)
     slices: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self):
+        check_ranges(self, "mesh.")
+        for axis, count in self.slices:
+            size = getattr(self, axis, 0) if axis in _AXES else 0
+            if count < 1 or size % count or not size:
+                raise ConfigError(
+                    f"mesh.slices must divide axes of the mesh, such as (('data', 2),); got "
+                    f"{(axis, count)} for {self.sizes}"
+                )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -51,15 +65,15 @@ def parse_mesh(text: str) -> MeshConfig:
       ConfigError: an unknown axis, an axis twice, or a size that is no positive integer.
     """
     sizes: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in text.split(","):
         axis, equals, size = (piece.strip() for piece in part.partition("="))
         if axis not in _AXES or not equals or axis in sizes:
             raise ConfigError(
                 f"mesh must name each of {', '.join(_AXES)} at most once, such as "
                 f"data=1,expert=16; got {text!r}"
             )
-        if not size.isdigit() or int(size) < 1:
-            raise ConfigError(f"mesh.{axis} must be a positive integer, got {size!r}")
+        if not (size.isascii() and size.isdigit() and 1 <= int(size[:20]) <= _MOST_DEVICES):
+            raise ConfigError(f"mesh.{axis} must be between 1 and {_MOST_DEVICES}, got {size!r}")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
 

@@ -8,9 +8,8 @@ import math
 from dataclasses import dataclass, field
 
 from v4jax.config.inference import SamplingConfig
+from v4jax.config.ranges import MAX_SEED, MOST_TOKENS
 from v4jax.errors import RequestError
-
-MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class SamplingOptions(SamplingConfig):
     def __post_init__(self):
         _check_number("temperature", self.temperature, "at least 0", lambda t: t >= 0)
         _check_number("top_p", self.top_p, "greater than 0 and at most 1", lambda p: 0 < p <= 1)
-        _check_integer("top_k", self.top_k, 0, "0 keeps every token")
+        _check_integer("top_k", self.top_k, 0, "0 keeps every token", 1 << 24)
         _check_integer("seed", self.seed, 0, "choose another", MAX_SEED)
-        _check_integer("max_new_tokens", self.max_new_tokens, 1, "an answer has a token or more")
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, "an answer ends", MOST_TOKENS)
 
     def replace(self, **overrides: float) -> "SamplingOptions":
         """Returns the options with some fields changed; the result is checked again."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from v4jax.config.json_keys import brief_name
 from v4jax.errors import ConversationError
 from v4jax.tokenizer.tools import ToolCall, to_json
 from v4jax.tokenizer.vocabulary import TASKS
@@ -370,7 +371,7 @@ def _check_json(value: Mapping, place: str) -> Mapping:
 def _fail(place: str, rule: str, value: Any, remedy: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    raise ConversationError(f"{place} {rule}, got {shown}; {remedy}")
+    raise ConversationError(f"{brief_name(place)} {rule}, got {shown}; {remedy}")
 
 
 _READERS = {

@@ -21,6 +21,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.config.data import SourceConfig
+from v4jax.config.json_keys import brief_name
 from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Piece, Vocabulary, encode_pieces, render_messages
 from v4jax.tokenizer.conversation import Turn, read_turns
@@ -60,11 +61,15 @@ class ChatRecords:
         fields = parse_object(self._lines[index])
         unused = sorted(set(fields) - {*_FIELDS})
         if unused:
-            log.once(f"data: chat records have fields that are not used: {', '.join(unused)}")
+            log.once(
+                f"data: chat records have fields that are not used: {brief_name(', '.join(unused))}"
+            )
         if isinstance(fields.get("tools"), str):
             fields["tools"] = parse_list(fields["tools"], "tools")
         if "messages" not in fields:
-            raise DataError(f"needs the field messages, got {', '.join(fields) or 'no field'}")
+            raise DataError(
+                f"needs the field messages, got {brief_name(', '.join(fields)) or 'no field'}"
+            )
         return encode_conversation(
             add_tools(fields["messages"], fields.get("tools")),
             self._tokenizer,

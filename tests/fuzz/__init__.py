@@ -1,0 +1,1 @@
+"""Files that nobody meant to write, by hypothesis."""
