@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from v4jax.errors import ConfigError
 
-ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
+# Tokens of which documents of a packed row begin at multiples: whole windows of every kind.
+DOCUMENT_UNIT = 128
 
 # Fields that one kind of source heeds.
 _ONLY_FOR = dict.fromkeys(("mode", "effort", "profile", "drop_thinking"), "chat")
@@ -100,11 +101,11 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("data.sources must name at least one source, got none")
-        if self.length < ALIGN or self.length % ALIGN:
-            below = max(self.length // ALIGN, 1) * ALIGN
+        if self.length < DOCUMENT_UNIT or self.length % DOCUMENT_UNIT:
+            below = max(self.length // DOCUMENT_UNIT, 1) * DOCUMENT_UNIT
             raise ConfigError(
-                f"data.length must be a positive multiple of {ALIGN}, got {self.length}; "
-                f"try {below} or {below + ALIGN}"
+                f"data.length must be a positive multiple of {DOCUMENT_UNIT}, got {self.length}; "
+                f"try {below} or {below + DOCUMENT_UNIT}"
             )
         for field, least in (("batch", 1), ("lookahead", 1), ("prefetch", 0), ("epochs", 1)):
             value = getattr(self, field)
