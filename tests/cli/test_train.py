@@ -18,7 +18,8 @@ class FakeTrainer:
 
     ending, step = "finished", 0
 
-    def __init__(self, config):
+    def __init__(self, config, allow_changed):
+        self.allow_changed = allow_changed
         self.config, self.folder = config, pathlib.Path(config.output)
         self.metrics = types.SimpleNamespace(path=self.folder / "metrics.jsonl")
         self.closed = False
@@ -97,6 +98,7 @@ def test_finished(capsys, fake):
     assert train("--output=out", "--set=seed=3") == 0
     assert fake.made.config.seed == 3 and fake.made.closed
     assert capsys.readouterr().out == "out/model\n"
+    assert fake.made.allow_changed == ()
     fake.step = 10
     assert train("--output=out") == 0
     assert capsys.readouterr().out == "out/model\n"
@@ -104,7 +106,9 @@ def test_finished(capsys, fake):
     assert train("--output=out", "--set=steps=20") == 2
     expected = "out/model exists, and the run goes on from step 10 to 20: move it away, or give"
     assert expected in capsys.readouterr().err
-    assert train("--output=out", "--set=steps=20", "--noexport") == 0
+    allowed = "--allow_changed=optimizer.rate,data"
+    assert train("--output=out", "--set=steps=20", "--noexport", allowed) == 0
+    assert fake.made.allow_changed == ("optimizer.rate", "data")
 
 
 def test_stopped_and_killed(capsys, fake):

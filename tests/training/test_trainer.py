@@ -12,7 +12,7 @@ import pytest
 
 from v4jax.config.loading import load_run
 from v4jax.config.run import EvaluationConfig, TrainConfig
-from v4jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from v4jax.errors import CheckpointError, ConfigError, TrainingError
 from v4jax.tokenizer.vocabulary import BOS
 from v4jax.training.metrics import read_metrics
 from v4jax.training.trainer import Trainer
@@ -260,18 +260,44 @@ def test_folder_of_another_run():
             CheckpointError,
             "model.index_topk is 8 there and 9 here",
         ),
-        "data": ({"data.seed": 1}, DataError, "saved for other data: seed was 0 and is 1; restore"),
-        "optimizer": (
-            {"optimizer.kind": "muon"},
+        "configuration": (
+            {"data.seed": 1, "optimizer.rate": 1e-5},
             CheckpointError,
-            "not in the checkpoint|not here",
+            r"belongs to another run: train.data.seed was 0 and is 1; train.optimizer.rate was "
+            r"0.01 and is 1e-05. Restore that, choose another output, or give "
+            r"--allow_changed=data.seed,optimizer.rate if it is meant",
         ),
+        "adapters": ({"lora": {}}, CheckpointError, "train.lora was None and is 'given'"),
+        "random weights": ({"seed": 1}, CheckpointError, "train.seed was 0 and is 1"),
     }
     for changes, error, message in cases.values():
         with pytest.raises(error, match=message):
             Trainer(configured(**changes))
+    with pytest.raises(CheckpointError, match=r"train.model \(a digest of the weights .* was '"):
+        Trainer(configured(seed=1), ["seed"])
+    with pytest.raises(ConfigError, match=r"'optimizer.rat' is no field .* mean 'optimizer.rate'"):
+        Trainer(configured(), ["optimizer.rat"])
+    text = pathlib.Path("text.txt").read_text()
+    pathlib.Path("text.txt").write_text(text.replace("line 7 ", "line 8 "))  # as many records
+    with pytest.raises(CheckpointError, match=r"sources\[0\].paths \(a digest of what the fil"):
+        Trainer(configured())
+    pathlib.Path("text.txt").write_text(text)
     after = {p: p.stat().st_mtime_ns for p in pathlib.Path("run").rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_changes_that_are_meant(capfd):
+    """Another rate goes on with the data, other data begins anew; files may have other names."""
+    run(configured(steps=2))
+    pathlib.Path("text.txt").rename("other.txt")
+    text = [{"kind": "text", "paths": ["other.txt"]}]
+    trainer = Trainer(configured(**{"optimizer.rate": 1e-3, "data.sources": text}), ["optimizer"])
+    assert trainer.step == 2 and trainer.loader.counts().rows == 4
+    trainer.close()
+    trainer = Trainer(configured(**{"data.seed": 4, "data.sources": text}), ["data"])
+    assert trainer.step == 2 and trainer.loader.counts().rows == 0
+    trainer.close()
+    assert "train: the data begins anew, because data.seed changed" in capfd.readouterr().err
 
 
 def test_receivers():

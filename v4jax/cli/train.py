@@ -44,6 +44,9 @@ class Flags:
       output: Folder of the run, in place of the configuration's.
       export: Write the finished model to OUTPUT/model.
       dry_run: Print the run as configured, and stop.
+      allow_changed: FIELD[,FIELD] of the configuration that may differ from those the run began
+        with, such as optimizer.rate, optimizer, model or data. Otherwise a run goes on only as it
+        began.
       plot: Output folder of a run, finished or not: only draw its metrics to run.png there (needs
         matplotlib).
     """
@@ -53,6 +56,7 @@ class Flags:
     output: str | None = None
     export: bool = True
     dry_run: bool = False
+    allow_changed: str = ""
     plot: str | None = None
     hosts: HostFlags
 
@@ -83,7 +87,7 @@ def run(flags: Flags) -> int:
     from v4jax import log
     from v4jax.training.trainer import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer(config, tuple(filter(None, flags.allow_changed.split(","))))
     try:
         if flags.export:
             _check_export(trainer)

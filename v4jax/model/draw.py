@@ -42,16 +42,16 @@ def draw_normal(key: jax.Array, shape: tuple[int, ...], deviation: float):
 
 def _draw_rows(xp, words, rows, columns: int):
     """Returns normal values of deviation `ONE`, [*rows, columns], by NumPy or JAX (`xp`)."""
-    first, second = _mix(words + np.uint32(0x9E3779B9))
-    row = _mix(rows + first)
-    word = _mix(_mix(xp.arange(columns, dtype=np.uint32) + row) ^ _mix(row ^ second))
+    first, second = mix(words + np.uint32(0x9E3779B9))
+    row = mix(rows + first)
+    word = mix(mix(xp.arange(columns, dtype=np.uint32) + row) ^ mix(row ^ second))
     place, part = (word >> 20).astype(np.int32), (word >> 8 & 0xFFF).astype(np.int32)
     borders = xp.asarray(_borders())
     low, high = borders[place], borders[place + 1]
     return (low + ((high - low) * part >> 12)).astype(np.float32)
 
 
-def _mix(x):
+def mix(x):
     """Returns well-mixed bits of uint32 (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

@@ -21,7 +21,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from v4jax.errors import TrainingError
 from v4jax.files import Path, find_model, is_remote, to_path
 from v4jax.model import Transformer
 from v4jax.parallel import make_mesh
-from v4jax.parallel.agreement import gather_json
+from v4jax.parallel.agreement import gather_json, share_json
 from v4jax.tokenizer import load_tokenizer
 from v4jax.training.batch import Batch, put_batch, row_shares
 from v4jax.training.data import Loader, merge_states
@@ -50,6 +50,13 @@ from v4jax.training.evaluate import (
 )
 from v4jax.training.export import export
 from v4jax.training.forward import Mode
+from v4jax.training.identity import (
+    check_allowed,
+    describe_config,
+    digest_arrays,
+    digest_data,
+    find_changes,
+)
 from v4jax.training.metrics import Metrics, Speed, check_receivers, flatten
 from v4jax.training.optimizer import adam_epsilon, build_optimizer, build_schedule
 from v4jax.training.samples import describe_sample, predict, write_samples
@@ -69,8 +76,12 @@ from v4jax.training.trainable import describe_heads, split_trained
 class Trainer:
     """One run on all devices of the job; every process makes one with the same configuration."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, allow_changed: Sequence[str] = ()):
         """Loads the model, opens data and checkpoints, and goes to the newest checkpoint.
+
+        Args:
+          allow_changed: fields that may differ from those the run began with, such as
+            "optimizer.rate", "optimizer", "model" or "data". With other data it begins anew.
 
         Raises:
           ConfigError, CheckpointError, DataError: something named in the configuration is missing
@@ -79,6 +90,7 @@ class Trainer:
         self.config = config
         self.folder = to_path(config.output)
         check_receivers(config.report_to)
+        check_allowed(allow_changed, config)
         checkpoint = config.checkpoint
         self.store = Store(
             self.folder / "checkpoints",
@@ -86,10 +98,15 @@ class Trainer:
             every=checkpoint.every,
             model=load_run_model(config),
         )
+        self._identity = describe_config(config)
+        self._changed = self._compare(allow_changed)  # before weights are read
         model = load_model(config)
         self.frozen, weights, biases = split_trained(model, config)
         self.model_config, self.layout = self.frozen.config, model.layout
         self.tokenizer = load_tokenizer(model.folder or self.model_config.tokenizer)
+        self._identity |= share_json(digest_data(config) if jax.process_index() == 0 else {})
+        self._identity["model"] = digest_arrays(self.frozen.arrays | weights | biases, self.layout)
+        self._changed = self._compare(allow_changed)
         self.loader = self._open_data(config.data)
         if config.steps is None:
             config = self.config = dataclasses.replace(config, steps=self._count_steps())
@@ -341,14 +358,24 @@ class Trainer:
         if force or step % self.store.every == 0:
             self.metrics.flush()
             position = merge_states(gather_json(self.loader.state()))
-            self.store.save(step, self.state, {"data": position}, force=force)
+            extra = {"data": position, "identity": self._identity}
+            self.store.save(step, self.state, extra, force=force)
 
     def _resume(self) -> None:
         if self.store.latest() is None:
             return
         self.state, extra = self.store.restore(None, self.state)
-        self.loader.restore(extra["data"])
         log.info(f"train: resumes at step {self.step} of {self.config.steps}")
+        if any(field.startswith("data.") for field in self._changed):
+            log.info(f"train: the data begins anew, because {', '.join(self._changed)} changed")
+        else:
+            self.loader.restore(extra["data"])
+
+    def _compare(self, allow_changed: Sequence[str]) -> list[str]:
+        """Returns the fields in which the newest checkpoint differs from this run, and may."""
+        if self.store.latest() is None:
+            return []
+        return compare_run(self.store, None, self._identity, allow_changed)
 
 
 def load_model(config: TrainConfig) -> Transformer:
@@ -368,15 +395,33 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     The run may continue meanwhile; its data is not opened, and its mesh is not needed.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: there is no such checkpoint, or it is that of another run.
     """
     model = api.load(config.model, config.numerics, seed=_seed(config))
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, frozen.config)
     state = abstract_state(frozen, weights, biases, optimizer)
     folder = to_path(config.output) / "checkpoints"
+    identity = describe_config(config)
+    identity["model"] = digest_arrays(frozen.arrays | weights | biases)
     with Store(folder, model=frozen.config, read_only=True) as store:
+        compare_run(store, step, identity, ("data", "optimizer"))
         return finish(frozen, store.restore(step, state)[0])
+
+
+def compare_run(
+    store: Store, step: int | None, identity: Mapping[str, Any], allowed: Sequence[str]
+) -> list[str]:
+    """Returns the fields in which a checkpoint differs from a run, and may.
+
+    Raises:
+      CheckpointError: it differs in another field.
+    """
+    stored = store.read_extra(step).get("identity")
+    if stored is None:
+        log.warning(f"checkpoint: {store.folder} does not say of which run it is")
+        return []
+    return find_changes(stored, identity, allowed, store.folder)
 
 
 def _seed(config: TrainConfig) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -119,14 +120,21 @@ def _open_records(data: DataConfig, which: int, tokenizer: Vocabulary) -> Record
     config = data.sources[which]
     match config.kind:
         case "chat":
-            files = find_files(config.paths, chat.SUFFIXES)
-            return chat.ChatRecords(files, config, tokenizer)
+            return chat.ChatRecords(find_source_files(config), config, tokenizer)
         case "text":
-            files = find_files(config.paths, text.SUFFIXES)
-            return text.TextRecords(files, config, tokenizer, data.length)
+            return text.TextRecords(find_source_files(config), config, tokenizer, data.length)
         case "needles":
             return _open_needles(data, which, tokenizer)
     raise AssertionError(f"kind {config.kind!r} was let through")
+
+
+def find_source_files(config: SourceConfig) -> list[Path]:
+    """Returns the files of a source.
+
+    Raises:
+      ConfigError: as `find_files`.
+    """
+    return find_files(config.paths, (chat if config.kind == "chat" else text).SUFFIXES)
 
 
 def _open_needles(data: DataConfig, which: int, tokenizer: Vocabulary) -> Records:
