@@ -318,7 +318,7 @@ FAULTS = [
     Fault(
         "documents do not begin with a window",
         "training/data/packing.py",
-        "begin = round_up(end, DOCUMENT_UNIT)",
+        "begin = round_up(end, ALIGN)",
         "begin = end",
         "tests/training/data/test_packing.py",
     ),

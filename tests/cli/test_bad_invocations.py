@@ -65,6 +65,7 @@ ANSWERS = (
     ("--nope", "unknown flag --nope"),
     ("more", "unexpected argument 'more'"),
 )
+CONVERSES = ("--effort", "--profile", "--speculate")
 SAMPLES = (
     ("--temperature=-1", "--temperature must be between 0 and"),
     ("--temperature=nan", "--temperature must be between 0 and"),
@@ -86,6 +87,31 @@ GROUPS = (
     ("--questions_at_once=0", "--questions_at_once must be between 1 and"),
     (f"--questions_at_once={HUGE}", "--questions_at_once must be between 1 and"),
 )
+# Of a job, from one file to another.
+JOBS = (
+    ("--input={tmp}/nope", "cannot read {tmp}/nope: No such file"),
+    ("--input={tmp}", "not a regular file"),
+    ("--input=", "--input is required"),
+    ("--output=", "--output is required"),
+    ("--output=/proc/x", "/proc/x"),
+    ("--output={tmp}/no/out.jsonl", "{tmp}/no/out.jsonl"),
+    ("--output={tmp}", "{tmp}"),
+    ("--output={docs}", "same file"),
+    ("--summary=", "--summary must not be empty"),
+    ("--summary=/proc/x", "cannot write --summary=/proc/x"),
+    ("--summary={tmp}/no/s.json", "cannot write --summary="),
+    ("--summary={docs}", "--summary and --input are the same file"),
+    ("--summary={tmp}/out.jsonl", "--summary and --output are the same file"),
+    ("--shard=", "--shard must not be empty"),
+    ("--shard=4/4", "is part 4 of 4, but indices run from 0 to 3"),
+    ("--shard=1/0", "divides the input into no parts"),
+    ("--shard=x", "--shard must be INDEX/COUNT"),
+    ("--shard=auto/4", "shard"),
+    ("--documents_under={tmp}/no", "--documents_under must be a folder"),
+    ("--documents_under=", "--documents_under must not be empty"),
+    ("--overwrite --retry_failed", "leave out"),
+    ("--overwrite=maybe", "--overwrite"),
+)
 
 # {verb: (flags that are good, rows)}
 VERBS = {
@@ -105,28 +131,15 @@ VERBS = {
             *ANSWERS,
             *SAMPLES,
             *GROUPS,
-            ("--input={tmp}/nope", "cannot read {tmp}/nope: No such file"),
-            ("--input={tmp}", "not a regular file"),
-            ("--input=", "--input is required"),
-            ("--output=", "--output is required"),
-            ("--output=/proc/x", "/proc/x"),
-            ("--output={tmp}/no/out.jsonl", "{tmp}/no/out.jsonl"),
-            ("--output={tmp}", "{tmp}"),
-            ("--output={docs}", "same file"),
-            ("--summary=", "--summary must not be empty"),
-            ("--summary=/proc/x", "cannot write --summary=/proc/x"),
-            ("--summary={tmp}/no/s.json", "cannot write --summary="),
-            ("--summary={docs}", "--summary and --input are the same file"),
-            ("--summary={tmp}/out.jsonl", "--summary and --output are the same file"),
-            ("--shard=", "--shard must not be empty"),
-            ("--shard=4/4", "is part 4 of 4, but indices run from 0 to 3"),
-            ("--shard=1/0", "divides the input into no parts"),
-            ("--shard=x", "--shard must be INDEX/COUNT"),
-            ("--shard=auto/4", "shard"),
-            ("--documents_under={tmp}/no", "--documents_under must be a folder"),
-            ("--documents_under=", "--documents_under must not be empty"),
-            ("--overwrite --retry_failed", "leave out"),
-            ("--overwrite=maybe", "--overwrite"),
+            *JOBS,
+        ),
+    ),
+    "score": (
+        "--model=nano --input={docs} --output={tmp}/out.jsonl",
+        (
+            *(row for row in ANSWERS if row[0].partition("=")[0] not in CONVERSES),
+            *JOBS,
+            *((flag, "unknown flag") for flag in (*CONVERSES, "--temperature=1")),
         ),
     ),
     "evaluate": (

@@ -158,8 +158,7 @@ GAPS = {
     "pro_decode_v5p-64": 1.8,
     "pro_prefill_tpu7x-32": 4.3,
     "pro_decode_tpu7x-32": 5.3,
-    # Compiled on 2026-11-27. On 2026-11-30 one kernel took over the streams between attention and
-    # experts: the plan's step has it, the row's has not, and 2.7 became 3.1.
+    # Compiled before the streams were mixed by one kernel, of which the plan knows.
     "flash_lora_128k": 3.1,
 }
 

@@ -13,8 +13,8 @@ import pytest
 import small_models
 from flax import nnx
 
-from v4jax.config.data import DOCUMENT_UNIT
 from v4jax.kernels.scaled_matmul import matmul_float32
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.training.forward import Mode, read_normed, run_drafts, run_rows
 
 # CSA, of which 8 entries are selected, HCA, and an MTP block with a window.

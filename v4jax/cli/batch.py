@@ -22,7 +22,7 @@ continues. A document that fails becomes a line with the reason; --retry_failed 
   v4jax batch --model=nano --input=docs.jsonl --output=answers.jsonl --summary=summary.json
 
 A line of the input has the text or a path to it, one question or several, and optionally values
-that replace flags (temperature, top_p, top_k, seed, max_new_tokens):
+that replace flags (temperature, top_p, top_k, seed, max_new_tokens, logprobs):
 
   {"text": "It was a dark night …", "question": "What was the weather?"}
   {"id": "a7", "path": "reports/a7.txt", "questions": ["Who?", "When?"], "max_new_tokens": 64}
@@ -88,12 +88,12 @@ def run(flags: Flags) -> int:
     from v4jax.cli import engine
     from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
 
-    _check_flags(flags)
+    check_work(flags)
     shard = parse_shard(flags.shard) if flags.shard else Shard()
     output = shard.name_file(flags.output)
     summary_file = shard.name_file(flags.summary) if flags.summary else None
     sampling = engine.build_sampling(flags.config)
-    _join(flags)
+    join(flags)
     config = engine.complete(flags.config)
     mesh, options = engine.plan_engine(config)
     job = BatchJob(
@@ -133,7 +133,8 @@ def run(flags: Flags) -> int:
     return 1 if summary.documents and summary.failed == summary.documents else 0
 
 
-def _check_flags(flags: Flags) -> None:
+def check_work(flags: Any) -> None:
+    """Raises RequestError where flags of a job contradict each other or name no folder."""
     if flags.overwrite and flags.retry_failed:
         raise RequestError(
             "--overwrite answers everything anew, failed or not: leave out "
@@ -144,7 +145,7 @@ def _check_flags(flags: Flags) -> None:
         raise RequestError(f"--documents_under must be a folder or a bucket's, got {under!r}")
 
 
-def _join(flags: Flags) -> None:
+def join(flags: Any) -> None:
     """Joins the other processes of the job to one model, unless each is a job of its own.
 
     It is where --shard takes an index that differs from process to process. One that is spelled

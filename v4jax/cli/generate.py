@@ -18,6 +18,8 @@ to stderr; stdout has the answer alone, followed by tool calls, one JSON object 
   v4jax generate --model=/models/v4-flash --prompt="Why is the sky blue?"
   v4jax generate --model=/models/v4-flash --prompt=- --thinking < question.txt
   v4jax generate --model=nano --prompt=hello --temperature=0.8 --seed=7 --max_new_tokens=64
+
+--logprobs lists the tokens of the answer with their log-probabilities behind it, on stderr.
 """
 
 HINT = "quote a prompt with spaces: --prompt='…'"
@@ -55,6 +57,8 @@ def run(flags: Flags) -> int:
         answer = _show(engine.stream(Question(text, sampling)))
         if answer.warning:
             log.warning(f"generate: {answer.warning}")
+        for token in answer.logprobs:
+            print(f"{token['logprob']:>12.6f}  {token['token']!r}", file=sys.stderr)
         log.info(
             f"generate: read {answer.prompt_tokens:,} tokens, wrote {answer.answer_tokens:,}"
             f"{_describe_passes(answer) if engine.drafts else ''}, "

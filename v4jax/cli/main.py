@@ -27,7 +27,7 @@ from v4jax.cli.flags import define, read
 from v4jax.errors import V4JaxError
 
 # In the order of a newcomer's interest.
-VERBS = ("generate", "batch", "train", "evaluate", "convert", "plan", "inspect")
+VERBS = ("generate", "batch", "score", "train", "evaluate", "convert", "plan", "inspect")
 _HELP = ("--help", "-help", "-h")
 _WIDTH = 96
 

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from v4jax.errors import ConfigError
 
-# Tokens of which documents of a packed row begin at multiples: whole windows of every kind.
-DOCUMENT_UNIT = 128
+ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
 
 # Fields that one kind of source heeds.
 _ONLY_FOR = dict.fromkeys(("mode", "effort", "profile", "drop_thinking"), "chat")
@@ -101,11 +100,11 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("data.sources must name at least one source, got none")
-        if self.length < DOCUMENT_UNIT or self.length % DOCUMENT_UNIT:
-            below = max(self.length // DOCUMENT_UNIT, 1) * DOCUMENT_UNIT
+        if self.length < ALIGN or self.length % ALIGN:
+            below = max(self.length // ALIGN, 1) * ALIGN
             raise ConfigError(
-                f"data.length must be a positive multiple of {DOCUMENT_UNIT}, got {self.length}; "
-                f"try {below} or {below + DOCUMENT_UNIT}"
+                f"data.length must be a positive multiple of {ALIGN}, got {self.length}; "
+                f"try {below} or {below + ALIGN}"
             )
         for field, least in (("batch", 1), ("lookahead", 1), ("prefetch", 0), ("epochs", 1)):
             value = getattr(self, field)

@@ -45,6 +45,8 @@ class SamplingConfig:
       top_k: Keeps so many of the most probable tokens; 0 keeps all.
       seed: The same seed and prompt give the same answer.
       max_new_tokens: Ends an answer that has not ended itself; at least 1.
+      logprobs: Give the log-probability of every token of an answer too: what the model assigns to
+        it, without temperature and cut. They are computed after the answer, by reading it again.
     """
 
     temperature: float = within(0, 1e6, 0.0)
@@ -52,6 +54,7 @@ class SamplingConfig:
     top_k: int = within(0, 1 << 24, 0)
     seed: int = within(0, MAX_SEED, 0)
     max_new_tokens: int = within(1, MOST_TOKENS, 256)
+    logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

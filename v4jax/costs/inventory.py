@@ -61,7 +61,7 @@ class Weight:
     def fmt(self) -> str:
         """How it is stored: "fp4", "fp8" or a dtype."""
         if isinstance(self.value, ScaledArray):
-            return self.value.format
+            return "fp4" if self.value.is_fp4 else "fp8"
         return str(jnp.dtype(self.value.dtype))
 
     @property

@@ -12,6 +12,8 @@ Read `engine.py` first.
     answer_log.py  the records of its output: which answers are there
     answer_output.py   the output on a disk or in a bucket: appended safely, continued after a crash
     shards.py      the part of the input that one of several processes answers
+    document_files.py   the files that lines name: bounded, confined, identified
+    scoring.py     log-probabilities of given tokens
     meter.py       tokens and seconds: rates, forecast, summary
     batch.py       the job
     hosts.py       one engine on several hosts: process 0 leads
@@ -29,10 +31,13 @@ _HOMES = {
     "Frame": "prompt",
     "Question": "request",
     "SamplingOptions": "request",
+    "Score": "scoring",
+    "ScoreSummary": "meter",
     "Shard": "shards",
     "Summary": "meter",
     "parse_shard": "shards",
     "run_batch": "batch",
+    "run_scores": "batch",
     "run_together": "hosts",
 }
 __all__ = sorted(_HOMES)

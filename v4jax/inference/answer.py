@@ -32,6 +32,8 @@ class Answer:
       warning: how the model's output left the format and was read nevertheless; empty if it did
         not.
       error: why the answer was given up; `text` is what the model wrote until then.
+      tokens: ids of what was written, the end token included.
+      logprobs: {"id", "token", "logprob"} of each token, where the question's sampling asks for it.
     """
 
     text: str
@@ -43,6 +45,8 @@ class Answer:
     tool_calls: tuple[dict, ...] = ()
     warning: str = ""
     error: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[dict, ...] = ()
 
 
 def explain_not_finite(where: str) -> str:
@@ -103,6 +107,7 @@ class AnswerReader:
             tool_calls=tuple(message["tool_calls"]),
             warning=self._describe_departures(),
             error=self._error,
+            tokens=tuple(self.tokens),
         )
 
     def _read(self, text: str, last: bool = False) -> list[Piece]:

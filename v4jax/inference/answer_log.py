@@ -112,12 +112,12 @@ class AnswerLog:
 
 
 def _key(record: Mapping[str, Any]) -> tuple[int, int]:
-    return record["line"], _ERROR_INDEX if "error" in record else record["question_index"]
+    return record["line"], _ERROR_INDEX if "error" in record else record.get("question_index", 0)
 
 
 def _without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: record[name]
-        for name in ("line", "input", "file", "tokens", "error")
+        for name in ("line", "input", "file", "tokens", "bytes", "logprob", "error")
         if name in record
     }

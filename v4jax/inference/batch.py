@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,14 +21,17 @@ from v4jax.inference.answer import Answer
 from v4jax.inference.answer_log import AnswerLog
 from v4jax.inference.document_files import DocumentFiles, open_path
 from v4jax.inference.documents import (
+    FIELDS,
+    SCORE_FIELDS,
     InputLine,
     build_document,
+    build_text,
     find_id,
     parse_line,
     read_questions,
 )
 from v4jax.inference.engine import EncodedDocument, Engine
-from v4jax.inference.meter import Meter, Summary, summarize
+from v4jax.inference.meter import Meter, ScoreSummary, Summary, summarize, summarize_scores
 from v4jax.inference.request import Document, SamplingOptions
 from v4jax.inference.shards import Shard
 
@@ -46,6 +49,7 @@ class BatchJob:
       retry_failed: whether documents that failed before are tried again; their error lines go.
       documents_under: folder that all files of documents must be in; None: anywhere.
       shard: the part of the input that this process answers; the output is its own file.
+      scores: whether lines are texts to be scored, instead of documents with questions.
     """
 
     input: str
@@ -56,11 +60,17 @@ class BatchJob:
     retry_failed: bool = False
     documents_under: str | None = None
     shard: Shard = field(default_factory=Shard)
+    scores: bool = False
 
     @property
     def files(self) -> DocumentFiles:
         """The files of documents, whose relative paths start at the folder of the input."""
         return DocumentFiles(os.path.dirname(self.input), self.documents_under)
+
+    @property
+    def verb(self) -> str:
+        """The verb that speaks."""
+        return "score" if self.scores else "batch"
 
     @property
     def digest(self) -> str:
@@ -79,6 +89,33 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
     Raises:
       V4JaxError: input or output cannot be used, or the output is that of another input or job.
     """
+    done = _run_job(job, load_engine)
+    return summarize(
+        done.records,
+        done.meter,
+        questions_before=done.before,
+        compile_seconds=done.compile_seconds,
+        drafts=done.drafts,
+    )
+
+
+def run_scores(job: BatchJob, load_engine: Callable[[], Engine]) -> ScoreSummary:
+    """Scores every text of the input that the output does not have yet; as `run_batch`."""
+    done = _run_job(job, load_engine)
+    return summarize_scores(done.records.values(), done.meter)
+
+
+class _Done(NamedTuple):
+    """A job's records, those that were there before it, and what this run took."""
+
+    records: Mapping[tuple[int, int], Mapping[str, Any]]
+    before: int
+    meter: Meter
+    compile_seconds: float
+    drafts: bool
+
+
+def _run_job(job: BatchJob, load_engine: Callable[[], Engine]) -> _Done:
     with open_path(job.input):  # readable; checked before an output is created
         pass
     if is_same_file(job.input, job.output):
@@ -89,10 +126,10 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
         before = _count_answers(answers)
         if not (work.documents or answers.records):
             part = f" for shard {job.shard}" if job.shard.count > 1 else ""
-            log.warning(f"batch: {job.input} holds no documents{part}")
+            log.warning(f"{job.verb}: {job.input} holds no documents{part}")
         if answers.records:
             left = f"{work.documents:,} documents are left"
-            log.info(f"batch: {job.output} holds {before:,} answers, {left}")
+            log.info(f"{job.verb}: {job.output} holds {before:,} answers, {left}")
         meter = Meter(work.document_bytes, work.questions, job.sampling.max_new_tokens)
         compile_seconds, drafts = 0.0, False
         if work.documents:
@@ -101,19 +138,13 @@ def run_batch(job: BatchJob, load_engine: Callable[[], Engine]) -> Summary:
                 _Run(job, answers, engine, meter, work).run()
             except KeyboardInterrupt:
                 log.info(
-                    f"batch: stopped; {job.output} holds {_count_answers(answers):,} answers, and "
-                    "the same command continues"
+                    f"{job.verb}: stopped; {job.output} holds {_count_answers(answers):,} answers, "
+                    "and the same command continues"
                 )
                 raise
             compile_seconds, drafts = engine.compile_seconds, bool(engine.drafts)
         answers.finish()
-        return summarize(
-            answers.records,
-            meter,
-            questions_before=before,
-            compile_seconds=compile_seconds,
-            drafts=drafts,
-        )
+        return _Done(answers.records, before, meter, compile_seconds, drafts)
 
 
 def _count_answers(answers: AnswerLog) -> int:
@@ -162,14 +193,18 @@ def _plan(job: BatchJob, answers: AnswerLog) -> _Work:
     return work
 
 
+def _parse(job: BatchJob, line: InputLine) -> dict[str, Any]:
+    return parse_line(line, SCORE_FIELDS if job.scores else FIELDS)
+
+
 def _check_file(job: BatchJob, line: InputLine, known: Mapping[str, Any]) -> None:
     """Raises RequestError if the file that a line names is not the one that was answered."""
-    path = parse_line(line)["path"]
+    path = _parse(job, line)["path"]
     try:
         same = job.files.measure(path) == known["bytes"]
         same = same and vars(job.files.identify(path)) == known
     except (RequestError, OSError) as error:
-        log.warning(f"batch: line {line.number} was answered, and its file is gone: {error}")
+        log.warning(f"{job.verb}: line {line.number} was answered, and its file is gone: {error}")
         return
     if not same:
         raise RequestError(
@@ -183,8 +218,8 @@ def _measure(job: BatchJob, line: InputLine) -> tuple[int, int]:
     """Returns the document's bytes and the number of questions, 0 if the line does not say."""
     size_bytes = questions = 0
     try:
-        fields = parse_line(line)
-        questions = len(read_questions(fields))
+        fields = _parse(job, line)
+        questions = 1 if job.scores else len(read_questions(fields))
         size_bytes = len(line.data)
         if "path" in fields:
             size_bytes = job.files.measure(fields["path"])
@@ -236,7 +271,7 @@ class _Run:
     ):
         self.job, self.answers, self.work = job, answers, work
         self.engine, self.meter = engine, meter
-        self.progress = log.Progress("batch", total=meter.total)
+        self.progress = log.Progress(job.verb, total=meter.total)
         self.turn = 0  # documents begun
         meter.work = engine.reading_work
 
@@ -259,7 +294,7 @@ class _Run:
             return
         self.turn += 1
         turn = _Turn(line, size_bytes, open_questions, len(open_questions))
-        pieces = self._answer(turn)
+        pieces = self._score(turn) if self.job.scores else self._answer(turn)
         while True:
             try:
                 records = next(pieces, None)
@@ -278,7 +313,7 @@ class _Run:
     def _answer(self, turn: "_Turn") -> Iterator[list[dict[str, Any]]]:
         """Yields the records of each group of answers."""
         meter, engine, line = self.meter, self.engine, turn.line
-        fields = parse_line(line)
+        fields = _parse(self.job, line)
         turn.id = find_id(fields)
         document = build_document(
             fields, self.job.files, self.job.sampling, engine.max_document_bytes
@@ -317,9 +352,39 @@ class _Run:
             numbers, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
             raise NonFiniteError(f"no answer to question_index {numbers}: {reason}")
 
+    def _score(self, turn: _Turn) -> Iterator[list[dict[str, Any]]]:
+        """Yields the record of a text's score."""
+        meter, engine, line = self.meter, self.engine, turn.line
+        fields = _parse(self.job, line)
+        turn.id = find_id(fields)
+        text = build_text(fields, self.job.files, engine.max_document_bytes)
+        tokens, first = engine.encode_text(text.text, text.context)
+        turn.tokens = len(tokens)
+        meter.begin_document(turn.size_bytes, turn.tokens)
+        meter.reading.start()
+        score = engine.score_text(tokens, first, on_chunk=self._show_reading)
+        meter.reading.add(0)
+        record = {
+            "line": line.number,
+            "id": text.id,
+            "tokens": len(score.tokens),
+            "bytes": score.bytes,
+            "logprob": round(score.log_probability, 6),
+            "perplexity": round(score.perplexity, 6),
+            "bits_per_byte": round(score.bits_per_byte, 6),
+            "greedy": score.greedy,
+            "input": line.digest,
+        } | ({"file": vars(text.file)} if text.file else {})
+        if self.job.sampling.logprobs:
+            record["logprobs"] = engine.describe_tokens(score.tokens, score.log_probabilities)
+        yield [record]
+        meter.answered(1, 0)
+
     def _fail(self, turn: "_Turn", error: Exception) -> None:
         failure = _describe_failure(turn, error)
-        log.warning(f"batch: line {turn.line.number}: {log.printable(failure['message'])}")
+        log.warning(
+            f"{self.job.verb}: line {turn.line.number}: {log.printable(failure['message'])}"
+        )
         line = turn.line
         record = {"line": line.number, "id": turn.id, "error": failure, "input": line.digest}
         self.answers.append([record])
@@ -362,6 +427,7 @@ def _record(
     optional = {
         "reasoning": answer.reasoning,
         "tool_calls": answer.tool_calls,
+        "logprobs": answer.logprobs,
         "warning": answer.warning,
     }
     return record | {name: value for name, value in optional.items() if value}

@@ -6,7 +6,7 @@
     id          string or integer, given back with the answers (optional)
     text, path  exactly one: the document, or a UTF-8 file, relative to the folder of the input file
     question, questions   exactly one: a string, or a list of strings
-    temperature, top_p, top_k, seed, max_new_tokens   in place of the job's (optional)
+    temperature, top_p, top_k, seed, max_new_tokens, logprobs   in place of the job's (optional)
 
 Blank lines are skipped and counted. A line that breaks a rule raises RequestError; other lines are
 not affected.
@@ -23,12 +23,20 @@ from typing import Any, BinaryIO
 from v4jax.config.json_keys import parse_json
 from v4jax.errors import RequestError
 from v4jax.inference.document_files import DocumentFiles, explained, open_path
-from v4jax.inference.request import Document, Question, SamplingOptions, describe
+from v4jax.inference.request import (
+    Document,
+    FileIdentity,
+    Question,
+    SamplingOptions,
+    Text,
+    describe,
+)
 
 MAX_LINE_BYTES = 1 << 30  # a longer line is not kept in memory
 _BLOCK_BYTES, _KEPT_BYTES = 1 << 24, 1 << 16  # read at once of what is too long; kept of it
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingOptions))
-_FIELDS = ("id", "text", "path", "question", "questions", *_SAMPLING_FIELDS)
+FIELDS = ("id", "text", "path", "question", "questions", *_SAMPLING_FIELDS)
+SCORE_FIELDS = ("id", "text", "path", "context")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def _read_line(file: BinaryIO) -> tuple[bytes, int]:
     return data[:_KEPT_BYTES], size
 
 
-def parse_line(line: InputLine) -> dict[str, Any]:
+def parse_line(line: InputLine, known: tuple[str, ...] = FIELDS) -> dict[str, Any]:
     """Returns the JSON object of a line, with field names checked."""
     if line.excess:
         raise RequestError(
@@ -101,9 +109,9 @@ def parse_line(line: InputLine) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RequestError(f"the line must be a JSON object, got {describe(fields)}")
     for name in fields:
-        if name not in _FIELDS:
-            nearest = difflib.get_close_matches(name, _FIELDS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(_FIELDS)}"
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
             raise RequestError(f"unknown field {describe(name)}; {hint}")
     return fields
 
@@ -133,16 +141,28 @@ def build_document(
     """
     sampling = defaults.replace(**{n: fields[n] for n in _SAMPLING_FIELDS if n in fields})
     questions = read_questions(fields)
-    source = _only_one(fields, "text", "path")
     asked, name = tuple(Question(q, sampling) for q in questions), find_id(fields)
-    if source == "text":
-        return Document(fields["text"], asked, name)
+    text, identity = _read_text(fields, files, max_bytes)
+    return Document(text, asked, name, identity)
+
+
+def build_text(fields: dict[str, Any], files: DocumentFiles, max_bytes: int) -> Text:
+    """Returns the text to be scored that a line describes; as `build_document`."""
+    text, identity = _read_text(fields, files, max_bytes)
+    return Text(text, fields.get("context", ""), find_id(fields), identity)
+
+
+def _read_text(
+    fields: dict[str, Any], files: DocumentFiles, max_bytes: int
+) -> tuple[str, FileIdentity | None]:
+    if _only_one(fields, "text", "path") == "text":
+        return fields["text"], None
     data, identity = files.read(fields["path"], max_bytes)
     path = files.resolve(fields["path"])
     text = decode_utf8(data.removeprefix(b"\xef\xbb\xbf"), path)
     if not text.strip():
         raise RequestError(f"{path} is empty")
-    return Document(text, asked, name, identity)
+    return text, identity
 
 
 def read_questions(fields: dict[str, Any]) -> list[Any]:

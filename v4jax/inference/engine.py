@@ -12,11 +12,12 @@ powers of two.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from v4jax import log
 from v4jax.errors import ConfigError, NonFiniteError, RequestError
@@ -24,6 +25,7 @@ from v4jax.inference.answer import Answer, AnswerReader, Piece
 from v4jax.inference.prompt import Frame
 from v4jax.inference.request import Document, Question, SamplingOptions
 from v4jax.inference.sampling import are_finite, init_sampler, sample
+from v4jax.inference.scoring import AT_ONCE, Score, compile_scoring, score_tokens
 from v4jax.inference.steps import Cache, decode, prefill, write_block
 from v4jax.parallel.mesh import divisors
 from v4jax.parallel.shard import batch_shards
@@ -172,6 +174,7 @@ class Engine:
         _say_drafts(self.drafts, options.speculate, model.draft_tokens)
         self._ends = {"end_tokens": ends, "choices": tokenizer.vocab_size}
         self.compile_seconds = 0.0
+        self._scoring: set[tuple[int, int, int]] = set()  # (slots, tokens, capacity) compiled
         self._compiled: set[_Shape] = set()
 
     def encode(self, document: Document) -> EncodedDocument:
@@ -243,7 +246,9 @@ class Engine:
             for piece in pieces:
                 on_piece(group[slot], piece)
             answers[slot] = answer or answers[slot]
-        return answers
+        return self._with_log_probabilities(
+            answers, rests, sampling, lambda: state.repeat(slots // self._parts)
+        )
 
     def stream(self, prompt: Question) -> Iterator[Piece | Answer]:
         """Answers a prompt without a document.
@@ -267,7 +272,69 @@ class Engine:
             if answer is not None:
                 if answer.error:
                     raise NonFiniteError(answer.error)
-                yield answer
+                yield self._with_log_probabilities(
+                    [answer],
+                    [tokens],
+                    [prompt.sampling],
+                    lambda: self.model.init_cache(self._parts, capacity),
+                )[0]
+
+    def score(self, text: str, context: str = "") -> Score:
+        """Returns the log-probabilities of a text that begins a document, or follows a context.
+
+        Both are plain text: neither a turn of a conversation, nor able to spell a control token.
+
+        Raises:
+          RequestError: context and text together are longer than the context of the model.
+          NonFiniteError: the model computed NaN or infinity.
+        """
+        tokens, first = self.encode_text(text, context)
+        return self.score_text(tokens, first)
+
+    def encode_text(self, text: str, context: str = "") -> tuple[list[int], int]:
+        """Returns the ids of BOS, context and text, and how many of them precede the text."""
+        before = [self.tokenizer.bos_id, *self.tokenizer.encode(context, specials=False)]
+        tokens = before + self.tokenizer.encode(text, specials=False)
+        if len(tokens) > self._limit():
+            raise RequestError(
+                f"a text of {len(tokens):,} tokens does not fit into the context of "
+                f"{self._limit():,}; divide it, and give what precedes a part as its context"
+            )
+        return tokens, len(before)
+
+    def score_text(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        on_chunk: Callable[[int], None] = lambda tokens: None,
+    ) -> Score:
+        """Returns the log-probabilities of `tokens` from `first` on, what `encode_text` returned.
+
+        Args:
+          on_chunk: is called after each chunk with its number of tokens.
+        """
+        cache = self.model.init_cache(self._parts, self._capacity(len(tokens)))
+        scores, greedy = self._score(
+            [tokens] * self._parts, cache, lambda count: on_chunk(count // self._parts)
+        )[0]
+        return Score(
+            tuple(tokens[first:]),
+            tuple(scores[first - 1 :].tolist()),
+            bool(greedy[first - 1 :].all()),
+            len(self.tokenizer.decode_bytes(tokens[first:])),
+        )
+
+    def describe_tokens(self, tokens: Sequence[int], scores: Iterable[float]) -> tuple[dict, ...]:
+        """Returns {"id", "token", "logprob"} of each token; the last of `scores` are theirs."""
+        own = list(scores)[-len(tokens) :]
+        return tuple(
+            {
+                "id": token,
+                "token": self.tokenizer.token_bytes(token).decode("utf-8", errors="replace"),
+                "logprob": round(float(score), 6),
+            }
+            for token, score in zip(tokens, own, strict=True)
+        )
 
     def reading_work(self, first: int, end: int) -> tuple[float, float]:
         """Returns the operations of reading a document's tokens `first` to before `end`.
@@ -359,6 +426,57 @@ class Engine:
                     yield slot, readers[slot].push(*tokens), None
         for slot, reader in enumerate(readers):
             yield slot, *reader.finish()
+
+    def _with_log_probabilities(
+        self,
+        answers: list[Answer],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingOptions],
+        open_cache: Callable[[], Cache],
+    ) -> list[Answer]:
+        """Returns the answers with log-probabilities where they are asked for.
+
+        They are those of the finished text, read at once: how it was written does not matter.
+
+        Args:
+          open_cache: returns the caches that the prompts are read into.
+        """
+        asked = [o.logprobs and not a.error for o, a in zip(sampling, answers, strict=True)]
+        if not any(asked):
+            return answers
+        texts = [
+            [*prompt, *answer.tokens] if wanted else []
+            for prompt, answer, wanted in zip(prompts, answers, asked, strict=True)
+        ]
+        scored = self._score(texts, open_cache())
+        return [
+            replace(answer, logprobs=self.describe_tokens(answer.tokens, scores))
+            if wanted
+            else answer
+            for answer, (scores, _), wanted in zip(answers, scored, asked, strict=True)
+        ]
+
+    def _score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        cache: Cache,
+        on_chunk: Callable[[int], None] = lambda tokens: None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns `score_tokens` in chunks whose logits fit; compiles what is not compiled yet."""
+        slots, capacity = cache.lengths.shape[0], cache.capacity
+        longest = max(map(len, sequences))
+        chunk = min(self._chunk(longest, capacity), max(AT_ONCE // slots, 1))
+        choices = self.tokenizer.vocab_size
+        if (slots, chunk, capacity) not in self._scoring:
+            with log.phase("compile", "a step of scoring", doing="compiling") as phase:
+                phase.note("a step of scoring")
+                empty = self.model.init_cache(self._parts, capacity).repeat(slots // self._parts)
+                compile_scoring(self.model, empty, chunk, choices)
+            self._scoring.add((slots, chunk, capacity))
+            self.compile_seconds += phase.seconds
+        return score_tokens(
+            self.model, sequences, cache, chunk_tokens=chunk, choices=choices, on_chunk=on_chunk
+        )
 
     def _slots(self, questions: int) -> int:
         return self._parts if questions == 1 else self.options.questions_at_once

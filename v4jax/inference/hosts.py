@@ -22,6 +22,7 @@ from v4jax.errors import RequestError, V4JaxError
 from v4jax.inference.answer import Answer, Piece
 from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.request import Question, SamplingOptions
+from v4jax.inference.scoring import Score
 from v4jax.inference.steps import Cache
 from v4jax.parallel.agreement import on_all, share_json, warm_up_collectives
 
@@ -63,6 +64,7 @@ class LeadingEngine:
     def __init__(self, engine: Engine):
         self._engine, self._told = engine, None
         self.options, self.encode, self.drafts = engine.options, engine.encode, engine.drafts
+        self.encode_text, self.describe_tokens = engine.encode_text, engine.describe_tokens
         self.max_document_bytes = engine.max_document_bytes
         self.reading_work = engine.reading_work
 
@@ -100,6 +102,16 @@ class LeadingEngine:
         """As `Engine.stream`; the caller must read it to its end."""
         share_json({"call": "stream", "prompt": dataclasses.asdict(prompt)})
         return self._engine.stream(prompt)
+
+    def score_text(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        on_chunk: Callable[[int], None] = lambda tokens: None,
+    ) -> Score:
+        """As `Engine.score_text`."""
+        share_json({"call": "score", "tokens": list(tokens), "first": first})
+        return _call(lambda: self._engine.score_text(tokens, first, on_chunk))
 
     def _tell(self, call: str, encoded: EncodedDocument) -> None:
         """Tells the others a call, with the document if they do not have it yet."""
@@ -147,6 +159,8 @@ class _Follower:
                 self.state = _call(lambda: self.engine.read(self.encoded))
             case "answer":
                 _call(lambda: self.engine.answer(self.encoded, self.state, order["group"]))
+            case "score":
+                _call(lambda: self.engine.score_text(order["tokens"], order["first"]))
             case "stream":
                 for _ in self.engine.stream(_to_question(**order["prompt"])):
                     pass

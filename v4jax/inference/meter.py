@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -269,3 +270,55 @@ def summarize(
 
 def _speed(per_second: float | None) -> str:
     return "" if per_second is None else f", {per_second:,.1f} tokens/s in this run"
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What a job that scores texts found; counts describe the output file.
+
+    Attributes:
+      logprob: of all texts together; `perplexity` of a token and `bits_per_byte` follow from it,
+        None without a text.
+    """
+
+    documents: int
+    failed: int
+    tokens: int
+    bytes: int
+    logprob: float
+    perplexity: float | None
+    bits_per_byte: float | None
+    read_tokens_per_second: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields for a JSON file."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """Returns the summary as lines of text."""
+        lines = [
+            f"texts      {self.documents:,}, of them failed {self.failed:,}",
+            f"scored     {self.tokens:,} tokens{_speed(self.read_tokens_per_second)}",
+        ]
+        if self.perplexity is not None:
+            bits = f"{self.bits_per_byte:.4f} bits per byte"
+            lines.append(f"perplexity {self.perplexity:.4f} a token, {bits}")
+        return lines
+
+
+def summarize_scores(records: Iterable[Mapping[str, Any]], meter: Meter) -> ScoreSummary:
+    """Returns the summary of a job that scores texts: all tokens count alike."""
+    records = list(records)
+    scores = [record for record in records if "error" not in record]
+    tokens, size = (sum(score[name] for score in scores) for name in ("tokens", "bytes"))
+    logprob = math.fsum(score["logprob"] for score in scores)
+    return ScoreSummary(
+        documents=len(records),
+        failed=len(records) - len(scores),
+        tokens=tokens,
+        bytes=size,
+        logprob=logprob,
+        perplexity=math.exp(-logprob / tokens) if tokens else None,
+        bits_per_byte=-logprob / math.log(2) / size if tokens else None,
+        read_tokens_per_second=meter.reading.per_second,
+    )

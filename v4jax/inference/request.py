@@ -22,6 +22,8 @@ class SamplingOptions(SamplingConfig):
         _check_integer("top_k", self.top_k, 0, "0 keeps every token", 1 << 24)
         _check_integer("seed", self.seed, 0, "choose another", MAX_SEED)
         _check_integer("max_new_tokens", self.max_new_tokens, 1, "an answer ends", MOST_TOKENS)
+        if not isinstance(self.logprobs, bool):
+            raise RequestError(f"logprobs must be true or false, got {describe(self.logprobs)}")
 
     def replace(self, **overrides: float) -> "SamplingOptions":
         """Returns the options with some fields changed; the result is checked again."""
@@ -67,6 +69,21 @@ class Document:
         _check_text("text", self.text)
         if not self.questions:
             raise RequestError("questions must hold at least one question, got none")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be scored, and what precedes it; `id` and `file` as of a `Document`."""
+
+    text: str
+    context: str = ""
+    id: str | int | None = None
+    file: FileIdentity | None = None
+
+    def __post_init__(self):
+        _check_text("text", self.text)
+        if self.context != "":
+            _check_text("context", self.context)
 
 
 def _check_text(name: str, text: object) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +33,6 @@ class ScaledArray:
     def is_fp4(self) -> bool:
         """Whether the values are packed FP4."""
         return self.values.dtype == jnp.uint8
-
-    @property
-    def format(self) -> Literal["fp4", "fp8"]:
-        """What the values are stored as."""
-        return "fp4" if self.is_fp4 else "fp8"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from v4jax.config import LayerKind, ModelConfig, RouterKind
-from v4jax.config.data import DOCUMENT_UNIT
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.model import Transformer
 from v4jax.model.context import make_context
 from v4jax.model.passes import embed, open_streams

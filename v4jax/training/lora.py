@@ -135,7 +135,7 @@ def merge(model: Transformer, dtype: str | None = None, *, requantize: bool = Fa
 def _requantize(value: LowRank) -> tuple[ScaledArray, tuple[jax.Array, jax.Array]]:
     """Returns the weight in its base's format, and the squared norms of change and rounding."""
     weight = value.merge("float32")
-    stored = quantize_weight(weight, value.base.format)
+    stored = quantize_weight(weight, "fp4" if value.base.is_fp4 else "fp8")
     change, loss = weight - value.base.dequantize(), stored.dequantize() - weight
     return stored, (jnp.square(change).sum(), jnp.square(loss).sum())
 

@@ -44,8 +44,8 @@ def attend_dense(
       entries: compressed entries, or None on a window layer.
       ratio: tokens per entry.
       begin: where a row holds several documents, the position of the first token of each query's
-        document, a multiple of `DOCUMENT_UNIT`, as start then is; negative for padding. What lies
-        before it is invisible; what padding gets means nothing.
+        document, a multiple of `table.DOCUMENT_UNIT`, as start then is; negative for padding. What
+        lies before it is invisible; what padding gets means nothing.
       target: the devices the program is made for.
 
     Source: spec B.6, B.10.

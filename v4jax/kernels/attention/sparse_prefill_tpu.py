@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4jax.config.data import DOCUMENT_UNIT
 from v4jax.kernels.attention import rows_tpu
 from v4jax.kernels.attention.call import Call, Inputs
 from v4jax.kernels.attention.dense_tpu import along_lanes, columns_to_rows, fold_lanes
@@ -26,6 +25,7 @@ from v4jax.kernels.attention.tiles_tpu import (
 )
 from v4jax.kernels.attention.union_tpu import unite
 from v4jax.kernels.softmax import MASKED
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.kernels.tpu import LANES, PACKED_ROWS, VMEM_BYTES
 from v4jax.shapes import ceil_div, round_up
 

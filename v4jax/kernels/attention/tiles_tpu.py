@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from v4jax.config.data import DOCUMENT_UNIT
 from v4jax.kernels.attention.call import Call, Inputs
+from v4jax.kernels.table import DOCUMENT_UNIT
 from v4jax.kernels.tpu import LANES, PACKED_ROWS
 from v4jax.shapes import ceil_div, round_up
 

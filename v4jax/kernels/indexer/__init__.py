@@ -38,8 +38,8 @@ def select(
       ratio: tokens per entry.
       count: entries to select (config.index_topk).
       begin: where a row holds several documents, the position of the first token of each query's
-        document, a multiple of `DOCUMENT_UNIT`, as start then is; negative for padding. No entry
-        before it is selected; what is selected for padding means nothing.
+        document, a multiple of `table.DOCUMENT_UNIT`, as start then is; negative for padding. No
+        entry before it is selected; what is selected for padding means nothing.
       target: the devices the program is made for.
 
     Source: spec B.9.

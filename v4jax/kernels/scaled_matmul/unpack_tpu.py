@@ -39,7 +39,9 @@ UNPACK_ROWS = 128  # rows expanded by one pass of a loop: bounds the size of the
 
 def kind_of(weight) -> Kind:
     """Returns how a weight is stored."""
-    return weight.format if isinstance(weight, ScaledArray) else "bfloat16"
+    if isinstance(weight, ScaledArray):
+        return "fp4" if weight.is_fp4 else "fp8"
+    return "bfloat16"
 
 
 def why_not(name: str, weight) -> str | None:

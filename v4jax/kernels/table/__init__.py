@@ -71,6 +71,8 @@ def write(
     return run(stored, layer, rows, first, count, target=target)
 
 
+# Documents of a packed row begin at multiples of this many tokens: whole windows of every kind.
+DOCUMENT_UNIT = 128
 # Where the document of a padding token begins: after every row, so that it sees nothing.
 NEVER = jnp.iinfo(jnp.int32).max
 

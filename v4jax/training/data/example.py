@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from v4jax.config.data import DOCUMENT_UNIT
+from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 
 
@@ -63,10 +63,10 @@ def _check_skipped(skipped, tokens: int) -> np.ndarray:
     steps = np.diff(skipped, prepend=0)
     if skipped.shape != (tokens,) or steps.min() < 0 or skipped[0]:
         raise DataError(f"example.skipped must begin with 0 and never fall, over {tokens} tokens")
-    if steps[np.arange(tokens) % DOCUMENT_UNIT != 0].any():
+    if steps[np.arange(tokens) % ALIGN != 0].any():
         raise DataError(
-            f"example.skipped may change at multiples of {DOCUMENT_UNIT} tokens only, because "
-            "compression windows must stay whole"
+            f"example.skipped may change at multiples of {ALIGN} tokens only, because compression "
+            "windows must stay whole"
         )
     return skipped
 

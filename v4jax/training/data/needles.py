@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from v4jax.config.data import DOCUMENT_UNIT
+from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 from v4jax.tokenizer import ByteTokenizer, encode_messages
 from v4jax.training.data.example import Example
@@ -100,7 +100,7 @@ class Needles:
     folder: str | None = None
 
     def __post_init__(self):
-        least = dict(tokens=64, needles=1, distractors=0, questions=1, gap_tokens=DOCUMENT_UNIT)
+        least = dict(tokens=64, needles=1, distractors=0, questions=1, gap_tokens=ALIGN)
         for field, smallest in least.items():
             low, high = getattr(self, field)
             if not smallest <= low <= high:
@@ -153,12 +153,12 @@ def make_document(seed: int, index: int, settings: Needles) -> Example:
 
 def draw_gaps(generator: np.random.Generator, tokens: int, settings: Needles) -> np.ndarray:
     """Returns `Example.skipped` for a document of `tokens` tokens."""
-    stretches = -(-tokens // DOCUMENT_UNIT)
+    stretches = -(-tokens // ALIGN)
     sizes = np.exp2(generator.uniform(*np.log2(settings.gap_tokens), stretches))
-    sizes = (sizes // DOCUMENT_UNIT * DOCUMENT_UNIT).astype(np.int64)
+    sizes = (sizes // ALIGN * ALIGN).astype(np.int64)
     sizes = np.where(generator.uniform(size=stretches) < settings.gaps, sizes, 0)
     sizes[0] = 0
-    return np.repeat(np.cumsum(sizes), DOCUMENT_UNIT)[:tokens].astype(np.int32)
+    return np.repeat(np.cumsum(sizes), ALIGN)[:tokens].astype(np.int32)
 
 
 def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Haystack:
@@ -167,7 +167,7 @@ def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Hays
     The questions begin at such a multiple too. The text is ASCII: one byte is one token.
     """
     size = int(generator.integers(*settings.tokens, endpoint=True))
-    count = max(round(size / DOCUMENT_UNIT), 1)
+    count = max(round(size / ALIGN), 1)
     around = len(ByteTokenizer().encode(render_turn(first=True)[0])) + len(END)
     needles = int(generator.integers(*settings.needles, endpoint=True))
     distractors = int(generator.integers(*settings.distractors, endpoint=True))
@@ -175,7 +175,7 @@ def hide_in_stretches(generator: np.random.Generator, settings: Needles) -> Hays
     places = generator.integers(count, size=len(sentences))
     texts, codes = [], {}
     for stretch in range(count):
-        room = DOCUMENT_UNIT - (around - len(END) if stretch == 0 else 0)
+        room = ALIGN - (around - len(END) if stretch == 0 else 0)
         room -= len(END) if stretch == count - 1 else 0
         # The first needle always fits, because it comes first in its stretch.
         mine = [s for s, place in zip(sentences, places, strict=True) if place == stretch]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from v4jax.config.data import DOCUMENT_UNIT
+from v4jax.config.data import ALIGN
 from v4jax.errors import DataError
 from v4jax.shapes import round_up
 from v4jax.training.batch import PADDING, Batch
@@ -114,7 +114,7 @@ class Lane:
                 row.skipped[0, begin:end] = document.skipped
             self._counts.documents += 1
             self._counts.tokens += len(document)
-            begin = round_up(end, DOCUMENT_UNIT)
+            begin = round_up(end, ALIGN)
             chosen = self._choose(self._length - begin) if self._packing else None
         self._counts.rows += 1
         self._counts.row_tokens += self._length
