@@ -4,6 +4,6 @@
     flops.py      floating-point operations of tokens, by component
     chips.py      accelerators and slices: memory, rates, links, and where each figure is published
 
-Checkpoints, training and planning ask here. The floor is below the model: functions take abstract
+Checkpoints, training and planning use it. It is a floor below the model: functions take abstract
 models and caches as arguments. `model.take_inventory` describes a configuration's model.
 """

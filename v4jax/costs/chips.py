@@ -1,6 +1,6 @@
-"""Chips and slices: memory, rates and links, and where each figure is published.
+"""Chips and slices: memory, rates and links, and the source of each figure.
 
-Figures are per chip. A program sees devices: a tpu7x chip is two of them, every other chip one.
+Figures are per chip. A program sees devices: a tpu7x chip has two, every other chip one.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ GPUS_PER_NODE = 8
 class Chip:
     """One generation of accelerator; sizes and rates are per chip, rates at their peak.
 
-    device_kind: what JAX calls a device; longer names begin with it. devices: of a chip, as JAX
+    device_kind: what JAX calls a device; longer names begin with it. devices: per chip, as JAX
     counts them. name_counts: how much a chip adds to the number in a slice's name (v5p-16 and
-    tpu7x-16 count TensorCores: 8 chips). usable_bytes: what the compiler lets one
-    device allocate, None where nothing but the published size is known. link: what a chip sends
-    over all its links to neighbours (ICI, NVLink), one way. network: the same over the data-center
-    network. shapes: number of chips → the usual slice.
+    tpu7x-16 count TensorCores: 8 chips). usable_bytes: what the compiler lets one device allocate;
+    None where only the published size is known. link: bytes a chip sends over all its links to
+    neighbours (ICI, NVLink), one way. network: the same over the data-center network. shapes:
+    number of chips → the usual slice.
     """
 
     name: str
@@ -189,7 +189,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """What JAX counts, and a mesh divides."""
+        """Devices of all slices, as JAX counts them."""
         return self.chips * self.chip.devices
 
     @property
@@ -201,10 +201,10 @@ class Topology:
 
     @property
     def mean_hops(self) -> float:
-        """Links that a message between two chips of a slice crosses, on average over all pairs.
+        """The number of links between two chips of a slice, averaged over all pairs.
 
         A dimension is a ring where the hardware closes it: 16 chips on flat slices, multiples of
-        four from 4×4×4 on. An all-to-all loads every link by this factor.
+        four from 4×4×4 upward. An all-to-all loads every link by this factor.
         """
         if self.chip.platform == "gpu":
             return 1.0

@@ -1,7 +1,7 @@
 """Floating-point operations of tokens, by component.
 
-Products with weights are counted from the model's inventory, attention and index scores from what a
-query sees. A multiplication and its addition are two operations.
+Products with weights are counted from the model's inventory; attention and index scores, from what
+a query sees. A multiply-add is two operations.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def count_tokens(
 ) -> list[Work]:
     """Returns the forward work of the tokens at positions first … end−1 of one sequence.
 
-    One token (`end = first + 1`) is a decode step, all from 0 a prefill. Where a query sees so few
-    entries that all are selected, the program skips their scores; they are counted here.
+    One token (`end = first + 1`) is a decode step; all tokens from 0 are a prefill. Where a query
+    sees so few entries that all are selected, the program skips their scores; this count does not.
 
     Args:
       logits: tokens whose logits are computed.

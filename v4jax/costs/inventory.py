@@ -1,7 +1,7 @@
-"""The arrays of a model and of a cache: what each is, how large, and in which format.
+"""The arrays of a model and of a cache: name, size and format of each.
 
-Arrays may be `jax.ShapeDtypeStruct`s: nothing is allocated. Where they have shardings,
-`device_bytes` says what one device holds.
+Arrays may be `jax.ShapeDtypeStruct`s; nothing is allocated. If they have shardings, `device_bytes`
+says what one device holds.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ class CacheArray:
 
     @property
     def entries(self) -> int | None:
-        """Compressed entries of a sequence that it has room for; None where it holds no entries."""
+        """How many compressed entries of a sequence fit; None if it holds no entries."""
         return self.value.shape[2] if self.holds in ("csa", "hca", "index") else None
 
 

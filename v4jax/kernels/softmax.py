@@ -1,4 +1,4 @@
-"""Partial softmax results and their exact merging: what lets attention read its keys in blocks.
+"""Partial softmax results, merged exactly: attention can read its keys in blocks.
 
 A partial is (maximum, mass, weighted) over some of the keys: mass = Σ exp(z − maximum), weighted =
 Σ exp(z − maximum)·value. Merging two partials gives the partial of their union, in any order.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Stands for −∞ in masked scores: finite, so that a row with no key gives mass 0 and no NaN in the
+# Replaces −∞ in masked scores. It is finite: a row without keys has mass 0, and no NaN in its
 # gradient.
 MASKED = -1e30
 

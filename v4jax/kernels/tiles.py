@@ -1,4 +1,4 @@
-"""Cutting queries into tiles that are processed one after another, so that scores stay bounded."""
+"""Queries in tiles, processed one after another to bound the memory of their scores."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from v4jax.shapes import ceil_div, round_up
 def map_query_tiles(
     body: Callable[..., jax.Array], tile: int, *arrays: jax.Array | None, together: int = 1
 ) -> jax.Array:
-    """Returns body(first, tile of each array) for successive tiles of axis 1, concatenated again.
+    """Returns body(first, tile of each array) for successive tiles of axis 1, concatenated.
 
     Args:
       body: takes the index of the tile's first query (int32 scalar) and [b, tile, …] slices;
@@ -19,13 +19,13 @@ def map_query_tiles(
         dropped.
       tile: queries per tile.
       arrays: [b, t, …] each; None stays None.
-      together: tiles that are processed at once, `body` vectorized over them.
+      together: tiles to process at once, with `body` vectorized over them.
     """
     length = arrays[0].shape[1]
     count = ceil_div(length, tile)
     if count == 1:
         return body(jnp.int32(0), *arrays)
-    together = ceil_div(count, ceil_div(count, together))  # as even as it goes
+    together = ceil_div(count, ceil_div(count, together))  # as evenly as possible
     count = round_up(count, together)
 
     def cut(x):
@@ -34,7 +34,7 @@ def map_query_tiles(
         return jnp.moveaxis(x, 1, 0)
 
     firsts = jnp.arange(count, dtype=jnp.int32) * tile
-    # Tiles are recomputed in the backward pass: their scores are never stored.
+    # The backward pass recomputes the tiles; no scores are stored.
     step = jax.checkpoint(lambda slices: body(*slices))
     slices = firsts, *jax.tree.map(cut, arrays)
     if together == 1:

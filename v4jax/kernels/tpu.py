@@ -1,4 +1,4 @@
-"""What the Pallas kernels for TPU share: registers, VMEM, facts about chips."""
+"""What the Pallas kernels for TPUs share: registers, VMEM, and facts about chips."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from v4jax.kernels.dispatch import Target
 SUBLANES, LANES = 8, 128
 # Rows of a register of bfloat16, of which two share a word.
 PACKED_ROWS = 16
-# Bytes that a kernel may use of the smallest VMEM (64 MiB); the rest is the compiler's.
+# Bytes of the smallest VMEM (64 MiB) that a kernel may use; the compiler needs the rest.
 VMEM_BYTES = 60 * 2**20
 
 
@@ -18,11 +18,10 @@ VMEM_BYTES = 60 * 2**20
 class Chip:
     """What kernels need to know about a chip.
 
-    cast: the e4m3 format that it converts in one to three steps, or None. A TPU v6 takes eight for
-      e4m3fn; its own format has bias 11 instead of 7, therefore every code is a 16th of itself, and
-      NaN stands for −0.
+    cast: the e4m3 format that it converts in one to three steps, or None. A TPU v6 needs eight
+      for e4m3fn. Its own format has bias 11 instead of 7: a code's value is a 16th, and −0 is NaN.
     modern: whether its vector unit computes in bfloat16, two values per lane, and its matrix units
-      are 256 wide: weights take as long to enter as 256 rows.
+      are 256 wide. Loading weights into such a unit takes as long as 256 rows.
     """
 
     cast: jnp.dtype | None = None
@@ -30,7 +29,7 @@ class Chip:
 
     @property
     def cast_bias(self) -> int:
-        """What the exponents of the format `cast` are too large by."""
+        """The bias of the format `cast`."""
         return 11 if self.cast == jnp.float8_e4m3b11fnuz else 7
 
 
@@ -41,6 +40,6 @@ _CHIPS = {
 
 
 def chip_of(target: Target) -> Chip:
-    """Returns the facts about the target's chip; those of an older chip where it is not known."""
+    """Returns the facts about the target's chip; for an unknown chip, those of an older one."""
     kind = target.device_kind
     return next((chip for name, chip in _CHIPS.items() if kind.startswith(name)), Chip())

@@ -1,7 +1,7 @@
-"""How long a step takes at best: operations, bytes of memory and bytes of links at their peaks.
+"""Lower bounds of a step's time: operations, memory bytes and link bytes at the chip's peaks.
 
-A device does its part of a step's operations: its tokens and sequences, its heads, experts and
-entries. What the rules of the mesh leave whole is computed on every device that has it.
+A device does its share of a step's operations: its tokens and sequences, heads, experts and
+entries. Work that the mesh does not split is repeated on every device.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _STREAM_PASSES = 3  # a site reads the streams to mix them, reads and writes the
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Lower bounds of a step's seconds: it takes at least the largest of them.
+    """Lower bounds of a step's seconds; the largest one counts.
 
     flops: operations of one device by component. memory_bytes: what one device reads and writes.
     traffic: collectives.
@@ -43,7 +43,7 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        """The lower bound of a step, everything overlapped."""
+        """The lower bound of a step, with everything overlapped."""
         return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
 
     @property
@@ -63,7 +63,7 @@ def estimate(work: Workload) -> Times:
     operations = device_flops(work)
     moved = device_traffic(work)
     traffic = communication.count_traffic(work)
-    # All products run in bfloat16: FP8 and FP4 are expanded on the way to the matrix unit.
+    # All products run in bfloat16; FP8 and FP4 are expanded before the matrix unit.
     peak = chip.bf16_flops_per_second / chip.devices
     return Times(
         flops=operations,
@@ -98,7 +98,7 @@ def _parts(work: Workload, component: str) -> float:
     """Returns over how many devices the work of a step is spread."""
     sequences = work.parts("batch") * work.parts("tokens")
     if component == "routed experts":
-        # Devices that share experts and have distinct tokens serve each other's.
+        # Devices that share experts and have different tokens compute for each other.
         axes = {*work.layout.array_axes("batch", work.tokens)}
         axes |= {*work.layout.array_axes("tokens", work.tokens)}
         experts = work.layout.weight_axes("experts")
@@ -113,9 +113,9 @@ def _parts(work: Workload, component: str) -> float:
 
 
 def device_traffic(work: Workload) -> dict[str, float]:
-    """Returns the bytes of memory that one device reads and writes in a step, by what they are.
+    """Returns the bytes of memory that one device reads and writes in a step, by kind.
 
-    Every weight is read once a pass, of the routed experts those that some token chose; selected
+    Each pass reads every weight once, but only those routed experts that some token chose. Selected
     entries are read once per query, everything else in the cache once.
     """
     passes = 3 if work.regime == "train" else 1

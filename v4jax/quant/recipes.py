@@ -1,10 +1,10 @@
-"""Recipes: values in the place of a weight, of which the weight is made right before it is used.
+"""Recipes: values in place of a weight, from which the weight is made right before its use.
 
     LowRank   a frozen weight as it is stored, and the adapters that are trained beside it
     Master    a float32 weight that computes as its stored format will hold it
 
-`model.weights.whole` expands them layer by layer, so that an expanded weight lives no longer
-than its layer. What is trained may be missing (None) while it is kept elsewhere.
+`model.weights.materialize` expands them layer by layer: an expanded weight lives no longer than its
+layer. Trained arrays may be missing (None) while they are kept elsewhere.
 """
 
 import dataclasses

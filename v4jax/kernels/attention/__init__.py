@@ -2,9 +2,9 @@
 
 `attend_dense` sees the window and every visible entry (HCA and window layers), `attend_sparse` the
 window and selected entries (CSA). Each vector is key and value at once, the same for all heads.
-Where entries are split over devices, each share's result and log-sum-exp merge into the whole's:
-all shares but one attend with window 0 and a sink of `softmax.MASKED`, and count positions from
-their first entry. Read `reference.py` first.
+Where entries are split over devices, the results of all shards are merged by their log-sum-exp. All
+shards but one attend with window 0 and a sink of `softmax.MASKED`, and count positions from their
+first entry. Read `reference.py` first.
 """
 
 from jaxtyping import Array, Float, Int

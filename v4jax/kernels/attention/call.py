@@ -12,7 +12,7 @@ from v4jax.quant import EntryFormat
 
 
 class Call(NamedTuple):
-    """What is static: hashable, as `custom_vjp` wants it.
+    """Static values; hashable, as `custom_vjp` requires.
 
     ratio: tokens per entry, for dense attention. format: of the entries, None where there are none.
     """
@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is traced, and what a cotangent is made of; see the arguments in `__init__.py`.
+    """Traced arrays, and the structure of their cotangents; see the arguments in `__init__.py`.
 
     Dense attention has `end`, and `stored` and `layer` of its entries or None; sparse attention has
     `selected`. `begin` is None where a row is one document, else `table.NEVER` for padding.

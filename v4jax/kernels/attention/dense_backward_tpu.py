@@ -1,13 +1,13 @@
 """The backward pass of dense attention on TPU: one pass over tiles, scores recomputed in VMEM.
 
-Everything is transposed: rows are keys, columns are queries (tokens × heads). So what belongs to a
-query (log-sum-exp, slope) is spread over rows for free, and of the five products only one needs a
+Everything is transposed: rows are keys, columns are queries (tokens × heads). Values of a query
+(log-sum-exp, slope) then spread over rows at no cost, and only one of the five products needs a
 transposed operand, the small block of keys. With P = exp(z − log_mass):
 
     Gᵀ = K·gᵀ    Dᵀ = Pᵀ · (Gᵀ + slope)    dqᵀ += Kᵀ·Dᵀ    dK += Dᵀ·q + Pᵀ·g
 
-Cotangents of entries stay in VMEM while a sequence lasts. Those of raw key-values move with the
-tiles: once a tile is done, its first rows are seen by no later one and leave.
+Cotangents of entries stay in VMEM for the whole sequence. Those of raw key-values move with the
+tiles: no later tile sees the first rows of a finished one, which are written out.
 """
 
 import functools

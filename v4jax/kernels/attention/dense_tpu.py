@@ -1,9 +1,9 @@
 """Dense attention on TPU: a flash kernel whose rows are tokens × heads.
 
-All heads share one key-value stream, so the queries of several tokens and all heads are the rows of
-one matrix product. The entries of a sequence (8,192 at a million tokens) are fetched and decoded
-once into VMEM, as far as they exist, and stay there for all tiles of its queries; so the inner loop
-is two products and a softmax. A call of one tile (decode) attends to a block as soon as it is
+All heads share one stream of key-values. The queries of several tokens and all heads can therefore
+be the rows of one matrix product. The existing entries of a sequence (8,192 at a million tokens)
+are fetched and decoded into VMEM once, and stay there for all tiles of queries: the inner loop is
+two products and a softmax. A call with one tile (decode) attends to a block as soon as it is
 decoded. Softmax runs in base 2 and starts with the sink, a key of value zero.
 """
 
@@ -208,7 +208,7 @@ def _body(plan, layout, layer_ref, start_ref, end_ref, *rest):
     @pl.when(first >= end)
     def _():
         if single and layout is not None:
-            # What was started must be awaited.
+            # Every copy that was started must be awaited.
             pl.loop(0, loader.blocks(available))(lambda index: loader.load(index, available))
         attended_ref[...] = jnp.zeros_like(attended_ref)
         log_mass_ref[...] = jnp.zeros_like(log_mass_ref)

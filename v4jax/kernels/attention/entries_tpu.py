@@ -1,10 +1,10 @@
-"""Reading stored entries inside a TPU kernel: blocks from HBM, decoded into VMEM.
+"""Stored entries inside a TPU kernel: blocks are read from HBM and decoded into VMEM.
 
-XLA lays an array [l, b, w, c] whose last axis does not fill registers out with the entries along
-lanes: FP8 values (448 channels), rotated channels (64) and scales (8) are in memory [l, b, c, w]. A
-kernel that asked for rows would have the whole stack copied first, on every call. So such arrays
-are handed over turned, which moves nothing, and stay turned: channels × entries. That suits both
-products of attention, and a scale is spread over its 64 channels by repeating a row.
+Where the last axis of an array [l, b, w, c] does not fill registers, XLA puts the entries along
+lanes: FP8 values (448 channels), rotated channels (64) and scales (8) are [l, b, c, w] in memory.
+Asking for rows would copy the whole stack on every call. Such arrays are therefore passed
+transposed, which moves nothing, and stay so: channels × entries. Both products of attention can use
+this layout, and a scale spreads over its 64 channels by repeating a row.
 """
 
 import dataclasses

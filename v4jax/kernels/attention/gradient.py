@@ -1,10 +1,10 @@
-"""The backward pass of attention in plain jnp: scores are recomputed tile by tile, none is kept.
+"""The backward pass of attention in plain jnp: scores are recomputed tile by tile, and not kept.
 
 With weights p = exp(z − log_mass) and the output's cotangent g, the cotangent of a score is
 
     p · (g·k − g·attended + cotangent of log_mass)
 
-therefore a tile needs its queries, its outputs and one block of keys at a time.
+A tile therefore needs its queries, its outputs and one block of keys at a time.
 """
 
 import jax

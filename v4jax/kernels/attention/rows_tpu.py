@@ -1,9 +1,9 @@
-"""Entries rewritten as rows that a kernel can fetch alone.
+"""Entries rewritten as rows that a kernel can fetch one by one.
 
-A table stores its entries along tiles, of which no single row can be copied. A call that gathers
-many therefore decodes the entries in use once, before it gathers, to words of two bfloat16 whose
-entry axis is not tiled. The grid ends with the last entry in use: what a call costs follows the
-actual length, not the capacity.
+A table stores entries in tiles, from which no single row can be copied. A call that gathers many
+entries therefore first decodes those in use, once, to words of two bfloat16 whose entry axis is not
+tiled. The grid ends with the last entry in use: the cost follows the actual length, not the
+capacity.
 """
 
 import functools

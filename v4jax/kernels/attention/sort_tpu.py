@@ -1,8 +1,8 @@
 """Sorting columns on TPU: a bitonic network whose comparators are whole registers.
 
-Each lane sorts a sequence of its own, so that only the last three distances of a merge, inside a
-register of eight rows, move values at all. The loops over stages and distances stay loops: XLA's
-sort unrolls its network and takes the compiler the better part of a minute.
+Each lane sorts its own sequence. Values move only at the last three distances of a merge, inside a
+register of eight rows. The loops over stages and distances stay loops: XLA's sort unrolls its
+network, which costs the compiler most of a minute.
 """
 
 import functools

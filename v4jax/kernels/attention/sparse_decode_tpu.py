@@ -1,15 +1,15 @@
 """The kernel of a decode step: each query gathers its own entries and attends in one pass.
 
-The rows of a product are the heads of one query; its keys are the window and the selected entries,
-all in VMEM at once, so the softmax needs no merging. FP8 entries lie in memory turned, channels ×
-entries (see `entries_tpu`), where the least that can be copied are the 128 entries
-of a register's lanes. So each selected entry comes with its neighbours, and a rotation of the lanes
-brings it to its place: 74 KiB an entry, far less than the table that a gather by XLA would have
-turned first. Entries in bfloat16 lie in rows, which XLA gathers.
+The rows of a product are the heads of one query. Its keys are the window and the selected entries,
+all in VMEM at once: the softmax needs no merging. FP8 entries are transposed in memory, channels ×
+entries (see `entries_tpu`), and a copy takes at least the 128 entries of a register's lanes. Each
+selected entry comes with its neighbours, 74 KiB together, and a rotation of the lanes brings it to
+its place. A gather by XLA would transpose the table first, which is far more. bfloat16 entries are
+rows, which XLA gathers.
 
-A device that shares the entries of a sequence with others has few of those selected, gets them in
-front, and attends without a window: then what stands behind the last one costs nothing. Loops of
-unknown length cost a tenth more for each, so other calls fetch for every place.
+Where devices share the entries of a sequence, each has few of the selected ones, sorted to the
+front, and attends without a window: the places behind them cost nothing. A loop of unknown length
+costs a tenth more per entry; other calls therefore fetch every place.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""The kernel of a prefill: groups of queries attend to the union of what they selected.
+"""The kernel of a prefill: groups of queries attend to the union of their selections.
 
-A tile is several groups. Its blocks of gathered entries, those of one group after those of the
-other, form one queue, of which `DEPTH` blocks are under way while one is computed: a row is a copy
-of its own, but a block whose ids are consecutive (every visible entry selected, say) is one copy.
+A tile is several groups. Their blocks of gathered entries form one queue, group after group. While
+one block is computed, `DEPTH` others are being copied. Each row is a copy of its own, unless the
+ids of a block are consecutive (as when every visible entry is selected): then the block is one.
 Softmax runs in base 2 and starts with the sink, a key of value zero.
 """
 

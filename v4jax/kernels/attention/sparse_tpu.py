@@ -1,8 +1,8 @@
 """Sparse attention on TPU: which of its kernels runs, and its gradient.
 
-A prefill rewrites the entries in use as rows, once, from which groups of neighbouring queries
-gather what any of them selected (`prefill_tpu`, `union_tpu`). A few queries of a long sequence each
-gather their own, straight from the table (`decode_tpu`).
+A prefill rewrites the entries in use as rows, once. Groups of neighbouring queries gather from them
+what any of the group selected (`sparse_prefill_tpu`, `union_tpu`). If a long sequence has few
+queries, each gathers its own entries straight from the table (`sparse_decode_tpu`).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Tiles of tokens × heads, and small tools that the attention kernels share."""
+"""Tiles of tokens × heads, and small tools shared by the attention kernels."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ LOG2_E = math.log2(math.e)
 class Plan:
     """Static sizes of one call. Row r of a tile is token r // heads, head r % heads.
 
-    Documents begin with units of `DOCUMENT_UNIT` tokens, so a tile belongs to one document.
+    Documents begin at multiples of `DOCUMENT_UNIT` tokens: a tile belongs to one document.
     """
 
     tokens: int  # of one tile

@@ -1,10 +1,10 @@
-"""What neighbouring queries gather together: the union of their ids.
+"""The union of the entries that neighbouring queries select.
 
-Successive queries select much the same entries. A group of them fetches the union of their
-selections once and attends to it with one product per block, in which each query masks what only
-its neighbours selected. A product with the heads of one query fills a quarter of a 256-wide unit,
-one with the heads of four or more fills it, so the masked part is free: at worst, without a common
-entry, a group does the work of its queries one by one.
+Successive queries select much the same entries. A group fetches the union of its selections once
+and attends to it with one product per block, in which each query masks what only its neighbours
+selected. The heads of one query fill a quarter of a 256-wide unit, those of four queries all of it:
+the masked part is free. At worst, without a common entry, a group does the work of its queries one
+by one.
 """
 
 import jax.numpy as jnp

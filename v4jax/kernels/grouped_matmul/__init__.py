@@ -1,4 +1,4 @@
-"""Routed experts: every token through its own few, at the cost of what is routed."""
+"""Routed experts: each token passes its few chosen experts, and only these are computed."""
 
 import jax
 from jaxtyping import Array, Float, Int

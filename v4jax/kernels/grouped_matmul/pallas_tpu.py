@@ -1,8 +1,8 @@
 """Routed experts on TPU: two kernels over tiles of tokens sorted by expert.
 
-The first multiplies by gate and up, clamps, applies SwiGLU and the routing weight and rounds, so
-only the hidden rows leave VMEM; the second multiplies by down. Both run over blocks of outputs and,
-inside, over the tiles that are really used (a number known on device): an expert's block is fetched
+The first multiplies by gate and up, clamps, applies SwiGLU and the routing weight, and rounds; only
+the hidden rows leave VMEM. The second multiplies by down. Both loop over blocks of outputs and,
+inside, over the tiles in use, whose number is known on device only. An expert's block is fetched
 and expanded once for all its tiles, an expert without tokens costs nothing, and a stack of layers
 is indexed by the fetch, never sliced.
 """

@@ -1,14 +1,14 @@
 """Gradients of routed experts on TPU, over the same tiles as the forward pass.
 
-Nothing but the arguments is kept: gate and up are computed again. With G the gradient of the
+Only the arguments are kept; gate and up are computed again. With G the gradient of the
 outputs' rows, h = weight · SwiGLU(a, b) and out = down · h:
 
     dh = downᵀ G,  (da, db, dweight) from dh by SwiGLU,  dx = w1ᵀ da + w3ᵀ db,
     d(gate, up) = Σ_rows (da, db) xᵀ,  d(down) = Σ_rows G hᵀ
 
-in three kernels: `_inner` (a, b, dh and what follows from them), `multiply_transposed` (dx) and
-`sum_products` (both weights; XLA leaves it out where no one asks, as for quantized experts). Empty
-rows have weight 0, hence h, da and db 0.
+in three kernels: `inner` (a, b, dh and what follows from them), `multiply_transposed` (dx) and
+`sum_products` (both weights; XLA drops it where its result is unused, as for quantized experts).
+Empty rows have weight 0, and therefore h, da and db are 0.
 """
 
 import functools

@@ -146,7 +146,7 @@ class TilePlan(NamedTuple):
 def choose_tile(target: Target, assignments: int, experts: int) -> int:
     """Returns rows per tile: a power of two near half the mean load, so padding stays small.
 
-    On GPUs near the mean load: there the copies of weights for more tiles cost more than padding.
+    On GPUs it is near the mean load: copying weights for more tiles costs more than padding.
     """
     aim = max(assignments // (target.sized(2, gpu=1) * experts), 1)
     largest = target.sized(LARGEST_TILE, gpu=GPU_TILE)

@@ -25,8 +25,8 @@ def select(
     """Returns the ids of the `count` best visible entries, −1 where fewer are visible.
 
     The score of entry w for the query at position p is Σ_i head_weights[p, i] · ReLU(q[p, i] ·
-    k[w]), in float32; visible are w < (p+1) // ratio. Ties go to the smaller id. The result is the
-    true top-k whatever the tiles and blocks; its order is not defined.
+    k[w]), in float32; entries w < (p+1) // ratio are visible. Ties go to the smaller id. The result
+    is the exact top-k, independent of tiles and blocks; its order is not defined.
 
     Args:
       queries: rotated (and, if the format says so, quantized) index queries of tokens start …
@@ -48,7 +48,7 @@ def select(
     check_shape("head_weights", head_weights, (batch, tokens, heads))
     if begin is not None:
         check_shape("begin", begin, (batch, tokens))
-    # Ids have no gradient; saying so keeps the backward pass from storing scores for it.
+    # Ids have no gradient; saying so keeps scores out of what the backward pass stores.
     queries, head_weights, keys = jax.lax.stop_gradient((queries, head_weights, keys))
     run = dispatch.pick(target, "indexer", __name__, queries, keys, count, begin).select
     options = {"ratio": ratio, "count": count, "begin": hide_padding(begin), "target": target}
@@ -68,7 +68,7 @@ def select_with_scores(
 ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
     """As `select`, and the scores of the selected in float32, −∞ for the id −1.
 
-    Candidates of several tables of one sequence are compared by them.
+    The scores let candidates from several tables of one sequence be compared.
     """
     batch, tokens, heads, _ = queries.shape
     check_shape("head_weights", head_weights, (batch, tokens, heads))

@@ -1,4 +1,4 @@
-"""Scores as integers of the same order, which can be counted and halved exactly."""
+"""Scores as integers in the same order, which can be counted and halved exactly."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """The positions of a row's largest values, exactly.
 
-`jax.lax.top_k` sorts on one core. Counting is elementwise and uses all of them: bisection finds the
-value of the last one chosen (the floor), and the positions at or above it are packed together. That
-takes many small steps, so few rows are sorted; so is everything on a GPU, which sorts with all of
-its cores and waits for the host between the steps.
+`jax.lax.top_k` sorts on one core. Counting is elementwise and uses all cores: bisection finds the
+smallest value to choose (the floor), and the positions at or above it are packed together. This
+takes many small steps. A few rows are therefore sorted instead, and so is everything on a GPU,
+which sorts with all its cores and would wait for the host between the steps.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Rotating the trailing channels of queries, key-values and entries by their positions."""
+"""Rotation of the trailing channels of queries, key-values and entries by position."""
 
 from jaxtyping import Array, Float
 

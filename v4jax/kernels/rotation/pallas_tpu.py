@@ -1,9 +1,9 @@
-"""Rotation on TPU: in place, and of whole registers.
+"""Rotation on TPU: in place, a whole register at a time.
 
-XLA takes pairs of lanes apart and stacks them again, with arrays that it pads to sixteen times
-their size. Here a register of 128 channels is turned as it is: each channel's partner comes from
-rolling the lanes by one, to the left for even channels and to the right for odd ones. Only the
-last 128 channels are read and written; where fewer rotate the others keep their value.
+XLA takes pairs of lanes apart and stacks them again, in arrays padded to sixteen times their size.
+This kernel rotates a register of 128 channels as it is: each channel's partner comes from rolling
+the lanes by one, to the left for even channels and to the right for odd ones. Only the last 128
+channels are read and written; those that do not rotate keep their value.
 """
 
 import functools

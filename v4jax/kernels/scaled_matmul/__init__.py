@@ -21,8 +21,8 @@ def matmul(
     """Returns x · weightᵀ in x's dtype, accumulated in float32.
 
     A quantized weight is expanded here, exactly, and nowhere else. With `quantize_activations` the
-    input of a quantized weight is rounded to e4m3 in blocks of 128 first, as the published
-    inference code does; all scales are powers of two, therefore expanding both sides equals scaling
+    input of a quantized weight is first rounded to e4m3 in blocks of 128, as in the published
+    inference code. All scales are powers of two; expanding both sides therefore equals scaling
     block sums.
 
     Source: spec B.0, FP8 linear.
@@ -68,9 +68,9 @@ def matmul_float32(
 ) -> Float[Array, "... o"]:
     """Returns x · weightᵀ as of float32: router scores, compressor projections, logits.
 
-    Two arrays of bfloat16 are multiplied as they are, except on CPUs, where float32 is faster:
-    their products are exact in float32, which units for bfloat16 would multiply in several passes,
-    or not at all. Gradients are then rounded to bfloat16 first, as those of `contract` are.
+    Two bfloat16 arrays are multiplied as they are, except on CPUs, where float32 is faster. Their
+    products are exact in float32; a unit for bfloat16 multiplies float32 in several passes, or not
+    at all. Gradients are then rounded to bfloat16 first, as those of `contract` are.
 
     Args:
       wide: the same weight in float32, which gets its gradient in place of `weight`: the gradients

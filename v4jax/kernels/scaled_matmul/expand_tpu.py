@@ -1,11 +1,11 @@
-"""A stored weight expanded to bfloat16 in the memory of a TPU, for products that read it often.
+"""A stored weight expanded to bfloat16 in a TPU's memory, for products that read it often.
 
-Gradients by an input and weights with adapters need the whole matrix. XLA expands one as well, but
-wants its bytes in tiles of another shape, and so copies whole stacks of layers before it slices
-them. A kernel takes them as they lie.
+Gradients with respect to inputs, and weights with adapters, need the whole matrix. XLA could expand
+it too, but needs the bytes in tiles of another shape: it would copy whole stacks of layers before
+slicing them. The kernel reads them in the layout they have.
 
-FP4 is unpacked in the orders of `unpack_tpu`, and put right by products with permutations, which
-are exact.
+FP4 is unpacked in the orders of `unpack_tpu`. Products with permutations, which are exact, restore
+the order.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Products with stored weights on TPU, expanded in VMEM once per block and reused over tiles.
+"""Products with stored weights on TPU: each block is expanded in VMEM once, for all tiles.
 
 `multiply_tiles` serves linear layers (one weight) and the experts' down projection (every tile of
-rows has its own). The grid runs over blocks of outputs, inside over tiles of rows: successive tiles
-of one expert find its block already in VMEM, fetched and expanded once.
+rows has its own). The grid loops over blocks of outputs and, inside, over tiles of rows. Successive
+tiles of one expert find its block in VMEM, fetched and expanded once.
 """
 
 import functools
@@ -96,7 +96,7 @@ def layer_of(weight):
 def weight_operands(weight, layer):
     """Returns the arrays a kernel reads of a weight [l, e, …, out, in].
 
-    FP8 scales are cut to the layer and decoded to float32 outside: they are a 16,384th of it.
+    FP8 scales, a 16,384th of the weight, are sliced and decoded to float32 outside the kernel.
     """
     kind = unpack_tpu.kind_of(weight)
     if kind == "bfloat16":

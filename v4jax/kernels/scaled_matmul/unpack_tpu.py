@@ -3,16 +3,16 @@
 Both are exact: a scale is a power of two, and bfloat16 holds every e4m3 and e2m1 value (spec D.3).
 
 FP4 byte p holds columns 2p and 2p+1. Instead of interleaving lanes, the contraction runs in *split
-order*: in every group of 256 columns the even ones come first, so the low halves of 128 bytes make
+order*: in every group of 256 columns the even ones come first. The low halves of 128 bytes are then
 128 neighbouring columns, and the high halves the next 128. `split` brings the other operand into
 this order.
 
-Where a chip casts e4m3 to bfloat16, a code is placed in such a number. Elsewhere it is unpacked by
-integers: four bytes of one column lie in a word (rows 4i … 4i+3), two bfloat16 of one column as
-well, so words are taken apart and put together in place: two weights per operation, no movement
-between lanes. Bytes two apart are halves of a word without a shift, so rows 4i … 4i+3 then lie as
-4i, 4i+2, 4i+1, 4i+3; `restore` brings the outputs back. Where the outputs are wanted in split order
-themselves, the words of even rows are put before those of odd ones, and nothing is left to do.
+Where a chip casts e4m3 to bfloat16, a code becomes such a number. Elsewhere it is unpacked with
+integer operations. A word holds four bytes of one column (rows 4i … 4i+3), or two bfloat16 of one
+column; words are therefore rearranged in place, two weights per operation, without movement between
+lanes. Bytes two apart become halves of a word without a shift, which leaves rows 4i … 4i+3 in the
+order 4i, 4i+2, 4i+1, 4i+3; `restore` reorders the outputs. Where outputs are wanted in split order,
+the words of even rows come before those of odd ones, and nothing is left to reorder.
 """
 
 from typing import Literal

@@ -1,10 +1,10 @@
-"""Writing entries on TPU into a table that lies turned, entries along lanes.
+"""Writing entries on TPU into a table that is transposed in memory, with entries along lanes.
 
 XLA lays out stored arrays whose rows do not fill registers as [l, b, c, w], and the kernels read
-them so (`attention.entries_tpu`). Its scatter, and its slices too, want rows after each
-other: the whole stack would be turned before each write and back after it, on every layer. This
-kernel asks for the turned array, changes the tiles of 128 entries that it must, and returns it in
-the same memory.
+them in this layout (`attention.entries_tpu`). XLA's scatter and slices need consecutive rows: they
+would transpose the whole stack before each write and back after it, in every layer. This kernel
+takes the transposed array, changes the tiles of 128 entries that it must, and returns it in the
+same memory.
 """
 
 import functools
