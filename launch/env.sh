@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   the interpreter (default: the first of python3.11 … python3 that is new enough)
 #   V4JAX_VENV=DIR      where the environment is (default: .venv in the repository)
+#   V4JAX_GET_PYTHON=1  where no Python is new enough, installs one with uv, for this user alone
 
 set -euo pipefail
 
@@ -41,7 +42,24 @@ find_python() {
   for candidate in python3.11 python3.12 python3.13 python3 python; do
     is_new_enough "$candidate" && echo "$candidate" && return
   done
-  fail "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11"
+  if [[ -n "${V4JAX_GET_PYTHON:-}" ]]; then
+    get_python
+    return
+  fi
+  fail "no Python 3.11 or later found; install one, or name it: PYTHON=/path/to/python3.11 (V4JAX_GET_PYTHON=1 installs one with uv)"
+}
+
+# Installs a Python of its own for this user, and prints where it is. The images of TPU machines have
+# Python 3.10 (Ubuntu 22.04).
+get_python() {
+  export PATH="$HOME/.local/bin:$PATH"
+  say "launch: no Python 3.11 or later is here; installing one with uv"
+  if ! command -v uv >/dev/null; then
+    curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh >&2 ||
+      fail "uv could not be installed from https://astral.sh/uv; install Python 3.11 by hand"
+  fi
+  uv python install 3.12 >&2 || fail "uv could not install Python 3.12"
+  uv python find 3.12
 }
 
 # Installs the package, editable, with the extras named ("test", "tpu,gcs" or nothing). Does nothing

@@ -7,12 +7,17 @@ Nothing here reaches a cloud or installs anything: gcloud, srun and v4jax are st
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from v4jax.config.loading import load_model_config
+from v4jax.costs import chips
+from v4jax.model import take_inventory
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
@@ -22,6 +27,8 @@ SLICE = {"NAME": "reader", "ZONE": "us-east5-b", "ACCELERATOR": "v6e-8"}
 BATCH = ["batch", "--model=gs://m/flash", '--system=it\'s a "q" \\ $HOME $(X)']
 DRY_RUNS = {
     "local": (["local"], {"DEVICES": "4", "PORT": "20000"}),
+    "tpu_vm_finish": (["tpu_vm", "finish"], SLICE),
+    "tpu_vm_stop": (["tpu_vm", "stop"], SLICE),
     "tpu_vm": (["tpu_vm", "all"], SLICE),
     "tpu_vm_mounted": (["tpu_vm", "run"], SLICE | {"SETUP": "mount it", "V4JAX_EXTRAS": "tpu"}),
 }
@@ -68,7 +75,11 @@ def test_help_is_the_comment_and_installs_nothing(script, tmp_path):
 
 
 REFUSED = {
-    "no step": (["tpu_vm", "begin"], SLICE, "the first word must be a step: create, wait, run"),
+    "no step": (
+        ["tpu_vm", "begin"],
+        SLICE,
+        "the first word must be a step: create, wait, run, follow",
+    ),
     "no name": (["tpu_vm", "wait"], {"ZONE": "z"}, "NAME: a name for the request and its slice"),
     "no accelerator": (
         ["tpu_vm", "create"],
@@ -96,24 +107,69 @@ def stand_in(file: Path, code: str) -> None:
     file.chmod(0o755)
 
 
+STEPS = ["create", "describe", "scp", "ssh", "delete"]
+STARTED = [*STEPS[:4], "ssh"]
+# {what happens: (state of the slice, status of ssh that starts, of ssh that follows, steps)}
 ENDS = {
-    "the job fails": ("ACTIVE", 7, ["create", "describe", "scp", "ssh", "delete"]),
-    "the slice fails": ("FAILED", 1, ["create", "describe", "delete"]),
+    "the job ends": ("ACTIVE", 0, 0, [*STARTED, "delete"]),
+    "the job fails": ("ACTIVE", 0, 7, [*STARTED, "delete"]),
+    "the job does not start": ("ACTIVE", 7, 0, STEPS),
+    "the connection is lost": ("ACTIVE", 0, 255, STARTED),
+    "the slice fails": ("FAILED", 0, 0, ["create", "describe", "delete"]),
 }
 
 
-@pytest.mark.parametrize("state, status, steps", ENDS.values(), ids=ENDS.keys())
-def test_all_deletes_the_slice_however_it_ends(tmp_path, state, status, steps):
-    answer = f'case "$*" in *describe*) echo {state} ;; *ssh*) exit 7 ;; esac'
-    stand_in(tmp_path / "gcloud", f'echo "$*" >>{tmp_path}/calls\n{answer}')
+@pytest.mark.parametrize("state, starts, follows, steps", ENDS.values(), ids=ENDS.keys())
+def test_all_deletes_the_slice_unless_the_job_still_runs(tmp_path, state, starts, follows, steps):
+    answer = f"*describe*) echo {state} ;; *--worker=0*) exit {follows} ;; *ssh*) exit {starts} ;;"
+    stand_in(tmp_path / "gcloud", f'echo "$*" >>{tmp_path}/calls\ncase "$*" in {answer} esac')
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = start("tpu_vm", "all", "batch", **SLICE, PATH=path, TMPDIR=str(tmp_path))
-    assert done.returncode == status
+    assert done.returncode == (1 if state == "FAILED" else starts or follows)
     assert f"launch: reader is {state}" in done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert [
-        word for line in calls for word in line.split() if word in ENDS["the job fails"][2]
-    ] == (steps)
+    assert [word for line in calls for word in line.split() if word in STEPS] == steps
+    left = "the slice costs money until it is deleted: NAME=reader ZONE=us-east5-b bash launch/tpu"
+    assert (left in done.stderr) == (follows == 255)
+
+
+def test_a_job_on_a_slice_outlives_the_session(tmp_path):
+    """The hosts are this machine with another home: the job is detached and logged."""
+    home, code = tmp_path / "home", tmp_path / "code"
+    stand_in(
+        code / "launch" / "run.sh",
+        'echo "$V4JAX_EXTRAS: $*"; [[ "$*" != *--waits* ]] || exec sleep 100; sleep 1; exit 3',
+    )
+    stand_in(tmp_path / "git", f'tar -czf "${{3#--output=}}" -C {code} launch')
+    session = f'HOME={home} timeout --foreground --signal=KILL 60 bash -c "${{command#--command=}}"'
+    gcloud = f"""
+for command; do :; done
+case "$*" in
+  *scp*) mkdir -p {home}; cp "$5" {home}/v4jax.tar.gz ;;
+  *ssh*) {session} ;;
+esac"""
+    stand_in(tmp_path / "gcloud", gcloud)
+    settings = SLICE | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    done = start("tpu_vm", "run", "batch", "--system=it's $HOME", **settings)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "tpu,gcs,train: batch --system=it's $HOME\n"
+    assert start("tpu_vm", "follow", **settings).stdout == done.stdout
+    assert (home / "v4jax.status").read_text() == "3\n"
+
+    begins = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "tpu_vm.sh"), "run", "batch", "--waits"],
+        env=settings,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert begins.stdout.readline() == "tpu,gcs,train: batch --waits\n"
+    os.killpg(begins.pid, signal.SIGKILL)  # the terminal is closed
+    begins.communicate()
+    again = start("tpu_vm", "run", "batch", **settings)
+    assert again.returncode == 1 and "a job runs here; stop it first" in again.stderr
+    assert start("tpu_vm", "stop", **settings).returncode == 0
+    assert start("tpu_vm", "follow", **settings).returncode == 143
 
 
 def test_slurm_starts_one_process_a_machine(tmp_path):
@@ -124,7 +180,11 @@ def test_slurm_starts_one_process_a_machine(tmp_path):
     assert (done.returncode, done.stdout.splitlines()) == (0, expected)
     text = (ROOT / "launch" / "slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
-    assert options["ntasks-per-node"] == "1" and options.keys() >= {"nodes", "gpus-per-node"}
+    assert options["ntasks-per-node"] == "1" and options["nodes"] == "1"
+    # The example's model fits the GPUs of one process, with room for what is not divided.
+    weights = sum(weight.bytes for weight in take_inventory(load_model_config("v4_flash")).weights)
+    gpu = chips.CHIPS["h100"].device_limit_bytes
+    assert gpu < weights < 0.5 * gpu * int(options["gpus-per-node"])
 
 
 def read_manifest(name: str) -> tuple[dict, dict]:
