@@ -8,7 +8,7 @@ from v4jax.errors import ConfigError
 ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
 
 # Fields that one kind of source heeds.
-_ONLY_FOR = dict.fromkeys(("mode", "effort", "profile", "drop_thinking"), "chat")
+_ONLY_FOR = dict.fromkeys(("mode", "effort", "profile", "drop_thinking", "turns"), "chat")
 _ONLY_FOR |= {"settings": "needles"}
 
 
@@ -29,6 +29,7 @@ class SourceConfig:
       profile: the generation of checkpoints whose effort prefixes are rendered; None: that of the
         run's model, and preview where there is no run.
       drop_thinking: leave out the reasoning before the last question, as prompts do.
+      turns: which of the assistant's turns are learned: `all`, or those after the `last` question.
       settings: fields of `training.data.needles.Needles`, for needles.
     """
 
@@ -40,6 +41,7 @@ class SourceConfig:
     effort: str | None = None
     profile: Literal["preview", "0731"] | None = None
     drop_thinking: bool = True
+    turns: Literal["all", "last"] = "all"
     settings: Any = None
 
     def __post_init__(self):

@@ -80,7 +80,7 @@ CASES = {
 
 @pytest.mark.parametrize(("messages", "options", "counted"), CASES.values(), ids=CASES.keys())
 def test_what_counts(messages, options, counted):
-    document = encode_conversation(messages, BYTE, **options)
+    (document,) = encode_conversation(messages, BYTE, **options)
     mode = options.get("mode") or ("thinking" if "</think>" in counted[0] else "chat")
     assert BYTE.decode(document.tokens) == encode_messages(messages, mode=mode)
     assert set(document.weights.tolist()) == {0.0, 1.0}
@@ -89,9 +89,71 @@ def test_what_counts(messages, options, counted):
     assert [BYTE.decode(run) for run in runs] == counted
 
 
+THOUGHT = [
+    user("p"),
+    assistant("a", reasoning_content="r"),
+    user("q"),
+    assistant("b", reasoning_content="s"),
+    assistant("c"),
+    user("unanswered"),
+]
+INSTRUCTED = [user("p"), assistant("a"), {"role": "system", "content": "S"}, user("q")]
+
+# {what: (messages, options, (how many messages ask, what counts) of each example)}
+QUESTIONS = {
+    "reasoning is left out": (
+        THOUGHT, {}, [(1, f"r</think>a{EOS}"), (3, f"s</think>b{EOS}</think>c{EOS}")],
+    ),
+    "the last turn only": (
+        THOUGHT, {"turns": "last"}, [(3, f"s</think>b{EOS}</think>c{EOS}")],
+    ),
+    "reasoning stays": (
+        THOUGHT, {"drop_thinking": False},
+        [(1, f"r</think>a{EOS}s</think>b{EOS}</think>c{EOS}")],
+    ),
+    "reasoning stays, the last turn only": (
+        THOUGHT, {"drop_thinking": False, "turns": "last"},
+        [(3, f"s</think>b{EOS}</think>c{EOS}")],
+    ),
+    "answers without reasoning": (
+        THOUGHT, {"mode": "chat"}, [(1, f"a{EOS}b{EOS}c{EOS}")],
+    ),
+    "a masked answer is history": (
+        [user("p"), assistant("a", reasoning_content="r", train=False), *THOUGHT[2:]], {},
+        [(3, f"s</think>b{EOS}</think>c{EOS}")],
+    ),
+    "a system message that came later": (
+        [*INSTRUCTED, assistant("b")], {}, [(1, f"a{EOS}"), (4, f"b{EOS}")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "expected"), QUESTIONS.values(), ids=QUESTIONS.keys()
+)
+def test_every_answer_follows_the_prompt_of_inference(messages, options, expected):
+    found = encode_conversation(messages, BYTE, **options)
+    rendering = {name: value for name, value in options.items() if name != "turns"}
+    thinking = any(message.get("reasoning_content") for message in messages)
+    rendering = {"mode": "thinking" if thinking else "chat"} | rendering
+    assert len(found) == len(expected)
+    for document, (asking, counted) in zip(found, expected, strict=True):
+        first = int(np.argmax(document.weights > 0))
+        prompt = encode_messages(messages[:asking], **rendering)
+        assert BYTE.decode(document.tokens[:first]) == prompt
+        assert (
+            "".join(
+                BYTE.decode([token]) if token > 255 else chr(token)
+                for token, weight in zip(document.tokens, document.weights, strict=True)
+                if weight
+            )
+            == counted
+        )
+
+
 def test_the_same_ids_as_the_prompt_of_a_published_tokenizer():
     v4 = load_tokenizer("v4")
-    document = encode_conversation(LONG, v4)
+    (document,) = encode_conversation(LONG, v4)
     assert document.tokens.tolist() == v4.encode(encode_messages(LONG, mode="thinking"))
     # What the model reads before its first answer is what inference would give it.
     prompt = v4.encode(encode_messages(LONG[:2], mode="thinking"))
@@ -101,7 +163,7 @@ def test_the_same_ids_as_the_prompt_of_a_published_tokenizer():
 
 def test_a_turn_that_counts_in_part():
     talk = [user("a"), assistant("b", weight=0.25), user("c"), assistant("d", train=False)]
-    document = encode_conversation(talk, BYTE)
+    (document,) = encode_conversation(talk, BYTE)
     counted = document.tokens[document.weights > 0]
     assert BYTE.decode(counted) == "b" + EOS
     assert set(document.weights.tolist()) == {0.0, 0.25}
@@ -123,7 +185,7 @@ def test_records_of_a_file(tmp_path):
         {"messages": talk, "tools": json.dumps(TOOLS)},
     )
     records = ChatRecords(files, SourceConfig("chat", ("x",)), BYTE)
-    texts = [BYTE.decode(records.read(i).tokens) for i in range(len(records))]
+    texts = [BYTE.decode(records.read(i)[0].tokens) for i in range(len(records))]
     assert texts == [
         encode_messages(talk),
         encode_messages(talk, mode="thinking", effort="max"),

@@ -27,7 +27,7 @@ def test_files_then_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     files = sorted(tmp_path.iterdir())
     records = TextRecords(files, SourceConfig("text", ("x",)), BYTE, 128)
-    texts = [BYTE.decode(records.read(i).tokens[1:-1]) for i in range(len(records))]
+    texts = [BYTE.decode(records.read(i)[0].tokens[1:-1]) for i in range(len(records))]
     assert texts == ["one", "two", "three", "four"]
     assert records.place(0) == str(tmp_path / "a.txt")
     assert records.place(3) == f"{tmp_path / 'a.jsonl'}, line 2"
@@ -40,7 +40,7 @@ def test_segments_join_to_the_document(tmp_path, monkeypatch):
     monkeypatch.setattr("v4jax.training.data.text.LEAST_SEGMENT_BYTES", 37)
     records = TextRecords([tmp_path / "a.txt"], SourceConfig("text", ("x",)), BYTE, 128)
     assert len(records) == -(-len(text.encode()) // 37)
-    tokens = [token for i in range(len(records)) for token in records.read(i).tokens.tolist()]
+    tokens = [token for i in range(len(records)) for token in records.read(i)[0].tokens.tolist()]
     assert tokens == [BOS, *text.encode(), EOS]
     assert records.place(1) == f"{tmp_path / 'a.txt'}, bytes 37 to 74"
     whole = SourceConfig("text", ("x",), too_long="error")

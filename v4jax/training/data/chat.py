@@ -24,7 +24,8 @@ from v4jax.config.data import SourceConfig
 from v4jax.config.json_keys import brief_name
 from v4jax.errors import ConfigError, ConversationError, DataError
 from v4jax.tokenizer import Piece, Vocabulary, encode_pieces, render_messages
-from v4jax.tokenizer.conversation import Turn, read_turns
+from v4jax.tokenizer.conversation import LEARNED, Turn, read_turns
+from v4jax.tokenizer.markup import join_pieces
 from v4jax.tokenizer.tools import read_arguments
 from v4jax.training.data.example import Example
 from v4jax.training.data.files import Lines, parse_object
@@ -52,8 +53,8 @@ class ChatRecords:
         """Returns the place of record `index` for messages."""
         return self._lines.place(index)
 
-    def read(self, index: int) -> Example:
-        """Returns record `index`.
+    def read(self, index: int) -> list[Example]:
+        """Returns the examples of record `index`.
 
         Raises:
           DataError, ConversationError: the record cannot be used.
@@ -75,20 +76,30 @@ class ChatRecords:
             self._tokenizer,
             mode=fields.get("mode") or self._config.mode,
             effort=fields.get("effort") or self._config.effort,
+            turns=self._config.turns,
             drop_thinking=self._config.drop_thinking,
             **self._profile,
         )
 
 
 def encode_conversation(
-    messages: Sequence[dict], tokenizer: Vocabulary, *, mode: str = "auto", **options
-) -> Example:
-    """Returns a conversation as an Example; only what the assistant wrote has weight.
+    messages: Sequence[dict],
+    tokenizer: Vocabulary,
+    *,
+    mode: str = "auto",
+    turns: str = "all",
+    **options,
+) -> list[Example]:
+    """Returns a conversation as Examples; only what the assistant wrote has weight.
 
-    Prompts and answers are encoded separately, as in inference. No token spans both.
+    What precedes an answer is what inference would give the model to answer. Where a later question
+    changes that, as thinking mode leaves earlier reasoning out, the answers before it are an
+    example of their own, and history without weight in the next. Otherwise all answers are in one
+    example. Prompts and answers are encoded separately, as in inference. No token spans both.
 
     Args:
       mode: `chat`, `thinking`, or `auto`: thinking where a message has `reasoning_content`.
+      turns: `last` learns what follows the last answered question only.
       options: of `tokenizer.render_messages`.
 
     Raises:
@@ -99,19 +110,53 @@ def encode_conversation(
     if mode == "auto":
         dicts = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
         mode = "thinking" if any(m.get("reasoning_content") for m in dicts) else "chat"
-    pieces = render_messages(messages, mode=mode, **options)
-    _check_literals(pieces, tokenizer)
+    render_messages(messages, mode=mode, **options)  # reports what breaks a rule, by its place
     _check_targets(read_turns(messages, "messages"))
+    prompts = [render_messages(messages[:end], mode=mode, **options) for end in _ends(messages)]
+    examples, first = [], 0  # of the messages that are in no example yet
+    for i, end in enumerate(_ends(messages)):
+        following = prompts[i + 1] if i + 1 < len(prompts) else None
+        if following and join_pieces(following).startswith(join_pieces(prompts[i])):
+            continue
+        learned, first = first, end
+        if turns == "last":
+            if following:
+                continue
+            learned = 1 + max(k for k in range(-1, end) if k < 0 or _asks(messages[k]))
+        history = [_without_weight(message) for message in messages[:learned]]
+        pieces = render_messages([*history, *messages[learned:end]], mode=mode, **options)
+        _check_literals(pieces, tokenizer)
+        if any(piece.weight for piece in pieces):
+            examples.append(_encode(pieces, tokenizer))
+    if not examples:
+        raise DataError(
+            "has no assistant turn that counts; add the answer, or remove the conversation"
+        )
+    return examples
+
+
+def _encode(pieces: Sequence[Piece], tokenizer: Vocabulary) -> Example:
     tokens, weights = [], []
     for weight, group in groupby(pieces, key=lambda piece: piece.weight):
         ids = encode_pieces(group, tokenizer)
         tokens += ids
         weights += [weight] * len(ids)
-    if not any(weights):
-        raise DataError(
-            "has no assistant turn that counts; add the answer, or remove the conversation"
-        )
     return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def _ends(messages: Sequence[dict]) -> list[int]:
+    """Returns how many messages end with each answer; of answers in a row with the last."""
+    roles = [message["role"] for message in messages]
+    return [i + 1 for i, role in enumerate(roles) if role == "assistant" != (*roles, "")[i + 1]]
+
+
+def _asks(message: dict) -> bool:
+    return message["role"] in ("user", "developer")
+
+
+def _without_weight(message: dict) -> dict:
+    kept = {field: value for field, value in message.items() if field not in LEARNED}
+    return kept | {"weight": 0} if message["role"] == "assistant" else kept
 
 
 def parse_list(text: str, name: str) -> list:

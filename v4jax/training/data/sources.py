@@ -24,13 +24,13 @@ _ENDLESS = 2**31  # length of a source without end; shuffling takes 32 bits
 
 
 class Records(Protocol):
-    """What each kind of source implements; `read` returns the same document for an index always."""
+    """What each kind of source implements; `read` always returns the same for an index."""
 
     def __len__(self) -> int: ...
 
     def place(self, index: int) -> str: ...
 
-    def read(self, index: int) -> Example: ...
+    def read(self, index: int) -> Sequence[Example]: ...
 
 
 class ExampleSource:
@@ -49,13 +49,14 @@ class ExampleSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sequence[Example]:
-        """Returns record `index` as one example or its parts; nothing where the record is bad.
+        """Returns the examples of record `index`, or their parts; none where the record is bad.
 
         Raises:
           DataError: a record is bad where that is fatal, or too many are bad in succession.
         """
         try:
-            documents = self._fit(self._records.read(index))
+            found = self._records.read(index)
+            documents = [part for document in found for part in self._fit(document)]
         except (DataError, RequestError, RecursionError) as error:  # the last: nested too deeply
             self._report(index, error)
             return ()
@@ -102,9 +103,9 @@ class NeedleRecords:
         """Returns the name of document `index` for messages."""
         return f"needles, document {index}"
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int) -> Sequence[Example]:
         """Returns document `index`."""
-        return self._make_document(index)
+        return (self._make_document(index),)
 
 
 def open_source(data: DataConfig, which: int, tokenizer: Vocabulary) -> ExampleSource:

@@ -61,8 +61,8 @@ class TextRecords:
             return str(segment.file)
         return f"{segment.file}, bytes {segment.begin} to {segment.end}"
 
-    def read(self, index: int) -> Example:
-        """Returns record `index`.
+    def read(self, index: int) -> list[Example]:
+        """Returns the example of record `index`.
 
         Raises:
           DataError, RequestError: the record cannot be used.
@@ -72,12 +72,12 @@ class TextRecords:
             text = fields.get("text")
             if not isinstance(text, str):
                 raise DataError(f"needs the field text, a string, got {type(text).__name__}")
-            return encode_text(text, self._tokenizer)
+            return [encode_text(text, self._tokenizer)]
         segment = self._segments[index]
         text = decode(read_range(segment.file, segment.begin, segment.end))
         first, last = segment.begin == 0, segment.end == segment.size
         text = text.removeprefix("\ufeff") if first else text  # a byte-order mark is no content
-        return encode_text(text, self._tokenizer, first=first, last=last)
+        return [encode_text(text, self._tokenizer, first=first, last=last)]
 
 
 def encode_text(
