@@ -4,6 +4,7 @@ import io
 import re
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 import v4jax
@@ -50,6 +51,30 @@ def test_drafts(capsys, fake_model, monkeypatch):
     assert "speculate: 4 tokens are drafted and verified in each step" in err
     assert main.run(["generate", *FLAGS, "--prompt=a", "--speculate=off"]) == 0
     assert capsys.readouterr().out == plain
+
+
+def test_log_probabilities_go_to_stderr(capsys, fake_model):
+    plain = answer(capsys, "--prompt=a")
+    for drafts in (0, 4):  # whatever wrote the answer
+        fake_model.draft_tokens = drafts
+        assert main.run(["generate", *FLAGS, "--prompt=a", "--logprobs"]) == 0
+        out, err = capsys.readouterr()
+        rows = re.findall(r"^ +(-\d+\.\d{6})  '", err, re.MULTILINE)
+        assert out == plain and 1 <= len(rows) <= 12
+
+
+def test_numbers_that_are_not_finite_are_an_error(capsys, fake_model, monkeypatch):
+    """While the prompt is read, and in the middle of the answer; what was written is shown."""
+    extend = fake_model.extend
+    for shapes in ({64, 16}, {1}):
+
+        def sick(tokens, cache, *rest, shapes=shapes, **options):
+            logits, cache = extend(tokens, cache, *rest, **options)
+            return jnp.where(tokens.shape[1] in shapes, jnp.nan, logits), cache
+
+        monkeypatch.setattr(fake_model, "extend", sick)
+        assert main.run(["generate", *FLAGS, "--prompt=a"]) == 2
+        assert "v4jax: error: the model computed NaN or infinity" in capsys.readouterr().err
 
 
 BAD_DRAFTS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import folder_bucket
 import pytest
 
+from v4jax import retries
 from v4jax.errors import V4JaxError
 from v4jax.files import BucketPath, to_path
 from v4jax.inference.answer_log import AnswerLog
@@ -281,10 +282,12 @@ def test_a_bucket_that_cannot_be_written(remote, monkeypatch):
         raise RuntimeError("403 Forbidden\nmore")
 
     with AnswerLog(remote, "job") as log:
+        waited = []
+        monkeypatch.setattr(retries.time, "sleep", waited.append)
         monkeypatch.setattr(folder_bucket.FolderBucket, "pipe_file", refuse)
         message = "cannot write s3://bucket/answers.jsonl.parts/00000002.jsonl: RuntimeError: 403 "
         with pytest.raises(V4JaxError, match=re.escape(message) + "Forbidden; start the job again"):
             log.append([record(1)])
-        assert not log.has(1, 0)
+        assert not log.has(1, 0) and waited == [1.0, 2.0, 4.0, 8.0]
     with pytest.raises(V4JaxError, match=r"cannot write s3://bucket/answers\.jsonl: Runtime.* 403"):
         AnswerLog(remote, "job")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import make_config, make_model
+from small_models import make_config, make_model, on_mesh
 
 from v4jax.errors import NonFiniteError, RequestError
 from v4jax.inference import (
@@ -103,6 +103,19 @@ def test_a_real_model():
     scores = np.asarray(jax.nn.log_softmax(model(jnp.array([tokens]))[0]))
     expected = scores[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(found.log_probabilities, expected, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_mesh_scores_as_one_device():
+    """Vocabulary, tokens and entries are split; the text is read in chunks."""
+    model = on_mesh(make_model(make_config("csa")), data=2, context=2, tensor=2)
+    options = EngineOptions(max_tokens=256, chunk_tokens=32, questions_at_once=2)
+    text = "It was a dark and stormy night; the rain fell."
+    found = Engine(model, options, TOKENIZER).score(text).log_probabilities
+    tokens = [TOKENIZER.bos_id, *text.encode()]
+    scores = np.asarray(jax.nn.log_softmax(make_model(make_config("csa"))(jnp.array([tokens]))[0]))
+    expected = scores[np.arange(len(tokens) - 1), tokens[1:]]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
 class SickModel(FakeModel):

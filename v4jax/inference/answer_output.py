@@ -219,7 +219,7 @@ class BucketOutput:
             if self._list() != self._numbers:
                 raise self._taken(self._numbers[-1] + 1)
             if self._unmerged or not self._exists:
-                self.path.write_blocks(self._blocks())
+                retry(lambda: self.path.write_blocks(self._blocks()), f"write {self.path}")
                 log.info(f"batch: {self.path} is made of its {len(self._numbers):,} parts")
             remove_all([self._part(number) for number in self._numbers])
             self._numbers = []

@@ -34,6 +34,7 @@ from v4jax.inference.engine import EncodedDocument, Engine
 from v4jax.inference.meter import Meter, ScoreSummary, Summary, summarize, summarize_scores
 from v4jax.inference.request import Document, SamplingOptions
 from v4jax.inference.shards import Shard
+from v4jax.retries import retry
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def _check_file(job: BatchJob, line: InputLine, known: Mapping[str, Any]) -> Non
     """Raises RequestError if the file that a line names is not the one that was answered."""
     path = _parse(job, line)["path"]
     try:
-        same = job.files.measure(path) == known["bytes"]
-        same = same and vars(job.files.identify(path)) == known
+        size = retry(lambda: job.files.measure(path), f"measure {path}")
+        same = size == known["bytes"] and vars(job.files.identify(path)) == known
     except (RequestError, OSError) as error:
         log.warning(f"{job.verb}: line {line.number} was answered, and its file is gone: {error}")
         return

@@ -57,14 +57,13 @@ class DocumentFiles:
         return found
 
     def measure(self, path: Any) -> int:
-        """Returns a file's bytes, as its folder or bucket tells.
+        """Returns a file's bytes, as its folder or bucket tells; does not try again.
 
         Raises:
           RequestError: as `resolve`.
           OSError: it cannot be asked.
         """
-        found = self.resolve(path)
-        return retry(lambda: size_of(found), f"measure {found}")
+        return size_of(self.resolve(path))
 
     def read(self, path: Any, max_bytes: int) -> tuple[bytes, FileIdentity]:
         """Returns the contents of a file, and their identity.

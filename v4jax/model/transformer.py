@@ -161,7 +161,8 @@ class Transformer(nnx.Module):
           lengths: how many of the t tokens are real, per sequence (0 … t); the rest is padding on
             the right, and its logits mean nothing. None: all.
           logits: "all" returns [b, t, v]; "last" returns [b, v], of the last real token (of the
-            first token where there is none: discard it).
+            first token where there is none: discard it). They are NaN where a number of any of the
+            sequence's real tokens is not finite, though the last one may not show it.
           donate: reuses the buffers of `cache`, which must not be used afterwards; for loops.
           trusted: leaves the values of tokens and lengths unchecked. Checking them waits for the
             device; a loop that produced them can dispatch the next step early.
