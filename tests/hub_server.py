@@ -128,6 +128,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send(206, data[first : last + 1], headers, cut=cut)
 
     def _send(self, status, body, headers, cut=False):
+        with self.hub.lock:  # before the answer, which the test may wait for
+            self.hub.requests.append((self.command, self.path, len(body)))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -135,5 +137,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or cut
-        with self.hub.lock:
-            self.hub.requests.append((self.command, self.path, len(body)))

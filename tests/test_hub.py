@@ -89,7 +89,7 @@ def test_a_model_by_ranges(server, folder, monkeypatch):
     shards = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert weights < shards == server.received(SHARDS)
     assert max(count for _, path, count in server.requests if SHARDS in path) == 4096
-    assert load_tokenizer(model.folder).vocab_size == 320
+    assert load_tokenizer(model.folder).vocab_size == load_tokenizer(NAME).vocab_size == 320
     assert {method for method, *_ in server.requests} == {"GET"}
 
 

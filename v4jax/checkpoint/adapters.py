@@ -1,13 +1,13 @@
-"""Adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors.
+"""Adapters as PEFT stores them: a folder with adapter_config.json and adapter_model.safetensors.
 
     base_model.model.layers.3.attn.wq_b.lora_A.weight           down [rank, in], float32
     base_model.model.layers.3.attn.wq_b.lora_B.weight           up [out, rank]
     base_model.model.layers.3.ffn.experts.17.w1.lora_A.weight   every expert is a module
 
-The modules have the names of the released checkpoints, or those of transformers' model, where PEFT
-attaches them. (transformers keeps routed experts as two arrays and no modules, and has no MTP: PEFT
-then reports those adapters as unexpected and attaches the others. Its grouped output projection
-takes groups of channels: merge PEFT's adapters of `o_a_proj` before use.)
+Modules are named as in the released checkpoints, or as in transformers' model, where PEFT attaches
+the adapters. (transformers keeps routed experts as two arrays, not as modules, and has no MTP: PEFT
+reports those adapters as unexpected and attaches the others. Its grouped output projection takes
+groups of channels: merge PEFT's adapters of `o_a_proj` before use.)
 
 Source: PEFT's guide to its checkpoint format; module names: spec D.2, D.5.
 """

@@ -1,8 +1,8 @@
-"""A model's parameters as a checkpoint stores them: the inventory's weights, and their tensors.
+"""A model's parameters as a checkpoint stores them: shapes, formats, bytes and tensors of each.
 
-`census(abstract_transformer(config, numerics))` allocates nothing: it works for Flash and Pro on
-any machine. Totals are those that the release publishes: weights, without scales and routing
-tables.
+`census(abstract_transformer(config, numerics))` allocates nothing and works for Flash and Pro on
+any machine. Its totals are those that the release publishes: they count weights, and leave out
+scales and routing tables.
 """
 
 import collections

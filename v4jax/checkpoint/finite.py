@@ -1,8 +1,9 @@
-"""Stored numbers that are none: found while a file is read, by comparing integers.
+"""Finds infinities and NaNs in files while they are read, by comparing integers.
 
-A NaN or an infinity in one weight makes every answer of the model nonsense, and says so nowhere. In
-every format the codes of such numbers are the largest, once read as signed integers (sign bit 0)
-and once as unsigned ones (sign bit 1), so two maxima find them:
+One NaN in one weight turns every answer of a model into noise, and nothing reports it. In each
+format the codes of infinities and NaNs are the largest ones, among the codes with sign bit 0 and
+among those with sign bit 1. Two maxima find them, of the codes read as signed and as unsigned
+integers:
 
     F8_E8M0    scale 255 (NaN)            F8_E4M3    0x7F and 0xFF (NaN)
     BF16, F16, F32, F64, F8_E5M2          exponent all ones (infinity and NaN)

@@ -1,7 +1,7 @@
-"""A checkpoint folder before its tensors are read: files, index, layout, configuration.
+"""Opens a checkpoint folder: files, index, layout and configuration, before a tensor is read.
 
-`open_folder` gives every tensor under its released name, whichever layout the folder has. Nothing
-of the tensors' bytes has been touched by then, so a bad folder fails within a second.
+`open_folder` gives every tensor its released name, whichever layout the folder has. It reads no
+bytes of tensors, so that a bad folder fails within a second.
 """
 
 import dataclasses

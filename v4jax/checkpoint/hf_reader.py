@@ -1,14 +1,14 @@
-"""Reads released or transformers checkpoints, parameter by parameter, each in its stored format.
+"""Reads a checkpoint folder into a model, one parameter after the other, in its stored format.
 
-Everything that can be wrong with names, shapes, dtypes and files is found from the headers, before
-a model exists. Then one array after the other is read by several threads and put on its device. On
-a mesh that goes shard by shard: a host reads from the files what its own devices hold, and nothing
-twice (`weight_sharding.host_boxes`). With accelerators host memory therefore peaks at one shard, or
-at the neighbouring shards of one host that differ in their columns only. On the CPU JAX takes over
-the memory itself, and it peaks at the model.
+Mistakes in names, shapes, dtypes and files are found from the headers, before a model exists. Then
+several threads read one array after the other, and each array is put on its device. On a mesh a
+host reads what its own devices hold, share by share, and no byte twice
+(`weight_sharding.host_boxes`). Beside accelerators host memory therefore peaks at one share, or at
+those shares of one host that differ only in their columns. On a CPU JAX takes over the memory
+itself: the peak is the model.
 
-Packed FP4, FP8 and their scales stay as they are. What the model keeps in float32 is widened from
-bfloat16 where a file has that; a parameter whose tensors are bfloat16 and float32 becomes float32.
+Packed FP4, FP8 and their scales stay as they are. A parameter that the model keeps in float32 is
+widened where the file has bfloat16, and so is one whose tensors are of both dtypes.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from v4jax import log
 from v4jax.checkpoint.finite import check_finite
 from v4jax.checkpoint.hf_folder import Folder, count_shards, open_folder
-from v4jax.checkpoint.hf_sources import Source, Stacked, check_present, plan_sources
+from v4jax.checkpoint.hf_sources import GatheredArray, ParameterSource, check_present, plan_sources
 from v4jax.checkpoint.safetensors_file import DTYPES, Tensor, box_shape, read_into, read_tensor
 from v4jax.config import Numerics, choose_numerics
 from v4jax.config.overrides import override
@@ -95,7 +95,7 @@ def read_abstract(folder: PathLike, numerics: str | Numerics = "released") -> Tr
     return model
 
 
-def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, Source]]:
+def _plan_model(folder: Folder, numerics) -> tuple[Transformer, dict[str, ParameterSource]]:
     check_present(folder)
     numerics = choose_numerics(numerics, folder.config, says=numerics is None)
     model = abstract_transformer(folder.config, numerics, storage="released")
@@ -110,7 +110,9 @@ def _put_here(path: str, array: np.ndarray) -> jax.Array:
 class _Reader:
     """Reads arrays in boxes, the tensors of a box several at a time."""
 
-    def __init__(self, sources: Mapping[str, Source], variables, put, layout: Layout | None):
+    def __init__(
+        self, sources: Mapping[str, ParameterSource], variables, put, layout: Layout | None
+    ):
         self.put, self.layout = put, layout
         self.variables = variables
         self.pool = ThreadPoolExecutor(READ_THREADS)
@@ -129,7 +131,7 @@ class _Reader:
         self.progress.__exit__(*error)
         self.pool.__exit__(*error)
 
-    def place(self, path: str, array: Stacked) -> jax.Array:
+    def place(self, path: str, array: GatheredArray) -> jax.Array:
         """Returns an array of a parameter on the devices, once its copy there has ended."""
         if self.layout is None:
             # Blocked on, so that a device copy has ended before the next host array is made.
@@ -138,12 +140,12 @@ class _Reader:
         read = functools.partial(self._read, array)
         return read_sharded(read, array.shape, self.variables[path], self.layout)
 
-    def _boxes(self, path: str, array: Stacked) -> list[Box]:
+    def _boxes(self, path: str, array: GatheredArray) -> list[Box]:
         if self.layout is None:
             return [tuple(slice(0, size) for size in array.shape)]
         return host_boxes(array.shape, self.variables[path], self.layout)
 
-    def _read(self, array: Stacked, box: Box) -> np.ndarray:
+    def _read(self, array: GatheredArray, box: Box) -> np.ndarray:
         """Returns array[box] in host memory; other dtypes are converted."""
         lead = len(array.indices[0])
         out = empty_aligned(box_shape(array.shape, box), array.dtype)
@@ -175,7 +177,7 @@ class _Reader:
         return out
 
 
-def _box_bytes(array: Stacked, box: Box) -> int:
+def _box_bytes(array: GatheredArray, box: Box) -> int:
     share = math.prod(box_shape(array.shape, box)) / max(math.prod(array.shape), 1)
     return round(array.nbytes * share)
 

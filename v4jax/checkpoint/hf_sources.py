@@ -1,6 +1,6 @@
-"""Which tensors of a folder make up which parameter: every name, dtype and shape is checked here.
+"""Finds the tensors of each parameter in a folder, and checks their names, dtypes and shapes.
 
-`plan_sources` looks at headers only. What it accepts can be read; nothing of a model exists yet.
+`plan_sources` looks at headers only. What it accepts can be read; no model exists yet.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ _SCALE_DTYPES = ("F8_E8M0", "U8", "F32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
-    """One array in memory: tensors of one shape at their indices along leading axes.
+class GatheredArray:
+    """An array in memory that gathers tensors of one shape, each at its index in leading axes.
 
     experts: of a routing table, the ids its values must be below; None: no table.
     scales: whether these are the scales of quantized values.
@@ -53,7 +53,7 @@ class Stacked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ParameterSource:
     """Where one parameter's value comes from; checked, nothing read yet.
 
     kept: "plain", "table", "fp8" or "fp4". scales: one per tensor for the last two, else empty.
@@ -84,19 +84,19 @@ class Source:
         return np.dtype(np.float32 if widened else DTYPES["BF16"])
 
     @property
-    def arrays(self) -> list[Stacked]:
+    def arrays(self) -> list[GatheredArray]:
         """The arrays of the parameter's value: the values, then their scales if there are any."""
         indices = [place.index for place in self.places]
 
-        def stack(tensors, dtype, **more) -> Stacked:
+        def gather(tensors, dtype, **more) -> GatheredArray:
             shape = (*self.lead, *tensors[0].shape)
-            return Stacked(tensors, indices, shape, np.dtype(dtype), **more)
+            return GatheredArray(tensors, indices, shape, np.dtype(dtype), **more)
 
         experts = self.experts if self.kept == "table" else None
-        values = stack(self.tensors, self.dtype, experts=experts)
+        values = gather(self.tensors, self.dtype, experts=experts)
         if not self.scales:
             return [values]
-        return [values, stack(self.scales, DTYPES[self.scales[0].dtype], scales=True)]
+        return [values, gather(self.scales, DTYPES[self.scales[0].dtype], scales=True)]
 
     def join(self, arrays: list) -> Any:
         """Returns the parameter's value made of `arrays`."""
@@ -113,7 +113,9 @@ class Source:
         return sum(array.nbytes for array in self.arrays)
 
 
-def plan_sources(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
+def plan_sources(
+    folder: Folder, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, ParameterSource]:
     """Returns where every parameter comes from; every tensor of the folder is used exactly once.
 
     Args:
@@ -143,7 +145,7 @@ def check_present(folder: Folder) -> None:
         _find(folder, place.tensor)
 
 
-def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
+def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> ParameterSource:
     tensors = [_find(folder, place.tensor) for place in found]
     kinds = {}
     for place, tensor in zip(found, tensors, strict=True):
@@ -169,7 +171,9 @@ def _plan(folder: Folder, found: list[Place], shape: tuple[int, ...]) -> Source:
         scales = [_find(folder, names.scale_name(place.tensor)) for place in found]
         _check_shapes(scales, (ceil_div(below[0], rows), ceil_div(below[1], columns)))
         _check_scale_dtypes(scales)
-    return Source(found, tensors, scales, kept, shape, block, folder.config.n_routed_experts)
+    return ParameterSource(
+        found, tensors, scales, kept, shape, block, folder.config.n_routed_experts
+    )
 
 
 def _find(folder: Folder, name: str) -> Tensor:

@@ -1,14 +1,14 @@
-"""Writes a model as a checkpoint folder: as released, plain bfloat16, or for transformers.
+"""Writes a model as a checkpoint folder: as released, as plain bfloat16, or for transformers.
 
-    released      the released names and formats; what was read quantized comes back byte for byte,
-                  what is plain in memory is quantized (spec D.6)
+    released      the released names and formats; what was read quantized is written back byte for
+                  byte, and what is plain in memory is quantized (spec D.6)
     bfloat16      the released names, everything dequantized (exact, spec D.3)
     transformers  the names that transformers' save_pretrained writes; float32 stays float32
 
-Files are written one after the other, and in each one tensor after the other, so that host memory
-holds one tensor beyond the model: a parameter stays on the devices, and a tensor is its slice. The
-devices may be those of several hosts, which bring a tensor together when its turn comes. The target
-is complete or absent, on a disk and in a bucket (`new_folder.py`).
+Files are written one after the other, and so are the tensors of a file: host memory holds one
+tensor beside the model. A parameter stays on its devices, and a tensor is a slice of it. Several
+hosts gather a tensor when its turn comes. The target is complete or absent, on a disk and in a
+bucket (`new_folder.py`).
 """
 
 import dataclasses

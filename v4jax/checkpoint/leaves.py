@@ -1,4 +1,4 @@
-"""The leaves of a pytree by name: what a checkpoint stores, and how it comes back."""
+"""The leaves of a pytree by name: how a checkpoint stores them, and how they come back."""
 
 from typing import Any
 

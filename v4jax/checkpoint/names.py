@@ -1,13 +1,14 @@
 """The one table of tensor names: checkpoint tensor ↔ place in a module's parameter, both ways.
 
-A row says under which name a layer stores a tensor, to which parameter of a block it belongs, and
-in which format the release stores it. A parameter gathers its tensors along leading axes:
+A row gives the name of a layer's tensor, the parameter of a block that it belongs to, and the
+format in which the release stores it. A parameter gathers its tensors along leading axes:
 
     layers.9.ffn.experts.5.w3.weight  ↔  stack.period.0.moe.experts.gate_up [3, 5, 1]
                                          └ repeat 3 of the period, expert 5, slot 1 (w3, "up")
 
-Matrices stay [out, in] as stored, so gathering is the only transform. `places` lists a whole model;
-`to_transformers` and `from_transformers` rename for the layout that transformers writes.
+Matrices stay [out, in] as stored: gathering is the only transform. `places` lists a whole model.
+`to_transformers` and `from_transformers` rename for what transformers writes. `MODULES` has the
+names of its modules.
 
 Source: spec D.2, D.5; files written by `save_pretrained` of transformers 5.24, with and without
 `save_original_format`.

@@ -1,17 +1,17 @@
-"""A folder that is made as a whole or not at all: on a disk or in a bucket, by one host or several.
+"""Makes a folder as a whole or not at all: on a disk or in a bucket, by one host or by several.
 
     with new_folder("s3://models/mine") as folder:
         folder.write_tensors("model.safetensors", contents, read)
         folder.write_text("config.json", text)
 
-On a disk it is made under a hidden name beside its own, which it gets last; process 0 writes it,
-as other hosts may not see its disk. In a bucket nothing can be renamed: texts are written after all
-tensors and in their order, so the one that a reader looks for first (config.json) has to be given
-last; the hosts divide the files among themselves.
+On a disk the folder has a hidden name beside its own until it is complete. Process 0 writes it,
+because other hosts may not see its disk. In a bucket nothing can be renamed: texts are written
+after all tensors, in the order given, and the caller gives the file that readers look for
+(config.json) last. There the hosts divide the files among themselves.
 
-What the tensors hold may lie over several hosts, and to bring it together all of them have to ask
-(`read`). So every process makes the same calls; one that fails to write goes on asking, and in the
-end all raise its error.
+A tensor may be spread over several hosts, and all of them must ask for it (`read`) to gather it.
+Every process therefore makes the same calls. One that fails to write goes on asking; in the end all
+raise its error.
 """
 
 import abc

@@ -9,7 +9,7 @@ from v4jax.config.folder import CONFIG_NAME, read_object
 from v4jax.config.json_keys import MOST_BYTES, brief, did_you_mean
 from v4jax.config.loading import load_model_config, packaged_names
 from v4jax.errors import ConfigError
-from v4jax.files import is_folder, is_there, read_regular, to_path
+from v4jax.files import find_model, is_folder, is_there, read_regular, to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
 from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -82,6 +82,8 @@ class Tokenizer(Vocabulary):
 def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
     """Returns the tokenizer of a checkpoint folder or configuration, or that called "v4" or "byte".
 
+    A folder may be in a bucket or on the hub, as for `load`.
+
     A folder's own `tokenizer.json` is preferred. Without one, the `vocab_size` of its `config.json`
     decides which packaged tokenizer is meant; without either it is `"v4"`.
 
@@ -95,7 +97,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | ByteTokenizer:
         return Tokenizer(_packaged_v4_file())
     if str(source) in packaged_names():
         return load_tokenizer(load_model_config(source).tokenizer)
-    folder = to_path(source)
+    folder = to_path(find_model(source))
     if not is_folder(folder):
         known = ("v4", "byte", *packaged_names())
         raise ConfigError(
