@@ -7,8 +7,8 @@ file.
 
 Hardware: two CPU cores for nano; `v4jax plan --regime=train --training=lora` says what other models
 need. Duration: 100 steps of 2,048 tokens, about four minutes if adapting nano is as fast as
-training it (1,000 tokens/s), and the compilation. Expected result: out/lora/adapters in PEFT's
-layout, and out/lora/model with the adapters merged.
+training it (1,000 tokens/s), and the compilation. Expected result: out/lora/adapters, which PEFT
+attaches, and out/lora/model with the adapters merged.
 """
 
 import pathlib

@@ -86,6 +86,16 @@ def test_convert_merges_adapters(run):
     write_adapters(trained, folder / "adapters")
     base = read_model(folder / "base", "float32")
     assert same(read_adapters(base, folder / "adapters"), trained)
+    # Of the run's checkpoint, and named anew and back, beside a base that is not read.
+    for name, flags in {
+        "run": [f"--model={folder}/out", f"--run={folder}/run.py", "--adapters_to=released"],
+        "peft": [f"--model={folder}/base", f"--adapters={folder}/run", "--adapters_to=peft"],
+    }.items():
+        assert main.run(["convert", *flags, f"--output={folder}/{name}"]) == 0
+        assert same(read_adapters(base, folder / name), trained)
+    assert (folder / "peft" / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapters" / "adapter_model.safetensors"
+    ).read_bytes()
     arguments = [f"--model={folder}/base", f"--adapters={folder}/adapters", "--format=bfloat16"]
     assert main.run(["convert", *arguments, f"--output={folder}/plain"]) == 0
     written = read_weights(read_model(folder / "plain"))

@@ -10,7 +10,9 @@ Read `names.py` first (one table of all tensor names), then `hf_reader.py`.
     finite.py            infinities and NaNs, found while a file is read
     hf_writer.py         Transformer → folder
     new_folder.py        a folder that appears complete or not at all
-    adapters.py          adapters (LoRA) ↔ folder, in PEFT's layout
+    adapters.py          adapters (LoRA) ↔ folder, as PEFT attaches them
+    adapter_layout.py    names and shapes of their tensors
+    adapter_config.py    their adapter_config.json
     safetensors_file.py  the container format
     census.py            parameter counts and bytes, from shapes alone
     orbax_store.py       checkpoints of a training run; imported by itself: Orbax is slow

@@ -21,6 +21,12 @@ Adapters (LoRA) are merged into their base; the log says what FP4 and FP8 lose o
 
   v4jax convert --model=/models/v4-flash --adapters=out/chat/adapters --output=/models/v4-flash-chat
 
+With --adapters_to they stay adapters and are named anew: peft, as PEFT attaches them to
+transformers' model, or released. Of --model this reads the shapes alone; with --run the adapters
+are those of the run's checkpoint:
+
+  v4jax convert --model=/models/v4-flash --adapters=old --adapters_to=peft --output=chat-adapters
+
 The model of a training run, finished, stopped or still running; --run is its configuration:
 
   v4jax convert --model=out/chat --run=configs/finetune/chat.py --step=1500 --output=chat-1500
@@ -37,7 +43,9 @@ class Flags:
       output: Folder to write; must not exist or be empty. Required.
       format: released: FP8 and FP4 as published; bfloat16: the same names, dequantized;
         transformers: what its from_pretrained reads.
-      adapters: Folder of adapters to merge.
+      adapters: Folder of adapters to merge, in either naming; or with --adapters_to to name anew.
+      adapters_to: Write the adapters alone: peft, as PEFT attaches them to transformers' model;
+        released, every expert with the name of the released checkpoints.
       run: Configuration of the training run in --model.
       step: Checkpoint of the run; the newest if left out.
       shard_gib: Largest size of one file.
@@ -49,6 +57,7 @@ class Flags:
     output: str
     format: Literal["released", "bfloat16", "transformers"] = "released"
     adapters: str | None = None
+    adapters_to: Literal["peft", "released"] | None = None
     run: str | None = None
     step: int | None = within(0, 1 << 40, None)
     shard_gib: float = within(1e-6, 1 << 20, 5.0)
@@ -57,6 +66,13 @@ class Flags:
     def __post_init__(self):
         if self.step is not None and not self.run:
             raise RequestError("--step is a checkpoint of a training run: give its --run, too")
+        if self.adapters_to and not (self.adapters or self.run):
+            raise RequestError("--adapters_to names adapters anew: give --adapters, or --run")
+        if self.adapters_to and (self.format != "released" or (self.adapters and self.run)):
+            raise RequestError(
+                "--adapters_to writes the adapters alone, of --adapters or of --run and not of "
+                "both, and takes no --format"
+            )
 
 
 def run(flags: Flags) -> int:
@@ -81,6 +97,12 @@ def run(flags: Flags) -> int:
         from v4jax.checkpoint.adapters import check_adapters
 
         check_adapters(flags.adapters)
+    if flags.adapters_to:
+        from v4jax.checkpoint.adapters import write_adapters
+
+        model = _load_trained(trained, flags) if trained else _read_alone(flags)
+        write_adapters(model, flags.output, flags.adapters_to)
+        return 0
     if not (flags.run or flags.adapters):
         model = load(flags.model, seed=flags.seed)
         write_model(model, flags.output, flags.format, shard_bytes=shard_bytes)
@@ -88,12 +110,7 @@ def run(flags: Flags) -> int:
     from v4jax.checkpoint.adapters import read_adapters
     from v4jax.training.export import export
 
-    if trained is not None:
-        from v4jax.training.trainer import load_trained
-
-        model = load_trained(trained, flags.step)
-    else:
-        model = load(flags.model, seed=flags.seed)
+    model = _load_trained(trained, flags) if trained else load(flags.model, seed=flags.seed)
     if flags.adapters:
         model = read_adapters(model, flags.adapters)
     export(model, flags.output, flags.format, shard_bytes=shard_bytes)
@@ -112,3 +129,27 @@ def _read_run(flags: Flags) -> Any:
             "has no checkpoints/"
         )
     return trained
+
+
+def _load_trained(trained: Any, flags: Flags) -> Any:
+    from v4jax.training.trainer import load_trained
+
+    return load_trained(trained, flags.step)
+
+
+def _read_alone(flags: Flags) -> Any:
+    """Returns the model of --adapters with shapes in place of its own weights."""
+    from v4jax.checkpoint import read_abstract
+    from v4jax.checkpoint.adapters import read_adapters
+    from v4jax.config import get_numerics
+    from v4jax.config.loading import load_model_config
+    from v4jax.files import find_model, is_folder, to_path
+    from v4jax.model import abstract_transformer
+
+    name = find_model(flags.model)
+    if is_folder(to_path(name)):
+        model = read_abstract(name)
+        model.folder = name
+    else:
+        model = abstract_transformer(load_model_config(name), get_numerics("float32"))
+    return read_adapters(model, flags.adapters)

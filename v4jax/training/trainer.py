@@ -29,7 +29,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.checkpoint import api
-from v4jax.checkpoint.adapters import write_adapters
+from v4jax.checkpoint.adapters import choose_naming, write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
 from v4jax.config.loading import load_run_model, pretrained_names
@@ -217,12 +217,12 @@ class Trainer:
     def export(self, format: str = "released") -> Path:
         """Writes the finished model to `output`/model in a format of `v4jax.save`.
 
-        Adapters are merged in it, and written separately to `output`/adapters. Every process calls
-        this.
+        Adapters are merged in it, and written separately to `output`/adapters, as PEFT attaches
+        them (released names if they are of draft modules alone). Every process calls this.
         """
         model, folder = self.finished_model(), self.folder / "model"
         if self.config.lora:
-            write_adapters(model, self.folder / "adapters")
+            write_adapters(model, self.folder / "adapters", choose_naming(model))
         export(model, folder, format)
         return folder
 
