@@ -11,6 +11,7 @@ The tag is `<think>` in thinking mode, `</think>` in chat mode and before a turn
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from v4jax.config.json_keys import brief
 from v4jax.errors import ConversationError
 from v4jax.tokenizer.conversation import (
     Turn,
@@ -125,7 +126,7 @@ def render_messages(
     vendor's package deepseek-recipe.
     """
     if mode not in MODES:
-        raise ConversationError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise ConversationError(f"mode must be one of {', '.join(MODES)}, got {brief(mode)}")
     thinking = mode == "thinking"
     prefix = _effort_prefix(effort, profile)
     turns = read_turns(context, "context") if context else []
@@ -168,14 +169,16 @@ def _effort_prefix(effort: str | None, profile: str | PromptProfile) -> str:
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ConversationError(
-                f"profile must be one of {', '.join(PROFILES)}, got {profile!r}"
+                f"profile must be one of {', '.join(PROFILES)}, got {brief(profile)}"
             )
         profile = PROFILES[profile]
     effort = effort or profile.default_effort
     if effort not in tuple(profile.effort_prefixes):
         known = ", ".join(profile.effort_prefixes)
         meant = profile.api_efforts.get(str(effort), profile.default_effort)
-        raise ConversationError(f"effort must be one of {known}, got {effort!r}; try {meant!r}")
+        raise ConversationError(
+            f"effort must be one of {known}, got {brief(effort)}; try {meant!r}"
+        )
     return profile.effort_prefixes[effort]
 
 
