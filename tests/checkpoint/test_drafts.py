@@ -83,7 +83,7 @@ def test_what_is_left_out_is_said(tmp_path, folders, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "no tensors of a draft module: the model runs without, and drafts nothing" in said
     assert said.count("drafts nothing; each pass writes one token") == 1
-    with pytest.raises(ConfigError, match="has no draft module"):
+    with pytest.raises(ConfigError, match="neither draft module nor MTP block"):
         model.draft([1], model.init_cache(1, 8))
 
 

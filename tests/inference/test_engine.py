@@ -107,7 +107,8 @@ def test_shapes_of_drafting_are_compiled_before():
 BAD_DRAFTS = {
     "no module": (
         0,
-        "speculate asks for 3 drafts a step, and this model has no draft module; take auto, off",
+        "asks for 3 drafts a step, and this model has neither draft module nor MTP block; take "
+        "auto, off",
     ),
     "fewer": (2, "and this model drafts 2 at most; take auto, off or 1 … 2"),
 }

@@ -187,8 +187,8 @@ def write(model, drafts: int, *, slots: int = 4) -> tuple[list[list[int]], set[i
 
 
 @functools.cache
-def deep_model():
-    return make_model(make_config("csa hca", draft=DRAFT))
+def deep_model(**kind):
+    return make_model(make_config("csa hca", **kind or {"draft": DRAFT}))
 
 
 def test_greedy_answers_are_those_without_drafts():
@@ -199,6 +199,14 @@ def test_greedy_answers_are_those_without_drafts():
     answers, lengths = write(Teacher(deep_model()), 3)
     assert answers == expected
     assert lengths == {1, 2, 3, 4}
+
+
+def test_greedy_answers_with_a_serial_block():
+    model = deep_model(mtp=True)
+    expected, _ = write(model, 0)
+    assert write(model, 1)[0] == expected
+    answers, lengths = write(Teacher(model), 1)
+    assert answers == expected and lengths == {1, 2}
 
 
 def test_greedy_answers_on_a_mesh():

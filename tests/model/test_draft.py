@@ -272,8 +272,65 @@ def test_errors(model):
     with pytest.raises(ShapeError, match="lengths must be 0 … 3"):
         model.verify([1], as_drafts([1, 2]), cache, lengths=[4])
     plain = small_models.make_model(small_models.WINDOWS)
-    with pytest.raises(ConfigError, match="has no draft module"):
+    with pytest.raises(ConfigError, match="neither draft module nor MTP block"):
         plain.draft([1], plain.init_cache(1, 8))
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """A model with an MTP block, whose drafts are those of whole sequences."""
+    return small_models.make_model(small_models.make_config("csa hca", mtp=True))
+
+
+def check_serial(model, tokens, cache, ahead):
+    """Compares a draft behind what `cache` holds with the row of the whole sequence."""
+    length = int(cache.lengths[0])
+    drafts = model.draft(tokens[:, length], cache)
+    assert drafts.tokens.shape == (len(tokens), 1) and drafts.confidence is None
+    np.testing.assert_allclose(drafts.logits[:, 0], ahead[:, length - 1], 0, FLOAT32_LOGITS)
+    np.testing.assert_array_equal(drafts.tokens[:, 0], drafts.logits[:, 0].argmax(-1))
+
+
+def test_a_serial_block_drafts_what_it_predicts(serial):
+    """In chunks, token by token, over the window's edge, and after drafts that were rejected."""
+    tokens = np.concatenate([small_models.IDS[:2], small_models.IDS[2:]], axis=1)[:, :150]
+    ahead, cache = serial.predict_ahead(tokens), serial.init_cache(2, 256)
+    padded = np.zeros((2, 64), np.int32)
+    for end in (1, 50, 100, 126, 127, 128, 129, 149):
+        begin = int(cache.lengths[0])
+        padded[:, : end - begin] = tokens[:, begin:end]
+        _, cache = serial.extend(padded, cache, np.full(2, end - begin))
+        check_serial(serial, tokens, cache, ahead)
+    _, cache = serial.extend(tokens[:, :130], serial.init_cache(2, 256))
+    for right in (False, True, False):
+        begin = int(cache.lengths[0])
+        following = tokens[:, begin + 1] if right else tokens[:, begin + 1] + 1
+        verified, longer = serial.verify(
+            tokens[:, begin], Drafts(following[:, None], jnp.zeros((2, 1, 320)), None), cache
+        )
+        assert verified.logits.shape == (2, 2, 320)
+        # Whatever greedy acceptance says: the sequence goes on as the tokens do.
+        cache = dataclasses.replace(longer, lengths=jnp.full(2, begin + 1 + right))
+        check_serial(serial, tokens, cache, ahead)
+
+
+@pytest.mark.parametrize("kind", [{"mtp": True}, {"draft": small_models.DRAFT}], ids=str)
+def test_drafts_on_a_mesh(kind):
+    """After a prefill whose tokens are split over four devices, and a step whose are not."""
+    config = small_models.make_config("window", **kind)
+    model = small_models.make_model(config)
+    split = small_models.on_mesh(model, data=2, expert=2, context=2)
+    tokens = np.tile(small_models.IDS, (1, 5))[:2, :530]
+
+    def draft(model):
+        cache = model.init_cache(2, 640)
+        _, cache = model.extend(tokens[:, :520], cache, np.array([520, 515]), logits="last")
+        first = model.draft(tokens[:, 520], cache)
+        _, cache = model.extend(tokens[:, 520:521], cache, logits="last")
+        return first.logits, model.draft(tokens[:, 521], cache).logits
+
+    for ours, expected in zip(draft(split), draft(model), strict=True):
+        np.testing.assert_allclose(ours, expected, 0, FLOAT32_LOGITS)
 
 
 @pytest.mark.slow
@@ -290,7 +347,7 @@ def test_a_scanned_stack_taps_its_layers():
     assert (plan.prefix, plan.period, plan.repeats, plan.suffix) == (1, 2, 3, 0)
     model, tokens = small_models.make_model(config), small_models.IDS[:2, :40]
     _, cache = model.extend(tokens, model.init_cache(2, 64))
-    kept, seen = draft_keys(cache)
+    kept, seen = draft_keys(cache, cache.lengths, config.sliding_window)
     assert np.asarray(seen).sum(1).tolist() == [40, 40]
 
     @jax.jit

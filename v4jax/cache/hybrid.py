@@ -44,9 +44,11 @@ class HybridCache:
 
     lengths [b]: tokens each sequence has consumed.
     stored: name → stored arrays [l, b, rows, …]; "window" rings, "csa" and "hca" entries, "index"
-      keys; "draft" rings of the context keys that the stages of a draft module see.
+      keys; "draft" rings of the context keys that the stages of a draft module, or an MTP block,
+      see.
     unfinished: name → [l, b, rows, 2, z] float32, rings of raw (value, gate) rows of the last one
-      (HCA) or two (CSA) windows; absent for "window".
+      (HCA) or two (CSA) windows; absent for "window". "draft": [1, b, rows, n, d], a ring of the
+      last tokens' streams, whose keys an MTP block makes with the token that follows.
     capacity: tokens a sequence may reach.
     spare: rows of every ring beyond those that a query needs, so that as many tokens can be taken
       back.
@@ -263,9 +265,13 @@ def init_cache(
     spare = config.draft_tokens
     window = config.sliding_window + spare
     stored = {WINDOW: entries.zeros(config.num_hidden_layers, batch, window)}
+    unfinished = {}
     if config.draft is not None:
         stored[DRAFT] = entries.zeros(config.draft.stages, batch, window)
-    unfinished = {}
+    elif spare:
+        stored[DRAFT] = entries.zeros(1, batch, window)
+        shape = (1, batch, spare + 1, config.hc_mult, config.hidden_size)
+        unfinished[DRAFT] = jnp.zeros(shape, numerics.activation_dtype)
     for name, kind in ((CSA, LayerKind.CSA), (HCA, LayerKind.HCA)):
         layers = [layer for layer in config.layers if layer.kind is kind]
         if not layers:
@@ -303,18 +309,30 @@ def store_draft_keys(
     return dataclasses.replace(cache, stored=cache.stored | {DRAFT: rings})
 
 
-def draft_keys(cache: HybridCache) -> tuple[list[Array], Array]:
-    """Returns the context keys of the last window, [b, k, c] a stage, and which exist, [b, k]."""
+def draft_keys(cache: HybridCache, end: Int[Array, "b"], count: int) -> tuple[list[Array], Array]:
+    """Returns the `count` context keys before `end`, [b, k, c] a stage, and which exist [b, k]."""
     rings = cache.stored[DRAFT]
-    stages, _, size = next(iter(rings.values())).shape[:3]
-    window = size - cache.spare
+    stages = next(iter(rings.values())).shape[0]
     keys = [
         cache.entry_format.decode(
-            {k: ring.ordered(r, jnp.int32(stage), cache.lengths, window) for k, r in rings.items()}
+            {k: ring.ordered(r, jnp.int32(stage), end, count) for k, r in rings.items()}
         )
         for stage in range(stages)
     ]
-    return keys, cache.lengths[:, None] - window + jnp.arange(window) >= 0
+    return keys, end[:, None] - count + jnp.arange(count) >= 0
+
+
+def store_streams(
+    axes: Axes, cache: HybridCache, streams: Array, start: Array, end: Array
+) -> HybridCache:
+    """Returns the cache with the last streams of the tokens at start … end−1."""
+    rings = ring.append(axes, cache.unfinished[DRAFT], jnp.int32(0), streams, start, end)
+    return dataclasses.replace(cache, unfinished=cache.unfinished | {DRAFT: rings})
+
+
+def streams_before(cache: HybridCache, end: Int[Array, "b"]) -> Array:
+    """Returns the streams of the token before `end`, [b, 1, n, d]."""
+    return ring.ordered(cache.unfinished[DRAFT], jnp.int32(0), end, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,8 +80,9 @@ class InferenceConfig:
       questions_at_once: Number of questions of one document that are answered side by side, each
         with a copy of its cache.
       speculate: How many tokens are drafted and then verified in one step of the model: auto (as
-        many as the checkpoint's draft module proposes, none without one), off, or a number. Drafts
-        change the speed and not the distribution of answers; greedy answers stay the same.
+        many as the checkpoint's draft module proposes, one by an MTP block, none without either),
+        off, or a number. Drafts change the speed and not the distribution of answers; greedy
+        answers stay the same.
       frame: What surrounds the user's words.
       sampling: How the tokens of an answer are chosen.
     """

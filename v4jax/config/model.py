@@ -211,8 +211,13 @@ class ModelConfig:
 
     @property
     def draft_tokens(self) -> int:
-        """How many tokens the model drafts at most; 0 where nothing drafts."""
-        return 0 if self.draft is None else self.draft.block_size
+        """How many tokens the model drafts at most; 0 where nothing drafts.
+
+        An MTP block drafts one, where it is a window layer as in the released models.
+        """
+        if self.draft is not None:
+            return self.draft.block_size
+        return int(any(layer.kind is LayerKind.WINDOW for layer in self.mtp_layers[:1]))
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

@@ -70,7 +70,11 @@ class EngineOptions:
         if self.speculate in ("auto", "off"):
             return available if self.speculate == "auto" else 0
         if self.speculate > available:
-            found = f"drafts {available} at most" if available else "has no draft module"
+            found = (
+                f"drafts {available} at most"
+                if available
+                else "has neither draft module nor MTP block"
+            )
             raise ConfigError(
                 f"speculate asks for {self.speculate} drafts a step, and this model {found}; "
                 f"take auto, off{f' or 1 … {available}' if available else ''}"

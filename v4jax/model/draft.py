@@ -94,22 +94,7 @@ class Drafter(nnx.Module):
         context: Context,
     ) -> Float[Array, "b r n d"]:
         """Returns the streams after one stage; arguments as `__call__`."""
-        return stage.run(
-            streams, context, lambda x: (self._attend(stage, x, keys, seen, context), None)
-        )[0]
-
-    def _attend(self, stage: Block, x, keys, seen, context: Context) -> Float[Array, "b r d"]:
-        attention = stage.attention
-        _, queries_brhc = attention.project_queries(x, context)
-        own = entry_format(self.config, self.numerics).round(attention.project_keys(x, context))
-        keys_bkc = jnp.concatenate([keys, own], axis=1).astype(jnp.float32)
-        seen_bk = jnp.concatenate([seen, jnp.ones(own.shape[:2], bool)], axis=1)
-        scores = jnp.einsum("brhc,bkc->brhk", queries_brhc.astype(jnp.float32), keys_bkc)
-        scores = jnp.where(seen_bk[:, None, None], scores * self.config.head_dim**-0.5, MASKED)
-        maximum, mass, weights = partial_weights(scores)
-        partial = Partial(maximum, mass, jnp.einsum("brhk,bkc->brhc", weights, keys_bkc))
-        attended, _ = finish(partial, attention.sink[...])
-        return attention.project_output(round_to(attended, queries_brhc.dtype), context)
+        return run_rows(stage, streams, keys, seen, context)
 
     def read_logits(
         self, x: Float[Array, "b r d"], head: Array, target: Target
@@ -161,6 +146,35 @@ class Drafter(nnx.Module):
             chosen.append(last)
             corrected.append(scores)
         return Drafts(*(jnp.stack(rows, axis=1) for rows in (chosen, corrected, confidence)))
+
+
+def run_rows(
+    block: Block,
+    streams: Float[Array, "b r n d"],
+    keys: Float[Array, "b k c"],
+    seen: Bool[Array, "b k"],
+    context: Context,
+) -> Float[Array, "b r n d"]:
+    """Returns the streams after a block of a window layer whose rows all see the same keys.
+
+    Args:
+      keys: of the context; `seen` says which of them exist. Rows also see the keys of all rows.
+    """
+    attention, config = block.attention, block.attention.config
+
+    def attend(x):
+        _, queries_brhc = attention.project_queries(x, context)
+        own = entry_format(config, attention.numerics).round(attention.project_keys(x, context))
+        keys_bkc = jnp.concatenate([keys, own], axis=1).astype(jnp.float32)
+        seen_bk = jnp.concatenate([seen, jnp.ones(own.shape[:2], bool)], axis=1)
+        scores = jnp.einsum("brhc,bkc->brhk", queries_brhc.astype(jnp.float32), keys_bkc)
+        scores = jnp.where(seen_bk[:, None, None], scores * config.head_dim**-0.5, MASKED)
+        maximum, mass, weights = partial_weights(scores)
+        partial = Partial(maximum, mass, jnp.einsum("brhk,bkc->brhc", weights, keys_bkc))
+        attended, _ = finish(partial, attention.sink[...])
+        return attention.project_output(round_to(attended, queries_brhc.dtype), context), None
+
+    return block.run(streams, context, attend)[0]
 
 
 def tap_streams(config: ModelConfig, taps: Array, streams: Array, layer_index: Array) -> Array:

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from v4jax.cache import HybridCache
-from v4jax.cache.hybrid import cache_axes, draft_keys, store_draft_keys
+from v4jax.cache.hybrid import (
+    cache_axes,
+    draft_keys,
+    store_draft_keys,
+    store_streams,
+    streams_before,
+)
 from v4jax.config import Numerics
 from v4jax.kernels.scaled_matmul import matmul_float32
 from v4jax.model.context import Context, make_context
@@ -23,7 +29,7 @@ from v4jax.model.speculation import Choice, Drafts, Verified
 from v4jax.model.stack import Stack, full_sequence
 from v4jax.model.weights import materialize
 from v4jax.parallel import WEIGHTS, on_shards
-from v4jax.parallel.context_parallel import divide_tokens, plan_call, take_last
+from v4jax.parallel.context_parallel import divide_tokens, plan_call, rows_before, take_last
 from v4jax.parallel.shard import look_up, replicate
 
 if TYPE_CHECKING:
@@ -72,7 +78,8 @@ def run_layers(
     inputs = (WEIGHTS, P("batch", "tokens"), P("batch"), P("batch"), axes)
     body = partial(_run_layers, target=model.target)
     run = on_shards(body, model.layout, call.tokens, inputs, (P("batch", "tokens"), axes))
-    weights = model.embed, model.stack, model.drafter
+    serial = cache is not None and model.drafter is None and model.draft_tokens
+    weights = model.embed, model.stack, model.drafter, model.mtp[0] if serial else None
     streams, cache = run(weights, call.pad(tokens), start, end, cache)
     if cache is None:
         return call.cut(streams), None
@@ -80,21 +87,38 @@ def run_layers(
 
 
 def _run_layers(axes, weights, tokens, start, end, cache, target):
-    embedding, stack, drafter = weights
+    embedding, stack, drafter, mtp = weights
     start = start + axes.offset("tokens", tokens.shape[1])
     config = stack.config
     ropes = {layer.rope for layer in (*config.layers, *config.draft_layers)}
     context = make_context(tokens, start, end, ropes, target, axes=axes)
     streams = open_streams(context, embedding, stack)
+    embedded = streams[:, :, 0]
     if cache is None:
         return stack(streams, context)[0], None
     if drafter is None:
         streams, cache, _ = stack.extend(streams, context, cache)
+        if mtp is not None:
+            cache = _keep_pairs(context, mtp, streams, embedded, cache)
         return streams, cache
     shape = (*tokens.shape, len(config.draft.target_layer_ids), config.hidden_size)
     streams, cache, taps = stack.extend(streams, context, cache, jnp.zeros(shape, streams.dtype))
     keys = materialize(axes, drafter, target).context_keys(taps, context)
     return streams, store_draft_keys(axes, cache, keys, start, end)
+
+
+def _keep_pairs(context: Context, mtp, streams, embedded, cache: HybridCache) -> HybridCache:
+    """Returns the cache with the MTP block's keys of positions start−1 … end−2.
+
+    A position pairs its streams with the token that follows; that of the last one is not there yet.
+    """
+    axes, start, end = context.axes, context.start - 1, context.end - 1
+    before = rows_before(axes, streams, streams_before(cache, context.start))
+    before = jnp.concatenate([before, streams[:, :-1]], axis=1)
+    pairs = make_context(context.tokens, start, end, {mtp.layer.rope}, context.target, axes=axes)
+    keys = materialize(axes, mtp, context.target).context_keys(before, embedded, pairs)
+    cache = store_draft_keys(axes, cache, [keys], start, end)
+    return store_streams(axes, cache, streams, context.start, context.end)
 
 
 def embed(context: Context, embedding: nnx.Param, numerics: Numerics) -> Float[Array, "b t d"]:
@@ -156,13 +180,30 @@ def draft_step(
     model: "Transformer", last, cache: HybridCache, choice: Choice, count: int
 ) -> Drafts:
     """Returns `count` drafts that follow `last` [b], which follows what the cache holds."""
-    axes = cache_axes(cache)
-    inputs, outputs = (WEIGHTS, P("batch"), axes), (P("batch"), P("batch", None, "vocab"))
+    axes, rows = cache_axes(cache), P("batch", None, "vocab")
+    inputs = WEIGHTS, P("batch"), axes
+    if model.drafter is None:
+        body = partial(_draft_serial, target=model.target)
+        run = on_shards(body, model.layout, "whole", inputs, rows)
+        logits = run((model.embed, model.mtp[0], model.head), last, cache)
+        logits, choice = replicate((logits, choice), model.layout)
+        return Drafts(choice.choose(logits[:, 0], 0)[:, None], logits, None)
     body = partial(_draft, count=count, target=model.target)
-    run = on_shards(body, model.layout, "whole", inputs, outputs)
+    run = on_shards(body, model.layout, "whole", inputs, (P("batch"), rows))
     x, logits = run((model.embed, model.drafter, model.head), last, cache)
     x, logits, choice = replicate((x, logits, choice), model.layout)
     return model.drafter.choose_tokens(x, logits, last, choice, model.target)
+
+
+def _draft_serial(axes, weights, last, cache, target):
+    embedding, *others = weights
+    mtp, head = materialize(axes, others, target)
+    tokens, end = last[:, None].astype(jnp.int32), cache.lengths
+    context = make_context(tokens, end - 1, end, {mtp.layer.rope}, target, axes=axes)
+    (keys,), seen = draft_keys(cache, end - 1, mtp.config.sliding_window - 1)
+    embedded = embed(context, embedding, mtp.numerics)
+    normed = mtp.draft(streams_before(cache, end), embedded, keys, seen, context)
+    return matmul_float32(normed, head[...], target=target)
 
 
 def _draft(axes, weights, last, cache, count: int, target):
@@ -174,7 +215,7 @@ def _draft(axes, weights, last, cache, count: int, target):
     tokens = jnp.concatenate([last[:, None].astype(jnp.int32), noise], axis=1)
     ropes = {layer.rope for layer in config.draft_layers}
     context = make_context(tokens, start, start + rows, ropes, target, axes=axes)
-    keys, seen = draft_keys(cache)
+    keys, seen = draft_keys(cache, start, config.sliding_window)
     x = module(embed(context, embedding, module.numerics), keys, seen, context)[:, :count]
     return x, module.read_logits(x, head[...], target)
 

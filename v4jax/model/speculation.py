@@ -22,12 +22,12 @@ class Drafts(NamedTuple):
     """Tokens proposed for the places after the last token of each sequence.
 
     logits: those each token was chosen from. confidence: logit of the estimate that a token is
-    accepted, given that those before it are.
+    accepted, given that those before it are; None of an MTP block.
     """
 
     tokens: Int[Array, "b r"]
     logits: Float[Array, "b r v"]
-    confidence: Float[Array, "b r"]
+    confidence: Float[Array, "b r"] | None
 
 
 class Verified(NamedTuple):

@@ -186,6 +186,8 @@ class Transformer(nnx.Module):
     ) -> Drafts:
         """Returns drafts of the tokens that follow `last`, which follows what `cache` holds.
 
+        A DSpark module drafts several tokens, a serial MTP block one.
+
         Args:
           choice: how each row's token is chosen; by default the most probable one.
           count: how many tokens to draft; None: as many as the module has rows. Fewer are the first
@@ -193,7 +195,7 @@ class Transformer(nnx.Module):
           trusted: as for `extend`.
 
         Raises:
-          ConfigError: the model has no draft module, or drafts fewer than `count` tokens.
+          ConfigError: the model drafts nothing, or fewer than `count` tokens.
           ShapeError: `last` is no vector of ids.
           CacheError: the cache belongs to another model, or has another batch.
         """
@@ -241,12 +243,12 @@ class Transformer(nnx.Module):
         """Returns the tokens and the count of `draft`, or raises what it raises."""
         if not self.draft_tokens:
             raise ConfigError(
-                "this model has no draft module; V4-Flash-0731 and V4-Pro-0813 have one"
+                "this model has neither draft module nor MTP block; the released checkpoints do"
             )
         if count is not None and not 1 <= count <= self.draft_tokens:
             raise ConfigError(
-                f"count must be 1 … {self.draft_tokens}, the tokens that the draft module "
-                f"proposes, got {count}"
+                f"count must be 1 … {self.draft_tokens}, the tokens that the model drafts, "
+                f"got {count}"
             )
         return self._check_last(last, cache, trusted), count or self.draft_tokens
 
