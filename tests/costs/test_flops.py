@@ -107,6 +107,21 @@ def test_training_is_three_forwards_and_one_more_with_remat():
     assert forward["MTP"] > 2 * 0.3186e9 * 4096  # the block's active weights, then the head
 
 
+DRAFT_KEYS = {  # multiply-adds of a token
+    "v4_flash": 5 * 4096**2 + 512 * 4096 + 24 * 4 * 4096,  # embedding, four streams; key; mHC
+    "v4_flash_0731": 3 * 4096**2 + 3 * 512 * 4096,  # three taps; a key for each stage
+}
+
+
+@pytest.mark.parametrize("name", DRAFT_KEYS)
+def test_keys_for_drafts_by_hand(name):
+    inventory = take_inventory(load_model_config(name))
+    plain = flops.count_tokens(inventory, 0, 7)
+    assert not {"MTP", "draft module"} & {item.component for item in plain}
+    more = flops.total(flops.count_tokens(inventory, 0, 7, draft_keys=True)) - flops.total(plain)
+    assert more == pytest.approx(2.0 * 7 * DRAFT_KEYS[name])
+
+
 def test_training_a_draft_module_by_hand():
     """The target runs once forward; a stage as often as a block has rows, three times with 64."""
     module = DraftConfig(stages=3, target_layer_ids=(40, 41, 42), markov_rank=256)

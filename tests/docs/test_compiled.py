@@ -46,7 +46,7 @@ def compiler(monkeypatch):
         collectives = [Collective("all-gather", 1, 8)]
         return Compiled(6 * GIB, 0, 3 * GIB // 2, 7 * GIB, 0, 1.0, collectives, 120.0, 180.0)
 
-    held = DeviceBytes({"fp4": 6 * GIB}, {}, {}, {"activations": 2 * GIB})
+    held = DeviceBytes({"fp4": 6 * GIB}, {}, {}, {}, {"activations": 2 * GIB})
     monkeypatch.setattr(table, "CASES", CASES)
     monkeypatch.setattr(table, "compile_step", compile_step)
     monkeypatch.setattr(table.memory, "count_bytes", lambda work: held)
@@ -86,7 +86,7 @@ def test_rows_from_before_a_field_stay(compiler, tmp_path):
 
 def test_estimates_alone(compiler, tmp_path, monkeypatch, capsys):
     fill(tmp_path, "small")
-    held = DeviceBytes({"fp4": 6 * GIB}, {}, {}, {"activations": 3 * GIB})
+    held = DeviceBytes({"fp4": 6 * GIB}, {}, {}, {}, {"activations": 3 * GIB})
     monkeypatch.setattr(table.memory, "count_bytes", lambda work: held)
     assert table.main(["--estimates", f"--document={tmp_path / 'page.md'}"]) == 0
     assert "| 6.0 + 3.0 |" in capsys.readouterr().out

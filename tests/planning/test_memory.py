@@ -1,11 +1,12 @@
 """Bytes of a device, against published totals and against sums by hand."""
 
+import collections
 import dataclasses
 
 import pytest
 
 from v4jax.costs.inventory import device_bytes
-from v4jax.planning import memory, programs
+from v4jax.planning import memory, programs, roofline
 
 from .plans import work
 
@@ -17,6 +18,8 @@ CACHE_GIB = {"v4_flash": 3.4349, "v4_pro": 4.9178}  # spec C.3, one sequence of 
 def test_cache_of_a_million_tokens(model):
     held = memory.cache_bytes(work("v5p:1x1x1", "data=1", model=model, batch=1))
     held.pop("unfinished windows")
+    held.pop("draft")
+    held["window"] = held["window"] * 128 // 129  # one row of a ring is spare
     assert sum(held.values()) / GIB == pytest.approx(CACHE_GIB[model], abs=5e-5)
 
 
@@ -25,17 +28,44 @@ def test_entries_are_split_and_windows_are_not():
     split = memory.cache_bytes(work("v6e-16", "context=16", batch=1))
     for name in ("csa", "hca", "index"):
         assert split[name] == alone[name] / 16
-    assert split["window"] == alone["window"] == 43 * 128 * 584
+    assert split["window"] == alone["window"] == 43 * 129 * 584
+    # The MTP block's window, and the last two tokens' streams of 4 × 4,096 channels.
+    assert split["draft"] == alone["draft"] == 129 * 584 + 2 * 4 * 4096 * 2
     by_data = memory.cache_bytes(work("v6e-4", "data=4", batch=8))
     assert by_data == {name: 2 * size for name, size in alone.items()}
 
 
 def test_weights_on_one_device_are_the_checkpoint():
     """As `v4jax inspect` counts them, tables as int32."""
-    held = memory.count_arguments(work("v5p:1x1x1", "data=1", batch=1)).weights
+    arguments = memory.count_arguments(work("v5p:1x1x1", "data=1", batch=1))
+    held = collections.Counter(arguments.weights) + collections.Counter(arguments.drafts)
     assert held["bfloat16"] == 2_830_518_528
     assert held["fp4"] + held["fp8"] == 6_023_020_544 + 8_858_737_664 + 141_733_920_768
     assert (held["float32"], held["int32"]) == (144_672_072, 18_616_320 // 2)
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("v4_flash", 1), ("v4_flash_0731", 5)])
+def test_what_drafts_is_held_and_not_read_by_a_plain_step(fixed_trace, model, tokens):
+    """The released sizes of the draft module; a plain step reads only what makes its keys."""
+    one = work("v5p:1x1x1", "data=1", model=model, batch=1)
+    held = memory.count_arguments(one)
+    whole = sum(held.drafts.values())
+    if model == "v4_flash_0731":
+        assert whole == 10_862_838_300
+    times = roofline.estimate(one)
+    keys = sum(w.bytes for w in programs.sharded_weights(one) if w.makes_draft_keys)
+    assert 0.003 * whole < keys < 0.02 * whole
+    chosen = 1 - (1 - 6 / 256) ** 1
+    main = [w for w in programs.sharded_weights(one) if not w.drafts and w.path != "embed"]
+    read = sum(w.bytes * (chosen if w.is_routed else 1) for w in main) + keys
+    assert times.memory_bytes["weights"] == pytest.approx(read)
+    chosen = 1 - (1 - 6 / 256) ** tokens
+    drafting = [w for w in programs.sharded_weights(one) if w.drafts or w.path == "head"]
+    read = sum(w.bytes * (chosen if w.is_routed else 1) for w in drafting)
+    assert times.draft_bytes == pytest.approx(read)
+    assert times.draft_seconds > 0 and times.seconds == max(
+        times.compute_seconds, times.memory_seconds, times.link_seconds
+    )
 
 
 def test_experts_are_split_over_data_and_expert_when_serving():

@@ -36,7 +36,7 @@ def test_json_says_the_same(fixed_trace):
     plan = report.make_plan("v4_flash", REPORTS["flash_decode_v6e_16"]())
     data = json.loads(json.dumps(report.as_data(plan)))
     assert data["fits"] and data["device_bytes"]["total"] == plan.held.total
-    kinds = ("weights", "cache", "optimizer", "temporaries")
+    kinds = ("weights", "drafts", "cache", "optimizer", "temporaries")
     held = data["device_bytes"]
     assert held["total"] == sum(sum(held[kind].values()) for kind in kinds)
     assert data["seconds"]["step"] == max(data["seconds"].values())

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 from v4jax.config import LayerKind, ModelConfig
-from v4jax.costs.inventory import DRAFT, Inventory, count_layers
+from v4jax.costs.inventory import DRAFT, MTP, Inventory, count_layers
 
 # Components without gradients: the ids of selected entries carry none, and scores only choose ids.
 _FORWARD_ONLY = ("index scores", "selection")
@@ -34,7 +34,13 @@ class Work:
 
 
 def count_tokens(
-    inventory: Inventory, first: int, end: int, *, logits: int = 1, mtp: bool = False
+    inventory: Inventory,
+    first: int,
+    end: int,
+    *,
+    logits: int = 1,
+    mtp: bool = False,
+    draft_keys: bool = False,
 ) -> list[Work]:
     """Returns the forward work of the tokens at positions first … end−1 of one sequence.
 
@@ -44,11 +50,13 @@ def count_tokens(
     Args:
       logits: tokens whose logits are computed.
       mtp: whether the MTP block runs too, as in training.
+      draft_keys: whether the keys are made that drafts see, as in serving.
     """
     tokens = end - first
     assert tokens >= 1 and 0 <= logits <= tokens, (first, end, logits)
     return [
         *_weight_products(inventory, tokens, logits, mtp),
+        *(_draft_keys(inventory, tokens) if draft_keys else []),
         *_attention(inventory.config, first, end),
         *_stream_mixing(inventory.config, tokens),
     ]
@@ -101,7 +109,7 @@ def count_draft_training(
         count = {"context_projection": tokens, "key_value": tokens + rows}.get(name, rows)
         share = chosen / config.n_routed_experts if weight.is_routed else 1.0
         work.append(Work(DRAFT, 2.0 * weight.parameters * share * count, weight.fmt))
-    target = [w for w in count_tokens(inventory, 0, tokens, logits=0) if w.component != DRAFT]
+    target = count_tokens(inventory, 0, tokens, logits=0)
     # The head has no gradient of its own; its logits are made again with the tiles of the loss.
     logits = [head.times(3 + (2 if remat else 0))]
     return target + [w.times(4 if remat else 3) for w in work] + logits
@@ -124,17 +132,29 @@ def _weight_products(inventory: Inventory, tokens: int, logits: int, mtp: bool) 
     config, work = inventory.config, []
     chosen = config.num_experts_per_tok / config.n_routed_experts
     for weight in inventory.weights:
-        if not weight.is_matrix or (weight.component == "MTP" and not mtp):
-            continue
-        if weight.component == DRAFT:  # runs for drafts only, which no plan counts yet
+        if not weight.is_matrix or (weight.drafts and not (mtp and weight.component == MTP)):
             continue
         share = chosen if weight.is_routed else 1.0
         count = logits if weight.component == "head" else tokens
         work.append(Work(weight.component, 2.0 * weight.parameters * share * count, weight.fmt))
     if mtp:  # the MTP block reads its logits through the model's own head
         head = 2.0 * config.vocab_size * config.hidden_size * logits
-        work.append(Work("MTP", head * config.num_nextn_predict_layers, "bfloat16"))
+        work.append(Work(MTP, head * config.num_nextn_predict_layers, "bfloat16"))
     return work
+
+
+def _draft_keys(inventory: Inventory, tokens: int) -> list[Work]:
+    """Returns the products that make the keys of tokens for drafts of a module or an MTP block."""
+    streams = {"stream_projection": inventory.config.hc_mult}  # every stream is projected
+    return [
+        Work(
+            weight.component,
+            2.0 * weight.parameters * tokens * streams.get(weight.path.rpartition(".")[2], 1),
+            weight.fmt,
+        )
+        for weight in inventory.weights
+        if weight.is_matrix and weight.makes_draft_keys
+    ]
 
 
 def _attention(config: ModelConfig, first: int, end: int) -> list[Work]:

@@ -17,11 +17,11 @@ from flax import nnx
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.quant import ScaledArray
 
-DRAFT = "draft module"
+DRAFT, MTP = "draft module", "MTP"
 
 # Component of a weight: the first pattern that its path contains.
 _COMPONENTS = (
-    (r"^mtp\.", "MTP"),
+    (r"^mtp\.", MTP),
     (r"^drafter\.", DRAFT),
     (r"attention\.indexer\.", "index projections"),
     (r"attention\.compressor\.", "compressor"),
@@ -33,6 +33,10 @@ _COMPONENTS = (
     (r"attention\.", "attention projections"),
     (r"^embed$", "embedding"),
     (r"^head$", "head"),
+)
+_DRAFT_KEYS = (
+    r"^drafter\.(context_(projection|norm)|stages\.\d+\.attention\.key_value)"
+    r"|^mtp\.0\.(embed_|stream_|block\.attention_(hyper|norm)|block\.attention\.key_value)"
 )
 _NO_PRODUCT = (
     "embed",
@@ -84,6 +88,16 @@ class Weight:
         """Whether tokens are multiplied with it."""
         rank = len(self.shape) - ("layers" in self.axes)
         return rank >= 2 and self.path.rpartition(".")[2] not in _NO_PRODUCT
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it belongs to what drafts tokens: a draft module, or an MTP block."""
+        return self.component in (DRAFT, MTP)
+
+    @property
+    def makes_draft_keys(self) -> bool:
+        """Whether every served token passes it, drafts or not: the keys that drafts will see."""
+        return self.drafts and bool(re.search(_DRAFT_KEYS, self.path))
 
     @property
     def is_routed(self) -> bool:

@@ -8,7 +8,7 @@ compiler instead.
 import collections
 import dataclasses
 
-from v4jax.costs.inventory import CacheArray, device_bytes, list_cache
+from v4jax.costs.inventory import DRAFT, CacheArray, device_bytes, list_cache
 from v4jax.planning.programs import abstract_cache, sharded_weights, train_state
 from v4jax.planning.step_trace import trace_step
 from v4jax.planning.workload import Workload
@@ -18,11 +18,13 @@ from v4jax.planning.workload import Workload
 class DeviceBytes:
     """What one device holds during a step, by kind and within a kind by what it is.
 
-    weights: served or frozen ones. optimizer: trained weights in float32, and moments. temporaries:
-    an estimate of what the step makes beside its arguments, at the fullest moment.
+    weights: served or frozen ones. drafts: those of a draft module or an MTP block, which are held
+    whether tokens are drafted or not. optimizer: trained weights in float32, and moments.
+    temporaries: an estimate of what the step makes beside its arguments, at the fullest moment.
     """
 
     weights: dict[str, int]
+    drafts: dict[str, int]
     cache: dict[str, int]
     optimizer: dict[str, int]
     temporaries: dict[str, int]
@@ -35,7 +37,8 @@ class DeviceBytes:
     @property
     def arguments(self) -> int:
         """Bytes that a step is given."""
-        return sum(sum(kind.values()) for kind in (self.weights, self.cache, self.optimizer))
+        kinds = self.weights, self.drafts, self.cache, self.optimizer
+        return sum(sum(kind.values()) for kind in kinds)
 
 
 def count_bytes(work: Workload) -> DeviceBytes:
@@ -53,7 +56,7 @@ def count_arguments(work: Workload) -> DeviceBytes:
       ConfigError: a mesh axis does not divide what the code computes on.
     """
     if work.regime != "train":
-        return DeviceBytes(_by_format(sharded_weights(work)), cache_bytes(work), {}, {})
+        return DeviceBytes(*_by_format(sharded_weights(work)), cache_bytes(work), {}, {})
     state = train_state(work)
     frozen = [weight for weight in sharded_weights(work) if weight.path not in state.weights]
     weights = "adapters" if work.training == "lora" else "float32 weights"
@@ -62,24 +65,32 @@ def count_arguments(work: Workload) -> DeviceBytes:
         weights: device_bytes(state.weights),
         moments: device_bytes(state.optimizer),
     }
-    return DeviceBytes(_by_format(frozen), {}, optimizer, {})
+    return DeviceBytes(*_by_format(frozen, trains=True), {}, optimizer, {})
 
 
-def _by_format(weights) -> dict[str, int]:
-    sums = collections.Counter()
+def _by_format(weights, *, trains: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns format → bytes of the weights of every step, and of those that draft alone.
+
+    In training, an MTP block runs in every step.
+    """
+    sums = collections.Counter(), collections.Counter()
     for weight in weights:
-        sums[weight.fmt] += device_bytes(weight.value)
-    return dict(sums.most_common())
+        alone = weight.component == DRAFT if trains else weight.drafts
+        sums[alone][weight.fmt] += device_bytes(weight.value)
+    main, drafts = (dict(each.most_common()) for each in sums)
+    return main, drafts
 
 
 def cache_bytes(work: Workload) -> dict[str, int]:
     """Returns what is cached → bytes on one device, for sequences of the full context.
 
-    Entries are split over the devices of a sequence; windows and unfinished windows are on each.
+    Entries are split over the devices of a sequence; windows, unfinished windows and what drafts
+    see are on each. Rings have spare rows, by which drafts can be taken back.
     """
     sums: dict[str, int] = {}
     for array in sharded_cache(work):
         name = "unfinished windows" if array.holds.startswith("unfinished") else array.holds
+        name = "draft" if array.holds.endswith("draft") else name
         sums[name] = sums.get(name, 0) + device_bytes(array.value)
     return sums
 

@@ -19,9 +19,10 @@ _NEAR = 0.9  # part of the limit; compiled steps took up to a tenth more than th
 class Plan:
     """The answer to a `Workload`.
 
-    parameters: of the model with its MTP block. active_parameters: those that every token passes,
-    without embedding and MTP. largest_batch: about how many sequences would fit on the same mesh,
-    None where the plan does not fit. remedies: what would make it fit, empty where it does.
+    parameters: of the model with its MTP block or draft module. active_parameters: those that every
+    token passes, without these and the embedding. largest_batch: about how many sequences would fit
+    on the same mesh, None where the plan does not fit. remedies: what would make it fit, empty
+    where it does.
     """
 
     name: str
@@ -58,7 +59,7 @@ def make_plan(name: str, work: Workload) -> Plan:
     active = sum(
         weight.parameters * (chosen if weight.is_routed else 1.0)
         for weight in weights
-        if weight.trained and weight.component not in ("MTP", "embedding")
+        if weight.trained and not weight.drafts and weight.component != "embedding"
     )
     return Plan(
         name=name,
@@ -104,6 +105,9 @@ def as_data(plan: Plan) -> dict[str, Any]:
             "links": times.link_seconds,
             "step": times.seconds,
         },
+        "draft_seconds": times.draft_seconds,
+        "draft_tokens": work.config.draft_tokens,
+        "draft_memory_traffic_bytes": times.draft_bytes,
         "tokens_per_second": plan.tokens_per_second,
         "sources": {chip.name: chip.source},
     }
@@ -219,4 +223,11 @@ def _time(plan: Plan) -> list[str]:
     if work.regime == "prefill":
         rate += f"; the whole prefill {log.format_seconds(plan.prefill_seconds)}"
     lines.append(f"  step     {times.seconds * 1e3:>12.3f} ms  set by {times.bound}: {rate}")
+    if times.draft_bytes:
+        tokens = work.config.draft_tokens
+        lines.append(
+            f"  drafts   {times.draft_seconds * 1e3:>12.3f} ms  more where {tokens} "
+            f"{'token is' if tokens == 1 else 'tokens are'} drafted (--speculate), which reads "
+            f"{log.format_bytes(times.draft_bytes)}"
+        )
     return lines

@@ -5,11 +5,12 @@ entries. Work that the mesh does not split is repeated on every device.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from v4jax.cache.formats import entry_format
 from v4jax.config import LayerKind
 from v4jax.costs import flops
-from v4jax.costs.inventory import count_layers, device_bytes
+from v4jax.costs.inventory import MTP, count_layers, device_bytes
 from v4jax.model import take_inventory
 from v4jax.planning import communication, memory
 from v4jax.planning.programs import sharded_weights
@@ -31,7 +32,8 @@ class Times:
     """Lower bounds of a step's seconds; the largest one counts.
 
     flops: operations of one device by component. memory_bytes: what one device reads and writes.
-    traffic: collectives.
+    traffic: collectives. draft_bytes, draft_seconds: what a draft of all sequences reads on one
+    device, and how long that takes; not part of the step.
     """
 
     flops: dict[str, float]
@@ -40,6 +42,8 @@ class Times:
     compute_seconds: float
     memory_seconds: float
     link_seconds: float
+    draft_bytes: float = 0.0
+    draft_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -65,13 +69,17 @@ def estimate(work: Workload) -> Times:
     traffic = communication.count_traffic(work)
     # All products run in bfloat16; FP8 and FP4 are expanded before the matrix unit.
     peak = chip.bf16_flops_per_second / chip.devices
+    bytes_per_second = chip.hbm_bytes_per_second / chip.devices
+    drafted = _draft_read(work) if work.regime == "decode" else 0.0
     return Times(
         flops=operations,
         memory_bytes=moved,
         traffic=traffic,
         compute_seconds=sum(operations.values()) / peak,
-        memory_seconds=sum(moved.values()) * chip.devices / chip.hbm_bytes_per_second,
+        memory_seconds=sum(moved.values()) / bytes_per_second,
         link_seconds=sum(item.seconds for item in traffic),
+        draft_bytes=drafted,
+        draft_seconds=drafted / bytes_per_second,
     )
 
 
@@ -79,10 +87,10 @@ def count_sequence(work: Workload) -> list[flops.Work]:
     """Returns the operations of one sequence in one step."""
     inventory, context = take_inventory(work.config, work.storage), work.context
     if work.regime == "decode":
-        return flops.count_tokens(inventory, context - 1, context)
+        return flops.count_tokens(inventory, context - 1, context, draft_keys=True)
     if work.regime == "train":
         return flops.count_training(inventory, context, remat=True)
-    whole = flops.count_tokens(inventory, 0, context)
+    whole = flops.count_tokens(inventory, 0, context, draft_keys=True)
     return [item.times(min(work.chunk / context, 1.0)) for item in whole]
 
 
@@ -138,18 +146,37 @@ def device_traffic(work: Workload) -> dict[str, float]:
 
 
 def _weights_read(work: Workload) -> float:
-    """Returns bytes of weights that a step reads on one device."""
+    """Returns bytes of weights that a step reads on one device.
+
+    An MTP block runs in training. In serving, and of a draft module, only what makes keys does.
+    """
+
+    def reads(weight) -> bool:
+        if weight.component == MTP and work.regime == "train":
+            return True
+        if weight.drafts:
+            return work.regime != "train" and weight.makes_draft_keys
+        return weight.component != "embedding"
+
+    return _read(work, reads, work.step_tokens)
+
+
+def _draft_read(work: Workload) -> float:
+    """Returns bytes of weights that a draft of every sequence reads on one device."""
+    rows = work.batch * work.config.draft_tokens
+    return _read(work, lambda weight: weight.drafts or weight.path == "head", rows) if rows else 0.0
+
+
+def _read(work: Workload, reads: Callable, tokens: int) -> float:
+    """Returns the bytes of the weights that `reads` says; of experts, those that tokens chose."""
     config = work.config
-    miss = (1 - config.num_experts_per_tok / config.n_routed_experts) ** work.step_tokens
-    read = 0.0
-    for weight in sharded_weights(work):
-        if weight.component == "embedding" or (
-            weight.component == "MTP" and work.regime != "train"
-        ):
-            continue
-        size = device_bytes(weight.value)
-        read += size * (1 - miss) if weight.is_routed else size
-    return read
+    miss = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+    sizes = (
+        device_bytes(weight.value) * (1 - miss if weight.is_routed else 1)
+        for weight in sharded_weights(work)
+        if reads(weight)
+    )
+    return float(sum(sizes))
 
 
 def _selected_bytes(work: Workload, tokens: int) -> float:
