@@ -158,6 +158,18 @@ def test_tokenizer_files_come_along(tmp_path):
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
 
 
+def test_what_a_folder_says_of_conversations_comes_along(tmp_path):
+    """End tokens and prompt profile, as files beside config.json gave them."""
+    folders.write(tmp_path / "in")
+    (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    (tmp_path / "in" / "chat_template.jinja").write_text("Reasoning Effort: Beyond maximum")
+    write_model(read_model(tmp_path / "in"), tmp_path / "out")
+    written = read_model(tmp_path / "out").config
+    assert (written.end_token_ids, written.profile) == ((1, 7), "0731")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, 7]
+
+
 def left_behind(folder):
     """Returns what is in a folder, hidden files too."""
     return sorted(path.name for path in folder.iterdir())

@@ -13,6 +13,7 @@ from v4jax.checkpoint.hf_reader import read_model
 from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config import Numerics, choose_numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, packaged_names, pretrained_names
+from v4jax.config.numerics import SMALL_PARAMETERS, count_most_parameters
 from v4jax.config.overrides import override
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import PathLike, find_model, is_folder, is_remote, to_path
@@ -20,8 +21,6 @@ from v4jax.model import Transformer
 from v4jax.parallel import ExpertExchange, Layout, WeightLayout, check_mesh
 from v4jax.parallel.agreement import share_json
 from v4jax.parallel.weight_sharding import init_sharded
-
-LARGEST_RANDOM = 2 << 30  # parameters; random weights are for small configurations
 
 
 def load(
@@ -109,15 +108,11 @@ def check_weights(name_or_folder: PathLike) -> None:
     """
     config, name = load_model_config(name_or_folder), str(name_or_folder)
     if name.endswith(".py") or name in {*packaged_names()} - {*pretrained_names()}:
-        experts = config.num_hidden_layers * config.n_routed_experts * 3
-        embeddings = 2 * config.vocab_size * config.hidden_size
-        _check_random(
-            name, experts * config.moe_intermediate_size * config.hidden_size + embeddings
-        )
+        _check_random(name, count_most_parameters(config))
 
 
 def _check_random(name: PathLike, parameters: int) -> None:
-    if parameters > LARGEST_RANDOM:
+    if parameters > SMALL_PARAMETERS:
         raise ConfigError(
             f"{name} has {parameters / 1e9:.0f} billion parameters, too many for random "
             "weights; give the folder of its checkpoint, or a small configuration such as nano"

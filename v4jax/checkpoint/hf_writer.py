@@ -37,7 +37,7 @@ from v4jax.quant import Recipe, ScaledArray, quantize_weight
 Format = Literal["released", "bfloat16", "transformers"]
 FORMATS = ("released", "bfloat16", "transformers")
 SHARD_BYTES = 5 * 2**30
-CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json")
+CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # The dtype names of the file format for what a parameter holds.
 _FILE_DTYPES = {
@@ -278,7 +278,8 @@ def _is_matrix(place: Place) -> bool:
 
 
 def _generation_config(config: ModelConfig) -> dict:
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ends = list(config.end_token_ids) if config.more_eos_token_ids else config.eos_token_id
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": ends}
     return tokens | {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
 
 

@@ -41,7 +41,7 @@ FLOAT32 = Numerics("float32", "float32", "float32", "float32", quantize_activati
 BFLOAT16 = Numerics("bfloat16", "bfloat16", "bfloat16", "bfloat16", quantize_activations=False)
 RELEASED = Numerics("released", "bfloat16", "fp8", "fp4", quantize_activations=True)
 
-SMALL_PARAMETERS = 2 << 30  # up to here float32 costs little
+SMALL_PARAMETERS = 2 << 30  # up to here float32 costs little, and random weights may be made
 
 NUMERICS = {numerics.name: numerics for numerics in (FLOAT32, BFLOAT16, RELEASED)}
 
