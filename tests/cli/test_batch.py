@@ -214,6 +214,8 @@ def test_the_mesh_and_its_chunks(monkeypatch, capsys, fake_model, given, said, c
     assert engine.identify_model(config, mesh) == "nano"
     random = dataclasses.replace(config, weights_seed=0)
     assert engine.identify_model(random, mesh) == ("nano on a mesh" if mesh else "nano")
+    beside = dataclasses.replace(config, adapters="gs://x/adapters")
+    assert engine.identify_model(beside, mesh) == "nano with gs://x/adapters"
 
 
 def test_what_follows_from_the_model():

@@ -63,6 +63,21 @@ BROKEN = {
         ["--model={tmp}", "--output={tmp}/out"],
         "config.json cannot be read: No such file",
     ),
+    "adapters of nothing": (
+        ["--model={in}", "--output={tmp}/out", "--adapters_to=peft"],
+        "give --adapters, or --run",
+    ),
+    "adapters in a format": (
+        [
+            *("--model={in}", "--output={tmp}/out"),
+            *("--adapters=a", "--adapters_to=peft", "--format=bfloat16"),
+        ],
+        "takes no --format",
+    ),
+    "adapters of no naming": (
+        ["--model={in}", "--output={tmp}/out", "--adapters=a", "--adapters_to=transformers"],
+        "should be one of",
+    ),
     "full output": (["--model={in}", "--output={in}"], "exists and is not empty"),
 }
 

@@ -132,6 +132,20 @@ def test_merged_equals_unmerged():
         assert not np.allclose(now, value.base.dequantize(), atol=0.1)
 
 
+def test_unmerged_answers_as_merged():
+    """Reading in pieces and single steps expand a weight as a whole pass does; the base stays."""
+    found = []
+    for model in (adapted(), merge(adapted())):
+        cache, pieces = model.init_cache(batch=1, max_tokens=32), []
+        for part in (IDS[:1, :16], IDS[:1, 16:17], IDS[:1, 17:18]):
+            logits, cache = model.extend(part, cache)
+            pieces.append(np.asarray(logits))
+        found.append(np.concatenate(pieces, 1))
+    np.testing.assert_allclose(*found, atol=MERGED_TOLERANCE)
+    whole = adapted()(IDS)[:1, :18]
+    np.testing.assert_allclose(found[0], whole, atol=MERGED_TOLERANCE)
+
+
 def test_requantized_says_what_it_loses(capsys):
     model = adapted()
     merged = merge(model, requantize=True)

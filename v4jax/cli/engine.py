@@ -42,13 +42,17 @@ def _check(config: InferenceConfig) -> Any:
 
     Raises:
       ConfigError: there is no such model, it has no weights, or it does not go so far.
+      CheckpointError: the files of adapters are broken.
     """
+    from v4jax.checkpoint.adapters import check_adapters
     from v4jax.checkpoint.api import check_weights
     from v4jax.config.loading import load_model_config
     from v4jax.errors import ConfigError
 
     model = load_model_config(config.model)
     check_weights(config.model)
+    if config.adapters:
+        check_adapters(config.adapters)
     most = model.max_position_embeddings
     for name, tokens in (
         ("max_tokens", config.max_tokens),
@@ -107,6 +111,7 @@ def load_model(config: InferenceConfig, mesh: Any) -> Any:
     """
     import v4jax
     from v4jax import log
+    from v4jax.checkpoint.adapters import read_adapters
 
     _say_mesh(config, mesh)
     _say_defaults(config)
@@ -114,6 +119,10 @@ def load_model(config: InferenceConfig, mesh: Any) -> Any:
     with log.phase("model", f"loading {name}") as phase:
         model = v4jax.load(name, numerics=config.numerics, seed=config.weights_seed, mesh=mesh)
         phase.note(f"{name} is ready")
+    if config.adapters:
+        with log.phase("adapters", f"reading {config.adapters}") as phase:
+            model = read_adapters(model, config.adapters)
+            phase.note(f"{config.adapters} is beside the model")
     if model.folder is None:
         log.warning(
             f"{name} has random weights, no trained ones: its answers mean nothing. They show that "
@@ -132,10 +141,14 @@ def identify_model(config: InferenceConfig, mesh: Any) -> str:
 
     name = config.model
     if os.path.isdir(name):
-        return os.path.realpath(name)
-    trained = name in pretrained_names() and config.weights_seed is None
-    random = not (trained or is_remote(name))
-    return f"{name} on a mesh" if random and mesh is not None else name
+        name = os.path.realpath(name)
+    elif not is_remote(name):
+        trained = name in pretrained_names() and config.weights_seed is None
+        name = name if trained or mesh is None else f"{name} on a mesh"
+    if not config.adapters:
+        return name
+    adapters = config.adapters
+    return f"{name} with {adapters if is_remote(adapters) else os.path.realpath(adapters)}"
 
 
 def _say_defaults(config: InferenceConfig) -> None:

@@ -70,6 +70,9 @@ class InferenceConfig:
         for small ones.
       weights_seed: Use random weights of a packaged configuration, made from this seed. By default
         its trained weights if it has some (nano), else seed 0.
+      adapters: Folder of adapters (LoRA) that train or PEFT wrote. They stay beside the model's
+        weights, which stay as they are stored. Each pass of the model expands the weights that have
+        some, which takes time; v4jax convert merges them once.
       mesh: Sizes of the mesh axes data, expert, context, tensor, such as expert=8; their product is
         the number of devices of all hosts. data=1 uses one device. By default expert has all
         devices, and context those that do not divide the experts. v4jax plan says what fits.
@@ -90,6 +93,7 @@ class InferenceConfig:
     model: str
     numerics: Literal["float32", "bfloat16", "released"] | None = None
     weights_seed: int | None = within(0, MAX_SEED, None)
+    adapters: str | None = None
     mesh: MeshConfig | None = None
     chunk_tokens: int | None = within(1, MOST_TOKENS, None)
     max_tokens: int | None = within(1, MOST_TOKENS, None)
