@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains nano from random weights on a CPU, in ten stages of some hours together:
+# Trains nano from random weights on a CPU, in eleven stages of some hours together:
 #
 #   bash launch/train_nano.sh [FIRST]      default 1, the stage to begin at
 #

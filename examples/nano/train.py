@@ -1,11 +1,11 @@
-"""Trains nano from random weights, in ten stages: the model of `v4jax.load("nano")`.
+"""Trains nano from random weights, in eleven stages: the model of `v4jax.load("nano")`.
 
     python examples/nano/train.py        # every stage; started again, it goes on where it stood
     python examples/nano/train.py 9      # from stage 9 on, with out/nano_8/start as it is
 
 Hardware: two CPU cores, about four hours by the speed of the stages one by one. Result: the model
-in out/nano_10/model. `v4jax/pretrained/nano/README.md` says what it finds and how the last two
-stages came about.
+in out/nano_11/model. `v4jax/pretrained/nano/README.md` says what it finds and how stages 9 and 10
+came about.
 
 A stage is a run that starts from the weights of the one before. A window of 32 tokens (stages 1
 and 4) leaves CSA entries as the only way to what is further back. Short rows with many questions
@@ -22,9 +22,10 @@ import sys
 from typing import Any
 
 from v4jax import compile_cache
-from v4jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
+from v4jax.config import DataConfig, LayerKind, ModelConfig, SourceConfig, TrainConfig
 from v4jax.config.loading import load_model_config
-from v4jax.config.run import CheckpointConfig, LossConfig, OptimizerConfig
+from v4jax.config.model import DraftConfig
+from v4jax.config.run import CheckpointConfig, DraftTraining, LossConfig, OptimizerConfig
 
 WINDOW = load_model_config("nano").sliding_window
 NARROW = 32
@@ -51,6 +52,7 @@ class Stage:
         fell only.
       optimizer: further fields of the optimizer.
       entry_scale: factor on the norms of CSA entries before the stage.
+      draft: trains the draft module only.
     """
 
     teaches: str
@@ -66,6 +68,7 @@ class Stage:
     mtp_weight: float = 0.0
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     entry_scale: float = 1.0
+    draft: DraftTraining | None = None
 
 
 SIX = dict(tokens=(160, 228), needles=(3, 6), distractors=(0, 0), questions=(6, 6))
@@ -76,6 +79,10 @@ LONG = dict(tokens=(9000, 13000), needles=(30, 60), distractors=(30, 80), questi
 # Rows of 4,096 tokens that stand for up to a million: three of four leave positions out.
 NEAR = dict(tokens=(2048, 2560), needles=(16, 40), distractors=(16, 60), questions=(24, 32))
 FAR = NEAR | dict(gaps=0.06, gap_tokens=(2048, 1 << 20))
+
+# Every fourth document teaches to foresee what is written around the answers.
+ANSWERS, ALL = SIX | dict(text_weight=0.0), SIX | dict(text_weight=1.0)
+MODULE = DraftConfig(stages=3, target_layer_ids=(3, 4, 5), markov_rank=16, noise_token_id=319)
 
 STAGES = (
     Stage(
@@ -175,18 +182,40 @@ STAGES = (
         optimizer=dict(warmup_steps=5, decay_steps=95, decay_to=0.1),
         entry_scale=1.5,
     ),
+    Stage(
+        "a draft module in place of the MTP block; nothing else changes any more",
+        *(512, 4, 1000),
+        dense=0,
+        rate=0.006,
+        needles=(ANSWERS, ANSWERS, ANSWERS, ALL),
+        indexer="frozen",
+        optimizer=dict(decay_steps=600, decay_to=1 / 30),
+        draft=DraftTraining(module=MODULE, anchors=40),
+    ),
 )
 
 
 def get_config() -> ModelConfig:
-    """Returns the model that stage 1 makes of random weights: this file is its `train.model`."""
-    return dataclasses.replace(load_model_config("nano"), sliding_window=STAGES[0].window)
+    """Returns the model that stage 1 makes of random weights: this file is its `train.model`.
+
+    It has an MTP block, whose place the draft module takes later.
+    """
+    nano = load_model_config("nano")
+    layers = nano.num_hidden_layers
+    return dataclasses.replace(
+        nano,
+        sliding_window=STAGES[0].window,
+        draft=None,
+        num_nextn_predict_layers=1,
+        compress_ratios=(*nano.compress_ratios[:layers], 0),
+        layer_types=(*nano.layer_types[:layers], LayerKind.WINDOW),
+    )
 
 
 def build_run(number: int) -> TrainConfig:
     """Returns the run of a stage, counted from 1."""
     stage = STAGES[number - 1]
-    settings = [dict(text_weight=0.01, **needles) for needles in stage.needles]
+    settings = [dict(text_weight=0.01) | needles for needles in stage.needles]
     return TrainConfig(
         model=__file__ if number == 1 else str(_result(number - 1)),
         output=f"out/nano_{number}",
@@ -204,6 +233,8 @@ def build_run(number: int) -> TrainConfig:
             **dict(rate=stage.rate, adamw_rate=0.4, warmup_steps=10) | stage.optimizer
         ),
         loss=LossConfig(mtp_weight=stage.mtp_weight, late_mtp=1.0, bias_speed=0.003),
+        draft=stage.draft,
+        quantization_aware=stage.draft is not None,
         indexer=stage.indexer,
         dense_steps=stage.dense,
         count_gaps=stage.count_gaps,
@@ -235,16 +266,19 @@ def _result(number: int) -> pathlib.Path:
 
 
 def _export(model: Any, number: int) -> None:
-    """Writes a trained model: the last one as released, another as the next stage wants it."""
+    """Writes a trained model: the last one as released, another as the next stage wants it.
+
+    A draft module is trained for weights in the formats that they have in the end.
+    """
     from v4jax.model.weights import read_weights, write_weights
     from v4jax.training.export import export
 
     folder = _result(number)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that ended in between
-    if number == len(STAGES):
+    following = STAGES[number] if number < len(STAGES) else None
+    if following is None or following.draft:
         export(model, folder, "released")
         return
-    following = STAGES[number]
     weights = read_weights(model)
     norms = [
         name.replace("indexer.", "")  # layers with an indexer are CSA

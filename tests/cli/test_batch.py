@@ -223,9 +223,9 @@ def test_what_follows_from_the_model():
     thinking = FrameConfig(thinking=True)
     large = engine.complete(InferenceConfig("v4_flash_0731", frame=thinking))
     assert (large.numerics, large.frame.profile) == ("released", "0731")
-    small = engine.complete(InferenceConfig("nano", frame=thinking))
+    small = engine.complete(InferenceConfig("tiny", frame=thinking))
     assert (small.numerics, small.frame.profile) == ("float32", "preview")
-    named = InferenceConfig("nano", numerics="released", frame=FrameConfig(profile="0731"))
+    named = InferenceConfig("tiny", numerics="released", frame=FrameConfig(profile="0731"))
     assert engine.complete(named) == named
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import folder_bucket
 import pytest
 
-from v4jax.cli import main, needle_grid
+from v4jax.cli import evaluate, main, needle_grid
 from v4jax.errors import NonFiniteError
 
 DEPTHS = 4
@@ -53,7 +53,8 @@ class Reader:
         name = encoded.document.questions[group[0]].text.split()[-1].rstrip("?")
         half = state[: len(state) // 2]
         _, _, after = half.partition(f"The code of {name} is ")
-        return [SimpleNamespace(text=after[:5] or "no idea", error=self.error)]
+        counts = dict(answer_tokens=6, passes=2)  # the first token is read, drafts give the rest
+        return [SimpleNamespace(text=after[:5] or "no idea", error=self.error, **counts)]
 
 
 def test_an_answer_given_up_is_no_wrong_answer(texts):
@@ -71,6 +72,7 @@ def test_right_answers_are_counted_by_depth(texts, tmp_path):
     for cell in cells:
         assert cell.asked == 3
         assert cell.accuracy == (1.0 if cell.depth < DEPTHS // 2 else 0.0)
+        assert (cell.written, cell.passes) == (15, 6)
     assert sum(tokens) == sum(len(text.text) for text in texts)
     assert len(seen) == 2 * DEPTHS * 3 and ("no idea" in {answer for _, _, answer in seen})
     pytest.importorskip("matplotlib")
@@ -89,6 +91,16 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_read(monkeyp
 def test_a_cell_without_questions_has_no_accuracy():
     assert needle_grid.Cell(1024, 0).accuracy is None
     assert dataclasses.replace(needle_grid.Cell(1024, 0), asked=4, right=1).accuracy == 0.25
+
+
+@pytest.mark.parametrize("passes, said", [(6, "2.50"), (15, None), (0, None)])
+def test_the_table_says_what_drafts_bring(passes, said, capsys):
+    cell = needle_grid.Cell(1024, 0, asked=3, right=3, written=15, passes=passes)
+    evaluate._print_table("nano", [cell if passes else dataclasses.replace(cell, written=0)], 1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert (
+        ["tokens", "a", "pass", said] in lines if said else ["tokens"] not in [x[:1] for x in lines]
+    )
 
 
 def test_names():

@@ -124,7 +124,9 @@ def test_small_models_have_every_mechanism_and_enough_index_heads():
         config = load_model_config(name)
         assert set(config.layer_types) == set(LayerKind)
         assert set(config.mlp_layer_types) == set(RouterKind)
-        assert config.num_nextn_predict_layers == 1 and config.tokenizer == "byte"
+        # tiny drafts by an MTP block, nano by a draft module.
+        assert config.num_nextn_predict_layers == int(name == "tiny")
+        assert bool(config.draft) == (name == "nano") and config.tokenizer == "byte"
         assert config.index_n_heads >= 4 and config.stack_plan.repeats > 1
     assert config.layer_types.count(LayerKind.CSA) == 2  # nano: index scores dominate a CPU
 

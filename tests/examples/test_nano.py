@@ -34,12 +34,14 @@ def test_stages_are_as_they_were_when_nano_was_trained(curriculum):
         assert run == json.loads(line), f"stage {number}"
     assert number == len(curriculum.STAGES)
     windows = [stage.window for stage in curriculum.STAGES]
-    assert windows == [32, 128, 128, 32, 128, 128, 128, 128, 128, 128]
+    assert windows == [32, 128, 128, 32, *(128,) * 7]
 
 
 def test_stage_1_makes_nano_with_a_narrow_window(curriculum):
     narrow = load_model_config(curriculum.build_run(1).model)
-    assert narrow == dataclasses.replace(load_model_config("nano"), sliding_window=32)
+    assert narrow.sliding_window == 32 and narrow.num_nextn_predict_layers == 1
+    nano = dataclasses.replace(load_model_config("nano"), sliding_window=32)
+    assert narrow.with_draft(curriculum.build_run(11).draft.module) == nano
 
 
 def test_it_goes_on_where_it_stood(curriculum, monkeypatch, capsys):
@@ -71,9 +73,9 @@ def test_it_goes_on_where_it_stood(curriculum, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "Trainer", Trainer)
     monkeypatch.setattr(curriculum, "_export", export)
     assert curriculum.main([]) == 143 and trained == [1, 2, 3]
-    assert curriculum.main([]) == 0 and trained == [1, 2, 3, *range(3, 11)]
-    assert capsys.readouterr().out == "out/nano_10/model\n"
-    assert curriculum.main(["9"]) == 0 and len(trained) == 11  # nothing left to do
+    assert curriculum.main([]) == 0 and trained == [1, 2, 3, *range(3, 12)]
+    assert capsys.readouterr().out == "out/nano_11/model\n"
+    assert curriculum.main(["9"]) == 0 and len(trained) == 12  # nothing left to do
 
 
 @pytest.mark.parametrize("number, window, scale", [(3, 32, 1.0), (9, 128, 1.5)])
@@ -95,9 +97,15 @@ def test_what_the_next_stage_starts_from(curriculum, number, window, scale):
     assert all((norms[name] == 1.0).all() for name in norms.keys() - set(scaled))
 
 
+def test_the_module_is_trained_for_stored_weights(curriculum):
+    curriculum._export(v4jax.load("tiny"), 10)
+    weights = read_weights(v4jax.load("out/nano_10/start"))
+    assert weights["stack.period.0.moe.experts.down"].is_fp4
+
+
 def test_help_says_what_it_takes(curriculum, capsys):
     with pytest.raises(SystemExit, match="0"):
         curriculum.main(["--help"])
     said = capsys.readouterr().out
-    assert "four hours" in said and "out/nano_10/model" in said
+    assert "four hours" in said and "out/nano_11/model" in said
     assert "  8     60 steps of 1 × 16,384 tokens: " in said

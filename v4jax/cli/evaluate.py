@@ -22,6 +22,9 @@ text and the depth of the sentence in it. nano's training never used these names
   v4jax evaluate --model=nano --lengths=4096,65536,1048576 --questions=20,20,10 --plot=needles.png
   v4jax evaluate --model=out/nano/model --lengths=4096 --answers=answers.jsonl
 
+Where tokens are drafted, the last line says how many a pass of the model wrote (the accepted
+length); --speculate=off writes the same answers one by one.
+
 The same seed gives the same texts and questions. A text is read once for all its questions.
 """
 
@@ -144,7 +147,17 @@ def _print_table(model: str, cells: list, depths: int) -> None:
             for length in lengths
         )
         table.add_row(name, *map(_describe, columns))
+    if any(cell.passes < cell.written for cell in cells):
+        table.add_section()
+        columns = ([cell for cell in cells if cell.length == length] for length in lengths)
+        table.add_row("tokens a pass", *map(_count_tokens, columns))
     rich.console.Console().print(table)
+
+
+def _count_tokens(cells: list) -> str:
+    """Returns how many tokens a pass of the model wrote on average: the accepted length."""
+    passes = sum(cell.passes for cell in cells)
+    return f"{sum(cell.written for cell in cells) / passes:.2f}" if passes else "–"
 
 
 def _describe(cells: list) -> str:

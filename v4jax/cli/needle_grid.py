@@ -22,12 +22,18 @@ MISSING = '--plot needs matplotlib: pip install "v4jax[plots]"; without it the t
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Questions about needles of one length of text (bytes) and one fifth (or so) of its depth."""
+    """Questions about needles of one length of text (bytes) and one fifth (or so) of its depth.
+
+    written: tokens of the answers but for the first of each, which reading gives. passes: passes of
+    the model that wrote them; fewer, where tokens are drafted.
+    """
 
     length: int
     depth: int
     asked: int = 0
     right: int = 0
+    written: int = 0
+    passes: int = 0
 
     @property
     def accuracy(self) -> float | None:
@@ -125,8 +131,13 @@ def ask_texts(
         answers = []
         for (name, code, depth), answer in zip(text.asked, given, strict=True):
             cell = cells[text.length, depth]
-            right = cell.right + (answer.text.strip() == code)
-            cells[text.length, depth] = dataclasses.replace(cell, asked=cell.asked + 1, right=right)
+            cells[text.length, depth] = dataclasses.replace(
+                cell,
+                asked=cell.asked + 1,
+                right=cell.right + (answer.text.strip() == code),
+                written=cell.written + max(answer.answer_tokens - 1, 0),
+                passes=cell.passes + answer.passes,
+            )
             answers.append((name, code, answer.text.strip()))
         on_text(text, answers)
     return list(cells.values())
