@@ -47,6 +47,7 @@ class FakeTrainer:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("It was late.")
     monkeypatch.setattr(trainer, "Trainer", FakeTrainer)
     monkeypatch.setattr(FakeTrainer, "ending", "finished")
     monkeypatch.setattr(FakeTrainer, "step", 0)
@@ -66,6 +67,10 @@ ERRORS = {
         "--set takes FIELD=VALUE, got 'steps'",
     ),
     "wrong type": (["train", f"--config={RUN}", "--set=steps=many"], "steps must be"),
+    "no data": (
+        ["train", f"--config={RUN}", "--output=/nowhere"],
+        "data.sources.paths: text.txt does not exist",
+    ),
     "a rule": (
         ["train", f"--config={RUN}", "--set=steps=1"],
         "warmup_steps + decay_steps must not",

@@ -15,6 +15,7 @@ from v4jax.config import Numerics, choose_numerics, get_numerics
 from v4jax.config.loading import PRETRAINED, load_model_config, packaged_names, pretrained_names
 from v4jax.config.numerics import SMALL_PARAMETERS, count_most_parameters
 from v4jax.config.overrides import override
+from v4jax.config.ranges import MAX_SEED
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.files import PathLike, find_model, is_folder, is_remote, to_path
 from v4jax.model import Transformer
@@ -65,8 +66,8 @@ def load(
             "load takes a checkpoint folder or the name of a configuration, got "
             f"{type(name_or_folder).__name__}; Transformer(config, …) makes a model of a config"
         )
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ConfigError(f"seed must be an integer or None, got {seed!r}")
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+        raise ConfigError(f"seed must be an integer from 0 to {MAX_SEED} or None, got {seed!r}")
     if seed is None and name_or_folder in pretrained_names():
         name_or_folder = PRETRAINED / name_or_folder
     name_or_folder = find_model(name_or_folder)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 from typing import Any
 
 from v4jax.cli.hosts import HostFlags, start_hosts
@@ -82,7 +83,9 @@ def run(flags: Flags) -> int:
         _show(config)
         _show_size(config)
         return 0
-    start_hosts(flags.hosts)
+    hosts = start_hosts(flags.hosts)
+    if hosts.count == 1:
+        _check_files(config)
 
     from v4jax import log
     from v4jax.training.trainer import Trainer
@@ -102,6 +105,17 @@ def run(flags: Flags) -> int:
     finally:
         trainer.close()
     return 0
+
+
+def _check_files(config: Any) -> None:
+    """Raises before a model is loaded where a file that the run names is not there."""
+    from v4jax.config.loading import load_model_config
+
+    load_model_config(config.model)
+    for data in filter(None, (config.data, config.evaluation and config.evaluation.data)):
+        for path in (path for source in data.sources for path in source.paths):
+            if not os.path.exists(path):
+                raise RequestError(f"data.sources.paths: {path} does not exist")
 
 
 def _check_export(trainer: Any) -> None:
@@ -134,7 +148,7 @@ def _parse_change(text: str) -> tuple[str, Any]:
         raise RequestError(f"--set takes FIELD=VALUE, got {text!r}")
     try:
         return field, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return field, value
 
 

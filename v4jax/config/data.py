@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from v4jax.config.ranges import MAX_SEED, MOST_TOKENS, check_ranges, within
 from v4jax.errors import ConfigError
 
 ALIGN = 128  # documents start at multiples of it: the least common multiple of the ratios
@@ -88,16 +89,16 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
-    length: int
-    batch: int
+    length: int = within(ALIGN, MOST_TOKENS)
+    batch: int = within(1, 1 << 20)
     packing: bool = True
     gaps: bool = False
-    lookahead: int = 64
+    lookahead: int = within(1, 1 << 20, 64)
     shuffle: bool = True
-    seed: int = 0
-    epochs: int | None = None
+    seed: int = within(0, MAX_SEED, 0)
+    epochs: int | None = within(1, 1 << 30, None)
     on_bad_record: Literal["error", "skip"] = "error"
-    prefetch: int = 2
+    prefetch: int = within(0, 1 << 10, 2)
 
     def __post_init__(self):
         if not self.sources:
@@ -108,12 +109,7 @@ class DataConfig:
                 f"data.length must be a positive multiple of {ALIGN}, got {self.length}; "
                 f"try {below} or {below + ALIGN}"
             )
-        for field, least in (("batch", 1), ("lookahead", 1), ("prefetch", 0), ("epochs", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ConfigError(f"data.{field} must be at least {least}, got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"data.seed must be between 0 and 2³² − 1, got {self.seed}")
+        check_ranges(self, "data.")
         if self.epochs is not None and len({source.weight for source in self.sources}) > 1:
             raise ConfigError(
                 "data.sources.weight must be the same for all where data.epochs is given, because "

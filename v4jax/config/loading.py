@@ -21,7 +21,7 @@ import ml_collections
 
 from v4jax.config.folder import read_folder_config
 from v4jax.config.from_hf import layer_kinds, router_kinds
-from v4jax.config.json_keys import brief, did_you_mean
+from v4jax.config.json_keys import brief, did_you_mean, is_finite
 from v4jax.config.model import ModelConfig
 from v4jax.config.ranges import check_range
 from v4jax.config.run import TrainConfig
@@ -201,7 +201,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             if value in (member, member.value, member.name):
                 return member
         raise ConfigError(f"{path} must be one of {[m.value for m in hint]}, got {brief(value)}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not is_finite(value):
+            raise ConfigError(f"{path} must be finite, got {brief(value)}")
         return float(value)
     fits = isinstance(hint, type) and isinstance(value, hint)
     if fits and (hint is bool or not isinstance(value, bool)):

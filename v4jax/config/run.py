@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from v4jax.config.data import DataConfig
 from v4jax.config.model import DraftConfig, ModelConfig
-from v4jax.config.ranges import check_ranges, within
+from v4jax.config.ranges import MAX_SEED, check_ranges, within
 from v4jax.errors import ConfigError
 from v4jax.files import is_remote
 
@@ -183,7 +183,7 @@ class LoraConfig:
     The base stays as it is stored (FP4 and FP8), untouched.
     """
 
-    rank: int = 16
+    rank: int = within(1, 1 << 16, 16)
     alpha: float = 32.0
     targets: tuple[str, ...] = (
         "attention.query_down",
@@ -196,7 +196,7 @@ class LoraConfig:
     )
 
     def __post_init__(self):
-        require(self.rank >= 1, "lora.rank", "must be at least 1", self.rank)
+        check_ranges(self, "train.lora.")
         require(self.alpha > 0, "lora.alpha", "must be positive", self.alpha)
         require(bool(self.targets), "lora.targets", "must name parts of weights", self.targets)
 
@@ -336,7 +336,7 @@ class TrainConfig:
     output: str
     data: DataConfig
     steps: int | None = None
-    seed: int = 0
+    seed: int = within(0, MAX_SEED, 0)
     from_scratch: bool = False
     numerics: Literal["float32", "bfloat16", "released"] = "bfloat16"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -359,6 +359,7 @@ class TrainConfig:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
+        check_ranges(self, "train.")
         for field in ("steps", "max_skipped", "log_every"):
             value = getattr(self, field)
             require(value is None or value >= 1, field, "must be at least 1", value)
