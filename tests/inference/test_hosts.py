@@ -71,7 +71,7 @@ def test_an_error_of_one_ends_both(source):
 @pytest.mark.slow
 def test_the_command_over_two_processes_equals_one(tmp_path):
     """Four devices each, `data` over both; an output cut off in a line, a missing document."""
-    write_folder(tmp_path / "model", make_config("csa"))
+    write_folder(tmp_path / "model", make_config("csa", mtp=True))  # drafts, on both
     lines = [
         {"text": "It was a dark and stormy night. " * 20, "questions": ["Who?", "Why?", "How?"]},
         {"path": "none.txt", "question": "Why?"},

@@ -389,7 +389,8 @@ class Engine:
         shapes = shapes - self._compiled
         if not shapes:
             return
-        title = f"{len(shapes)} steps for caches of {max(shapes).capacity:,} tokens"
+        steps = "1 step" if len(shapes) == 1 else f"{len(shapes)} steps"
+        title = f"{steps} for caches of {max(shapes).capacity:,} tokens"
         with log.phase("compile", title, doing="compiling") as phase:
             phase.note(title)
             for shape in sorted(shapes):
@@ -527,6 +528,8 @@ def _say_drafts(drafts: int, speculate: str | int, available: int) -> None:
     """Says whether steps of writing draft tokens, where a model can."""
     if drafts:
         why = f"as the model drafts {available}" if speculate == "auto" else "as asked for"
-        log.once(f"speculate: {drafts} tokens are drafted and verified in each step, {why}")
+        what = "1 token is" if drafts == 1 else f"{drafts} tokens are"
+        log.once(f"speculate: {what} drafted and verified in each step, {why}")
     elif available:
-        log.once(f"speculate: off; the model could draft {available} tokens in each step")
+        what = "1 token" if available == 1 else f"{available} tokens"
+        log.once(f"speculate: off; the model could draft {what} in each step")
