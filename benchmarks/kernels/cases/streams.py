@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from benchmarks.kernels.cases.case import CHUNK, Case, Kernel, count_bytes, spec
 from v4jax.config.model import ModelConfig
 from v4jax.kernels import Target
+from v4jax.shapes import round_up
 
 
 def rotation_cases(model: str, config: ModelConfig, target: Target) -> list[Case]:
@@ -32,7 +33,8 @@ def hyper_connections_cases(model: str, config: ModelConfig, target: Target) -> 
     FLOPs: the projection alone, 2 · streams · hidden · outputs per token.
     """
     from v4jax.kernels import hyper_connections
-    from v4jax.kernels.hyper_connections import Mix
+    from v4jax.kernels.hyper_connections import Mix, pallas_tpu
+    from v4jax.kernels.tpu import PACKED_ROWS
 
     n, width = config.hc_mult, config.hidden_size
     outputs = (2 + n) * n
@@ -54,14 +56,20 @@ def hyper_connections_cases(model: str, config: ModelConfig, target: Target) -> 
         mixing = Mix(
             spec((batch, tokens, n), jnp.float32), spec((batch, tokens, n, n), jnp.float32)
         )
-        for name, arguments, results in (
-            ("mix", (streams, *site), (output,)),
-            ("expand_mix", (output, streams, mixing, *site), (output, streams)),
+        # Loops over a tile's rows, a register at a time, and inside over chunks of channels: to
+        # merge, to sum squares, to collapse. Before the last are the projection's and Sinkhorn's.
+        tile = min(pallas_tpu.TILE, round_up(batch * tokens, PACKED_ROWS))
+        nested = (tile // PACKED_ROWS, width // pallas_tpu.CHUNK)
+        loops = (*nested, nested[1], config.hc_sinkhorn_iters - 1, *nested)
+        for name, arguments, results, rounds in (
+            ("mix", (streams, *site), (output,), loops),
+            ("expand_mix", (output, streams, mixing, *site), (output, streams), nested + loops),
         ):
             kernel = Kernel(
                 "hyper_connections",
                 flops=batch * tokens * 2 * n * width * outputs,
                 moved_bytes=count_bytes(arguments) + count_bytes(results),
+                rounds=rounds,
             )
             run = functools.partial(getattr(hyper_connections, name), **options)
             full = shape if name == "mix" else f"{shape} merged"
