@@ -25,10 +25,6 @@ def test_kept_without_outputs(name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="Known failure: cells call functions whose arguments have changed since "
-    "(`compare_visible`, `count_bytes`); the notebooks have to follow."
-)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name):
     from nbclient import NotebookClient
