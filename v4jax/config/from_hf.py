@@ -321,7 +321,7 @@ def _member(enum: type, name: str, keys: JsonKeys, key: str):
 
 
 def _storage(keys: JsonKeys) -> dict:
-    """Reads the weights' formats; `expert_dtype` stands beside or in `quantization_config`."""
+    """Reads the weights' formats; `expert_dtype` is beside `quantization_config` or in it."""
     outer = keys.take("expert_dtype", str, None)
     inner = keys.take_object("quantization_config", None)
     if inner is None:

@@ -212,7 +212,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_first(hints: list, value: Any, path: str) -> Any:
-    """Returns the first conversion that holds; with one candidate its own message stands."""
+    """Returns the first conversion that succeeds; a single candidate raises its own message."""
     if len(hints) == 1:
         return _convert(hints[0], value, path)
     for hint in hints:

@@ -79,7 +79,7 @@ LAYER_FIELDS = (
 class Layer:
     """One layer as data: everything in which it may differ from its neighbours.
 
-    own: values of `ModelConfig` that are others in this layer, (name, value) by name.
+    own: values of `ModelConfig` that differ in this layer, pairs sorted by name.
     """
 
     kind: LayerKind
@@ -134,7 +134,7 @@ class StackPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Every number of the model. Defaults are those both released models share.
+    """Every number of the model. Defaults are the values that both released models share.
 
     Source: spec A.2; released `config.json` of V4-Flash and V4-Pro.
     """
@@ -275,7 +275,7 @@ def plan_stack(layers: Sequence[Hashable]) -> StackPlan:
         ends = np.append(differs, count - period)
         run = ends[np.searchsorted(differs, starts)] - starts
         again = run // period
-        prefix = int(np.argmax(again))  # the first of the best
+        prefix = int(np.argmax(again))  # the first of equals
         blocks = int(again[prefix]) * period
         if blocks > saved or (blocks == saved and blocks and prefix < best.prefix):
             repeats = int(again[prefix]) + 1

@@ -1,6 +1,6 @@
 """`Numerics`: how the system rounds, as a value that every module receives.
 
-`choose_numerics` is the default wherever a model answers, and where that is planned.
+`choose_numerics` gives the default wherever a model answers, and for plans of that.
 
     float32    pure mathematics: for parity and research
     bfloat16   bfloat16 activations, no quantizers: what most training ports do
@@ -64,11 +64,11 @@ def choose_numerics(
 ) -> Numerics:
     """Returns the numerics that were asked for; None asks for those that suit the model.
 
-    A large model is served as released: it was trained with these roundings, and its cache takes a
-    quarter of float32's bytes. A small one is computed in float32.
+    A large model is served as released: it was trained with this rounding, and its cache takes a
+    quarter of the bytes of float32. A small model is computed in float32.
 
     Args:
-      says: the log tells why they are the model's default, where they are.
+      says: whether the log gives the reason where the default is taken.
 
     Raises:
       ConfigError: the name is unknown.
