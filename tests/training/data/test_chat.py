@@ -203,7 +203,11 @@ def test_tools_join_the_system_message():
 
 # {what is wrong: (a record, the error, what the message must say)}
 BROKEN = {
-    "no messages": ({"text": "a"}, DataError, "needs the field messages, got text"),
+    "no messages": (
+        {"text": "a"},
+        DataError,
+        "needs one of the fields messages, conversations, instruction, prompt, got text",
+    ),
     "nothing to learn": (
         {"messages": [user("a")]},
         DataError,

@@ -45,7 +45,7 @@ def test_files_of_folders_in_order(tmp_path):
 
 def test_files_that_are_not_there(tmp_path):
     (tmp_path / "a.parquet").write_text("x")
-    with pytest.raises(ConfigError, match=r"a\.parquet must end in one of \.txt, \.md; unpack it"):
+    with pytest.raises(ConfigError, match=r"a\.parquet must end in one of \.txt, \.md, \.json, "):
         find_files((str(tmp_path / "a.parquet"),), (".txt", ".md"))
     with pytest.raises(ConfigError, match=r"holds no file ending in \.txt"):
         find_files((str(tmp_path),), (".txt",))

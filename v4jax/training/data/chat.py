@@ -8,7 +8,8 @@
                   message)
     mode, effort  override those of the source (optional)
 
-Other fields of a record are ignored; the log names them once.
+Records of other tools are read as well (`formats.py`). Other fields are ignored; the log names them
+once.
 """
 
 import json
@@ -29,9 +30,10 @@ from v4jax.tokenizer.markup import join_pieces
 from v4jax.tokenizer.tools import read_arguments
 from v4jax.training.data.example import Example
 from v4jax.training.data.files import Lines, parse_object
+from v4jax.training.data.formats import read_messages
 
-SUFFIXES = (".jsonl",)
-_FIELDS = ("messages", "tools", "mode", "effort")
+SUFFIXES = (".jsonl", ".jsonl.gz")
+_FIELDS = ("tools", "mode", "effort")  # beside those of the formats
 
 
 class ChatRecords:
@@ -60,19 +62,16 @@ class ChatRecords:
           DataError, ConversationError: the record cannot be used.
         """
         fields = parse_object(self._lines[index])
-        unused = sorted(set(fields) - {*_FIELDS})
+        messages, used = read_messages(fields)
+        unused = sorted(set(fields) - {*_FIELDS} - used)
         if unused:
             log.once(
                 f"data: chat records have fields that are not used: {brief_name(', '.join(unused))}"
             )
         if isinstance(fields.get("tools"), str):
             fields["tools"] = parse_list(fields["tools"], "tools")
-        if "messages" not in fields:
-            raise DataError(
-                f"needs the field messages, got {brief_name(', '.join(fields)) or 'no field'}"
-            )
         return encode_conversation(
-            add_tools(fields["messages"], fields.get("tools")),
+            add_tools(messages, fields.get("tools")),
             self._tokenizer,
             mode=fields.get("mode") or self._config.mode,
             effort=fields.get("effort") or self._config.effort,

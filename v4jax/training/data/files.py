@@ -6,6 +6,12 @@
 No corpus is read into memory as a whole.
 """
 
+import gzip
+import json
+import shutil
+import tempfile
+import weakref
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,6 +22,7 @@ from v4jax import log
 from v4jax.config.json_keys import parse_json
 from v4jax.errors import ConfigError, DataError
 
+LISTS = (".json", ".json.gz")  # one list of records
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LINES_PER_UPDATE = 65_536  # lines between two updates of the progress display
 
@@ -24,7 +31,8 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     """Returns the files that `paths` name; folders are searched, and their files sorted.
 
     Args:
-      suffixes: of the files wanted; other files in folders are ignored.
+      suffixes: of the files wanted; other files in folders are ignored. One that is named may also
+        be a list in JSON.
 
     Raises:
       ConfigError: a path does not exist, is of another kind, or no file was found.
@@ -32,18 +40,22 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for name in paths:
         path = Path(name)
-        known = ", ".join(suffixes)
+        known = ", ".join((*suffixes, *LISTS))
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix in suffixes and f.is_file())
+            found = sorted(
+                f for f in path.rglob("*") if f.name.endswith(tuple(suffixes)) and f.is_file()
+            )
             if not found:
-                raise ConfigError(f"data.sources.paths: {path} holds no file ending in {known}")
+                raise ConfigError(
+                    f"data.sources.paths: {path} holds no file ending in {', '.join(suffixes)}"
+                )
             files.extend(found)
         elif not path.is_file():
             raise ConfigError(
                 f"data.sources.paths: {path} is no file or folder; remote files must be copied to "
                 "a local disk first"
             )
-        elif path.suffix not in suffixes:
+        elif not path.name.endswith((*suffixes, *LISTS)):
             raise ConfigError(
                 f"data.sources.paths: {path} must end in one of {known}; unpack it or convert it"
             )
@@ -55,11 +67,25 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
 class Lines:
     """The lines of JSONL files that are not blank, each read on request.
 
-    Building it reads the files once; the index takes 16 bytes per line.
+    Building it reads the files once; the index takes 16 bytes per line. What is packed, or a list
+    in JSON, becomes lines in the folder for temporary files, until the object is gone.
     """
 
     def __init__(self, files: Sequence[Path]):
-        self._files = list(files)
+        """Indexes the files.
+
+        Raises:
+          DataError: one cannot be read or unpacked.
+        """
+        self._names = list(files)
+        packed = [path for path in files if path.suffix != ".jsonl"]
+        folder = Path(tempfile.mkdtemp(prefix="v4jax-data-")) if packed else Path()
+        if packed:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._files = [
+            path if path.suffix == ".jsonl" else unpack(path, folder / str(i))
+            for i, path in enumerate(files)
+        ]
         self._begins, self._numbers = array("q"), array("q")
         self._first = [0]  # index of each file's first line, and the end
         if not self._files:
@@ -84,7 +110,8 @@ class Lines:
 
     def place(self, index: int) -> str:
         """Returns the place of a line for messages: `file, line 7`."""
-        return f"{self._file(index)}, line {self._numbers[index]}"
+        which = bisect_right(self._first, index) - 1
+        return f"{self._names[which]}, line {self._numbers[index]}"
 
     def _file(self, index: int) -> Path:
         return self._files[bisect_right(self._first, index) - 1]
@@ -101,6 +128,39 @@ class Lines:
                 begin += len(data)
                 if number % _LINES_PER_UPDATE == 0:
                     progress.update(before + begin, note=path.name)
+
+
+def unpack(path: Path, target: Path) -> Path:
+    """Writes the lines of a packed file, or the entries of a list in JSON, and returns `target`.
+
+    Raises:
+      DataError: it cannot be read or unpacked, or holds no list.
+    """
+    packed = path.suffix == ".gz"
+    with log.phase("data", f"unpacking {path}"):
+        try:
+            with (
+                gzip.open(path) if packed else open_file(path) as source,
+                open(target, "wb") as out,
+            ):
+                if path.name.endswith(LISTS):
+                    for entry in _read_list(source.read(), path):
+                        out.write(json.dumps(entry).encode() + b"\n")
+                else:
+                    shutil.copyfileobj(source, out)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} cannot be unpacked: {error}") from error
+    return target
+
+
+def _read_list(data: bytes, path: Path) -> list:
+    try:
+        entries = parse_json(data.removeprefix(_BYTE_ORDER_MARK))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}; lines of JSON end in .jsonl") from error
+    if not isinstance(entries, list):
+        raise DataError(f"{path} must hold a list of records, got {type(entries).__name__}")
+    return entries
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from v4jax.tokenizer import Vocabulary
 from v4jax.training.data.example import Example, weigh_all
 from v4jax.training.data.files import Lines, decode, parse_object, read_range
 
-SUFFIXES = (".txt", ".md", ".jsonl")
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
 # Size of a segment: some rows of tokens (a token of V4 has about four bytes), at least 1 MiB.
 ROWS_OF_A_SEGMENT, LEAST_SEGMENT_BYTES = 16, 2**20
 
@@ -45,9 +45,9 @@ class TextRecords:
         """Indexes the files; `length` is the tokens of a row."""
         self._tokenizer = tokenizer
         step = max(ROWS_OF_A_SEGMENT * length, LEAST_SEGMENT_BYTES) if config.splits else None
-        plain = [file for file in files if file.suffix != ".jsonl"]
+        plain = [file for file in files if file.suffix in (".txt", ".md")]
         self._segments = [segment for file in plain for segment in cut_file(file, step)]
-        self._lines = Lines([file for file in files if file.suffix == ".jsonl"])
+        self._lines = Lines([file for file in files if file not in plain])
 
     def __len__(self) -> int:
         return len(self._segments) + len(self._lines)
