@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.parallel import Layout, make_mesh
+from v4jax.quant import quantize_weight
 from v4jax.training.identity import digest_arrays
 
 ARRAYS = {
@@ -40,3 +41,11 @@ def test_every_element_counts():
     ):
         found.add(digest_arrays(ARRAYS | change))
     assert len(found) == 5
+
+
+def test_scales_of_a_stored_weight_count():
+    """Full fine-tuning of a released checkpoint begins with weights that are values and scales."""
+    weight = quantize_weight(jnp.asarray(np.random.RandomState(1).standard_normal((4, 32))), "fp4")
+    values, scales = jax.tree.leaves(weight)
+    doubled = jax.tree.unflatten(jax.tree.structure(weight), [values, scales * 2])
+    assert digest_arrays({"weight": weight}) != digest_arrays({"weight": doubled})

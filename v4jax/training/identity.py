@@ -58,11 +58,13 @@ def describe_config(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def digest_arrays(arrays: Mapping[str, jax.Array], layout: Layout | None = None) -> str:
-    """Returns a digest of all elements of named arrays, the same on every mesh."""
+def digest_arrays(arrays: Mapping[str, Any], layout: Layout | None = None) -> str:
+    """Returns a digest of all elements of named weights as stored, the same on every mesh."""
     everywhere = layout and NamedSharding(layout.mesh, P())
     digest = jax.jit(_digest_array, out_shardings=everywhere)
-    parts = {name: digest(leaf) for name, leaf in arrays.items()}
+    # A weight that came quantized is values and scales.
+    found = jax.tree_util.tree_leaves_with_path(dict(arrays))
+    parts = {jax.tree_util.keystr(path): digest(leaf) for path, leaf in found}
     named = {name: jax.device_get(words).tolist() for name, words in sorted(parts.items())}
     return hashlib.blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
 
