@@ -67,10 +67,6 @@ ERRORS = {
         "--set takes FIELD=VALUE, got 'steps'",
     ),
     "wrong type": (["train", f"--config={RUN}", "--set=steps=many"], "steps must be"),
-    "no data": (
-        ["train", f"--config={RUN}", "--output=/nowhere"],
-        "data.sources.paths: text.txt does not exist",
-    ),
     "a rule": (
         ["train", f"--config={RUN}", "--set=steps=1"],
         "warmup_steps + decay_steps must not",
@@ -88,6 +84,13 @@ def test_errors(case, capsys, fake):
     assert case[1] in capsys.readouterr().err
 
 
+def test_missing_data_is_said_before_a_model_is_loaded(fake, tmp_path, capsys):
+    (tmp_path / "text.txt").unlink()
+    assert train() == 2
+    assert "data.sources.paths: text.txt does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_dry_run_shows_what_would_run(capsys, fake):
     assert train("--dry_run", "--set=optimizer.accumulate=3", "--set=data.batch=4") == 0
     said = capsys.readouterr().out
@@ -95,7 +98,9 @@ def test_dry_run_shows_what_would_run(capsys, fake):
     assert "10 steps of 1,536 tokens: 15,360 tokens, " in said
     assert train("--dry_run", "--set=data.epochs=3", "--set=steps=None") == 0
     assert "3 epochs, in steps of 256 tokens and " in capsys.readouterr().out
-    assert not hasattr(fake, "made") and not list(pathlib.Path().iterdir())
+    assert not hasattr(fake, "made") and [file.name for file in pathlib.Path().iterdir()] == [
+        "text.txt"
+    ]
 
 
 def test_finished(capsys, fake):

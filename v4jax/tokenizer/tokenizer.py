@@ -13,6 +13,8 @@ from v4jax.files import find_model, is_folder, is_there, read_regular, to_path
 from v4jax.tokenizer.byte_tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer
 from v4jax.tokenizer.vocabulary import BOS, EOS, PAD, Vocabulary
 
+_LONGEST_REASON = 200  # characters of what the library says
+
 
 class Tokenizer(Vocabulary):
     """The byte-level BPE of a `tokenizer.json`. It adds no BOS or EOS: the prompt's text has them.
@@ -30,8 +32,11 @@ class Tokenizer(Vocabulary):
             text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
             trusted = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
+            said = " ".join(str(error).split())[
+                :_LONGEST_REASON
+            ]  # it quotes the file, lines included
             raise ConfigError(
-                f"tokenizer: {path} is no readable tokenizer.json ({error}); fetch it again"
+                f"tokenizer: {path} is no readable tokenizer.json ({said}); fetch it again"
             ) from error
         trusted.no_truncation()
         trusted.no_padding()
