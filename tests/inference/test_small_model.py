@@ -4,6 +4,7 @@ A sampled answer is hundreds of comparisons of sums made in another order: here 
 1e-5 where logits have a deviation of 1.5, and no choice is that near.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,9 +14,14 @@ import pytest
 from small_models import make_config, write_folder
 
 import v4jax
+from v4jax.checkpoint.adapters import write_adapters
 from v4jax.cli import main
+from v4jax.config.run import LoraConfig
 from v4jax.inference import Document, Engine, EngineOptions, Question, SamplingOptions
 from v4jax.inference.steps import prefill
+from v4jax.model.weights import read_weights, write_weights
+from v4jax.quant import LowRank
+from v4jax.training.lora import add_adapters, merge
 
 # One capacity and three shapes for all tests: compiling is nearly all of the time.
 FLAGS = ("--max_tokens=1024", "--chunk_tokens=512", "--max_new_tokens=6", "--questions_at_once=2")
@@ -116,3 +122,30 @@ def test_meshes_that_do_not_fit(folder, capsys, mesh, message):
     assert batch(folder, mesh) == 2
     assert message in capsys.readouterr().err
     assert not (folder / f"{mesh}.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_answers_with_adapters_beside_the_weights(folder, capsys):
+    """They are those of the model with the adapters merged, and others than those of its base."""
+    base = v4jax.load(folder / "model")
+    adapted = add_adapters(base, LoraConfig(rank=2, alpha=2.0))
+    random = np.random.RandomState(0)
+    weights = {
+        name: dataclasses.replace(value, up=jnp.asarray(random.normal(0, 1, value.up.shape), "f4"))
+        for name, value in read_weights(adapted).items()
+        if isinstance(value, LowRank)
+    }
+    adapted = write_weights(adapted, weights)
+    write_adapters(adapted, folder / "adapters")
+
+    def generate(*flags: str) -> str:
+        shapes = ("--max_tokens=1024", "--chunk_tokens=512", "--max_new_tokens=6")
+        command = ["generate", f"--model={folder}/model", "--prompt=Who?", "--mesh=data=1"]
+        assert main.run([*command, *shapes, *flags]) == 0
+        return capsys.readouterr().out
+
+    answer = generate(f"--adapters={folder}/adapters")
+    merged = Engine(merge(adapted), OPTIONS)
+    parts = list(merged.stream(Question("Who?", SamplingOptions(max_new_tokens=6))))
+    assert answer.removesuffix("\n") == parts[-1].text
+    assert answer != generate()

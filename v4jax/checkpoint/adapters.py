@@ -112,7 +112,7 @@ def write_adapters(model: Transformer, folder: PathLike, naming: Naming = "peft"
         phase.note(f"{len(modules):,} modules", log.format_bytes(bytes_written))
     if extra:
         log.info(
-            f"adapters: {len(extra):,} modules of MTP blocks are in {EXTRA_NAME}: PEFT attaches "
+            f"adapters: those of MTP blocks ({len(extra):,}) are in {EXTRA_NAME}: PEFT attaches "
             "the others to transformers' model, which has no such blocks"
         )
 
