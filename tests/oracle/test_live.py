@@ -145,7 +145,6 @@ def test_we_load_what_transformers_saves(pro_like, tmp_path):
     np.testing.assert_array_equal(logits_of(v4jax.load(tmp_path)), logits)
 
 
-@pytest.mark.xfail(raises=v4jax.errors.CheckpointError, strict=True, reason="not read yet")
 def test_we_load_the_names_of_transformers_modules(pro_like, tmp_path):
     """With the names of its modules and stacked experts, which it writes on demand."""
     _, theirs, logits = pro_like

@@ -41,5 +41,5 @@ def test_run_and_what_it_leaves(bucket, tmp_path, monkeypatch, capsys):
     assert v4jax.load(f"{RUN}/model").config == v4jax.load(small_run.get_config().model).config
     # It is finished, and the model of fewer steps is in the way of more.
     assert main.run([*command, *steps]) == 0 and capsys.readouterr().out == f"{RUN}/model\n"
-    assert main.run([*command, "--set=steps=5"]) == 2
+    assert main.run([*command, *steps, "--set=steps=5"]) == 2
     assert f"{RUN}/model exists, and the run goes on from step 4 to 5" in capsys.readouterr().err
