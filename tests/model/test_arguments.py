@@ -137,7 +137,7 @@ def test_load(arguments, message):
     with pytest.raises(ConfigError) as error:
         v4jax.load(*arguments)
     assert message in str(error.value)
-    with pytest.raises(ConfigError, match=r"seed must be an integer or None, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"seed must be .* or None, got 1\.5"):
         v4jax.load("tiny", seed=1.5)
 
 

@@ -1,21 +1,19 @@
 """`FlatTransformer`: a model for loops over its calls."""
 
 import functools
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
-from jaxtyping import Array, Int
 
-from v4jax.cache import HybridCache
+from v4jax.model.calls import Calls
 from v4jax.model.passes import draft_step, extend_step, verify_step
-from v4jax.model.speculation import GREEDY, Choice, Drafts, Verified
 
 if TYPE_CHECKING:
     from v4jax.model.transformer import Transformer
 
 
-class FlatTransformer:
+class FlatTransformer(Calls):
     """A model flattened once into arrays and structure: its calls are the model's, made sooner.
 
     JAX flattens the modules of its arguments at every call, which is a millisecond of Python, as
@@ -27,49 +25,12 @@ class FlatTransformer:
         self._leaves, tree = jax.tree.flatten(model)
         self._structure = _keep_structure(tree)
 
-    def extend(
-        self,
-        tokens: Int[Array, "b t"],
-        cache: HybridCache,
-        lengths: Int[Array, "b"] | None = None,
-        logits: Literal["all", "last"] = "all",
-        *,
-        donate: bool = False,
-        trusted: bool = False,
-    ) -> tuple[Array, HybridCache]:
-        """See `Transformer.extend`."""
-        tokens, lengths = self._model.check_extend(tokens, cache, lengths, logits, trusted)
-        step = _extend_donating if donate else _extend
-        return step(self._leaves, tokens, cache, lengths, self._structure, logits)
+    @property
+    def _checks(self) -> "Transformer":
+        return self._model
 
-    def draft(
-        self,
-        last: Int[Array, "b"],
-        cache: HybridCache,
-        choice: Choice = GREEDY,
-        *,
-        count: int | None = None,
-        trusted: bool = False,
-    ) -> Drafts:
-        """See `Transformer.draft`."""
-        last, count = self._model.check_draft(last, cache, count, trusted)
-        return _draft(self._leaves, last, cache, choice, self._structure, count)
-
-    def verify(
-        self,
-        last: Int[Array, "b"],
-        drafts: Drafts,
-        cache: HybridCache,
-        choice: Choice = GREEDY,
-        lengths: Int[Array, "b"] | None = None,
-        *,
-        donate: bool = False,
-        trusted: bool = False,
-    ) -> tuple[Verified, HybridCache]:
-        """See `Transformer.verify`."""
-        last, lengths = self._model.check_verify(last, drafts, cache, lengths, trusted)
-        step = _verify_donating if donate else _verify
-        return step(self._leaves, last, drafts, cache, lengths, choice, self._structure)
+    def _compiled(self, name: str, donate: bool = False) -> Callable:
+        return functools.partial(COMPILED[name, donate], self._leaves, self._structure)
 
 
 class _Structure:
@@ -85,21 +46,25 @@ def _keep_structure(tree) -> _Structure:
     return _Structure(tree)
 
 
-def _extend_step(leaves, tokens, cache, lengths, structure: _Structure, logits):
-    return extend_step(jax.tree.unflatten(structure.tree, leaves), tokens, cache, lengths, logits)
+def _compile(step: Callable, *static: int, donate: tuple[int, ...] = ()) -> Callable:
+    """Returns a pass as a compiled function of leaves, structure and its other arguments.
+
+    Args:
+      static, donate: places of these arguments.
+    """
+
+    def run(leaves, structure: _Structure, *arguments):
+        return step(jax.tree.unflatten(structure.tree, leaves), *arguments)
+
+    run.__name__ = step.__name__
+    return jax.jit(run, static_argnums=(1, *static), donate_argnums=donate)
 
 
-def _draft_step(leaves, last, cache, choice, structure: _Structure, count):
-    return draft_step(jax.tree.unflatten(structure.tree, leaves), last, cache, choice, count)
-
-
-def _verify_step(leaves, last, drafts, cache, lengths, choice, structure: _Structure):
-    model = jax.tree.unflatten(structure.tree, leaves)
-    return verify_step(model, last, drafts, cache, lengths, choice)
-
-
-_jit = partial(jax.jit, static_argnames=("structure", "logits"))
-_extend, _extend_donating = _jit(_extend_step), _jit(_extend_step, donate_argnames="cache")
-_draft = jax.jit(_draft_step, static_argnames=("structure", "count"))
-_jit = partial(jax.jit, static_argnames="structure")
-_verify, _verify_donating = _jit(_verify_step), _jit(_verify_step, donate_argnames="cache")
+# (name, whether the cache is consumed) → compiled function.
+COMPILED = {
+    ("extend", False): _compile(extend_step, 5),
+    ("extend", True): _compile(extend_step, 5, donate=(3,)),
+    ("draft", False): _compile(draft_step, 5),
+    ("verify", False): _compile(verify_step),
+    ("verify", True): _compile(verify_step, donate=(4,)),
+}
