@@ -137,7 +137,8 @@ def test_load(arguments, message):
     with pytest.raises(ConfigError) as error:
         v4jax.load(*arguments)
     assert message in str(error.value)
-    with pytest.raises(ConfigError, match=r"seed must be .* or None, got 1\.5"):
+    rule = r"seed must be an integer from 0 to 4294967295 or None, got 1\.5"
+    with pytest.raises(ConfigError, match=rule):
         v4jax.load("tiny", seed=1.5)
 
 
