@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_models import CPU, IDS, WINDOWS, make_model, on_mesh
 
-from v4jax.checkpoint.adapters import read_adapters, write_adapters
+from v4jax.checkpoint.adapters import choose_naming, read_adapters, write_adapters
+from v4jax.checkpoint.hf_writer import write_model
 from v4jax.config.run import LoraConfig, LossConfig, TrainConfig
 from v4jax.errors import CheckpointError, ConfigError
 from v4jax.model.weights import materialize, read_weights, write_weights
@@ -34,6 +35,7 @@ from v4jax.training.state import (
 )
 from v4jax.training.step import build_step
 from v4jax.training.trainable import split_trained
+from v4jax.training.trainer import load_model
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 # Logits have deviation 1.5; the merged weights are rounded as the expanded ones are.
@@ -193,6 +195,30 @@ def test_adapters_are_merged_before_they_are_written(tmp_path):
 def config_of(**changes):
     data = None  # not read here
     return TrainConfig("model", "output", data, 10, lora=LORA, numerics="float32", **changes)
+
+
+def test_a_run_goes_on_from_given_adapters(tmp_path, monkeypatch):
+    """Its state begins with their factors; rank, scale and targets are theirs, or it is refused."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    write_adapters(adapted(), tmp_path / "given", choose_naming(adapted()))
+    write_model(base(), tmp_path / "base")
+    lora = dataclasses.replace(LORA, start=str(tmp_path / "given"))
+    config = dataclasses.replace(config_of(), model=str(tmp_path / "base"), lora=lora)
+    model = load_model(config)
+    _, weights, _ = split_trained(model, config)
+    given = {n: v for n, v in read_weights(adapted()).items() if isinstance(v, LowRank)}
+    for name, value in given.items():
+        np.testing.assert_array_equal(weights[f"{name}.lora_down"], value.down)
+        np.testing.assert_array_equal(weights[f"{name}.lora_up"], value.up)
+    assert len(weights) == 2 * len(given)
+    for changes, message in (
+        ({"rank": 2}, f"give rank = {LORA.rank} and alpha = {LORA.alpha:g}"),
+        ({"targets": ("attention.query_up",)}, "targets do not name .*, which has adapters"),
+        ({"targets": (*LORA.targets, "head")}, "targets name head, which has no adapters"),
+    ):
+        other = dataclasses.replace(config, lora=dataclasses.replace(lora, **changes))
+        with pytest.raises(ConfigError, match=message):
+            split_trained(model, other)
 
 
 def test_what_a_run_keeps():

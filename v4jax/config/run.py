@@ -178,7 +178,8 @@ class OptimizerConfig:
 class LoraConfig:
     """Low-rank adapters: W + (alpha / rank) · up · down, on matrices that a target names.
 
-    Targets are patterns (`training.patterns`).
+    Targets are patterns (`training.patterns`). `start` is a folder of adapters in PEFT's layout to
+    go on from; rank, alpha and targets must be theirs.
 
     The base stays as it is stored (FP4 and FP8), untouched.
     """
@@ -194,6 +195,7 @@ class LoraConfig:
         "moe.experts",
         "moe.shared",
     )
+    start: str | None = None
 
     def __post_init__(self):
         check_ranges(self, "train.lora.")

@@ -35,12 +35,12 @@ BLOCK = 1 << 20  # bytes; of a larger file 64 blocks in equal distances are read
 def describe_config(config: TrainConfig) -> dict[str, Any]:
     """Returns the identity of a configuration alone: field → value, as JSON gives it back.
 
-    A folder and files may move: `model` and `paths` are left to `digest_arrays` and `digest_data`.
+    A folder and files may move: `model`, `lora.start` and `paths` are left to the digests.
     """
     found: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
-        if path in FREE or path == "model" or path.endswith("].paths"):
+        if path in FREE or path in ("model", "lora.start") or path.endswith("].paths"):
             return
         if isinstance(value, dict):
             if path:

@@ -8,7 +8,7 @@ from flax import nnx
 from v4jax.checkpoint.names import stored_formats
 from v4jax.config import TrainConfig
 from v4jax.config.model import ModelConfig
-from v4jax.config.run import DraftTraining, OptimizerConfig
+from v4jax.config.run import DraftTraining, LoraConfig, OptimizerConfig
 from v4jax.errors import ConfigError
 from v4jax.model import Transformer, abstract_transformer
 from v4jax.model.draft import Drafter
@@ -22,7 +22,7 @@ from v4jax.parallel.weight_sharding import (
     put_sharded,
 )
 from v4jax.quant import LowRank, Master, ScaledArray
-from v4jax.training.lora import add_adapters
+from v4jax.training.lora import add_adapters, choose_targets
 from v4jax.training.patterns import choose_named
 from v4jax.training.state import Frozen, split_model, store
 
@@ -46,6 +46,7 @@ def split_trained(model: Transformer, config: TrainConfig) -> tuple[Frozen, dict
         if not choose_adapted(model):
             _check_lora(config)
             model = add_adapters(model, config.lora, config.seed, among=names)
+        _check_adapters(model, config.lora, names)
         return split_model(model, choose_adapted(model))
     if not config.quantization_aware:
         return split_model(model, names)
@@ -152,6 +153,25 @@ def describe_heads(model: ModelConfig, config: TrainConfig, trained: Iterable[st
 def choose_adapted(model: Transformer) -> list[str]:
     """Returns the names of the weights that have adapters."""
     return [name for name, value in read_weights(model).items() if isinstance(value, LowRank)]
+
+
+def _check_adapters(model: Transformer, lora: LoraConfig, names: list[str]) -> None:
+    """Raises unless a model's adapters are those that a configuration describes."""
+    found, wanted = choose_adapted(model), choose_targets(model, lora, names)
+    for name in sorted({*found} ^ {*wanted}):
+        has, say = ("has", "do not name") if name in found else ("has no", "name")
+        raise ConfigError(
+            f"train.lora.targets {say} {name}, which {has} adapters in train.lora.start = "
+            f"{lora.start!r}; give targets that name what has some"
+        )
+    for name in found:
+        value = read_weights(model)[name]
+        rank, scale = value.down.shape[-2], value.scale
+        if (rank, scale) != (lora.rank, lora.alpha / lora.rank):
+            raise ConfigError(
+                f"train.lora.rank = {lora.rank} and alpha = {lora.alpha:g} must be those of the "
+                f"adapters to go on from: give rank = {rank} and alpha = {rank * scale:g}"
+            )
 
 
 def _check_lora(config: TrainConfig) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 
 from v4jax import log
 from v4jax.checkpoint import api
-from v4jax.checkpoint.adapters import choose_naming, write_adapters
+from v4jax.checkpoint.adapters import choose_naming, read_adapters, write_adapters
 from v4jax.checkpoint.orbax_store import Store
 from v4jax.config.data import DataConfig
 from v4jax.config.loading import load_run_model, pretrained_names
@@ -384,9 +384,7 @@ def load_model(config: TrainConfig) -> Transformer:
     mesh = None
     if jax.device_count() > 1 or any(size != 1 for size in sizes.values()):
         mesh = make_mesh(**sizes, slices=dict(config.mesh.slices))
-    return api.load(
-        config.model, config.numerics, seed=_seed(config), mesh=mesh, weight_layout="train"
-    )
+    return _load(config, mesh=mesh, weight_layout="train")
 
 
 def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
@@ -397,7 +395,7 @@ def load_trained(config: TrainConfig, step: int | None = None) -> Transformer:
     Raises:
       CheckpointError: there is no such checkpoint, or it is that of another run.
     """
-    model = api.load(config.model, config.numerics, seed=_seed(config))
+    model = _load(config)
     frozen, weights, biases = split_trained(model, config)
     optimizer = build_optimizer(config.optimizer, frozen.config)
     state = abstract_state(frozen, weights, biases, optimizer)
@@ -422,6 +420,14 @@ def compare_run(
         log.warning(f"checkpoint: {store.folder} does not say of which run it is")
         return []
     return find_changes(stored, identity, allowed, store.folder)
+
+
+def _load(config: TrainConfig, **options) -> Transformer:
+    """Returns the model that a run starts from, with the adapters it goes on from."""
+    model = api.load(config.model, config.numerics, seed=_seed(config), **options)
+    if config.lora and config.lora.start:
+        return read_adapters(model, config.lora.start)
+    return model
 
 
 def _seed(config: TrainConfig) -> int | None:
