@@ -44,9 +44,9 @@ def test_files_of_folders_in_order(tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path):
-    (tmp_path / "a.parquet").write_text("x")
-    with pytest.raises(ConfigError, match=r"a\.parquet must end in one of \.txt, \.md, \.json, "):
-        find_files((str(tmp_path / "a.parquet"),), (".txt", ".md"))
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(ConfigError, match=r"a\.pdf must end in one of \.txt, \.md, \.json, "):
+        find_files((str(tmp_path / "a.pdf"),), (".txt", ".md"))
     with pytest.raises(ConfigError, match=r"holds no file ending in \.txt"):
         find_files((str(tmp_path),), (".txt",))
     with pytest.raises(ConfigError, match=r"gs:/.*is no file or folder; remote files must be"):

@@ -3,13 +3,16 @@
 import gzip
 import json
 import re
+import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from v4jax.config import SourceConfig
-from v4jax.errors import ConfigError, DataError, V4JaxError
+from v4jax.errors import DataError, V4JaxError
 from v4jax.tokenizer import encode_messages, load_tokenizer
-from v4jax.training.data.chat import ChatRecords
+from v4jax.training.data.chat import SUFFIXES, ChatRecords
 from v4jax.training.data.files import find_files
 from v4jax.training.data.formats import read_messages
 
@@ -94,7 +97,7 @@ BROKEN = {
 
 def records_of(path):
     config = SourceConfig("chat", (str(path),))
-    return ChatRecords(find_files(config.paths, (".jsonl", ".jsonl.gz")), config, BYTE)
+    return ChatRecords(find_files(config.paths, SUFFIXES), config, BYTE)
 
 
 @pytest.mark.parametrize(("record", "message"), BROKEN.values(), ids=BROKEN.keys())
@@ -126,8 +129,28 @@ def test_packed_files_and_lists(tmp_path):
     (tmp_path / "e.json").write_text("{}")
     with pytest.raises(DataError, match=r"e.json must hold a list of records, got dict"):
         records_of(tmp_path / "e.json")
-    (tmp_path / "f.parquet").write_bytes(b"PAR1")
-    with pytest.raises(
-        ConfigError, match=r"f.parquet must end in one of .jsonl, .jsonl.gz, .json,"
-    ):
-        records_of(tmp_path / "f.parquet")
+
+
+def test_tables(tmp_path):
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}]
+    made = [{"messages": turns, "source": None}, {"messages": turns[:1], "source": "web"}]
+    parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(made[0]))
+    records = records_of(tmp_path / "a.parquet")
+    assert len(records) == 2 and len(records_of(tmp_path)) == 3
+    assert (records.read(0)[0].tokens == records_of(tmp_path / "a.jsonl").read(0)[0].tokens).all()
+    assert records.place(1) == f"{tmp_path}/a.parquet, row 2"
+    with pytest.raises(DataError, match="has no assistant turn that counts"):
+        records.read(1)
+
+
+def test_tables_that_cannot_be_used(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.table({"prompt": [b"a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet has values that JSON does not have: .*bytes"):
+        records_of(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a.parquet cannot be read as Parquet: "):
+        records_of(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a.parquet needs pyarrow to be read; pip install pyarrow"):
+        records_of(tmp_path / "a.parquet")

@@ -29,10 +29,10 @@ from v4jax.tokenizer.conversation import LEARNED, Turn, read_turns
 from v4jax.tokenizer.markup import join_pieces
 from v4jax.tokenizer.tools import read_arguments
 from v4jax.training.data.example import Example
-from v4jax.training.data.files import Lines, parse_object
+from v4jax.training.data.files import LINES, Lines, parse_object
 from v4jax.training.data.formats import read_messages
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+SUFFIXES = LINES
 _FIELDS = ("tools", "mode", "effort")  # beside those of the formats
 
 

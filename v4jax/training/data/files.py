@@ -23,6 +23,7 @@ from v4jax.config.json_keys import parse_json
 from v4jax.errors import ConfigError, DataError
 
 LISTS = (".json", ".json.gz")  # one list of records
+LINES = (".jsonl", ".jsonl.gz", ".parquet")  # a record a line, or a row
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LINES_PER_UPDATE = 65_536  # lines between two updates of the progress display
 
@@ -67,8 +68,9 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
 class Lines:
     """The lines of JSONL files that are not blank, each read on request.
 
-    Building it reads the files once; the index takes 16 bytes per line. What is packed, or a list
-    in JSON, becomes lines in the folder for temporary files, until the object is gone.
+    Building it reads the files once; the index takes 16 bytes per line. What is packed, a list in
+    JSON, and the rows of a table become lines in the folder for temporary files, until the object
+    is gone.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -110,8 +112,9 @@ class Lines:
 
     def place(self, index: int) -> str:
         """Returns the place of a line for messages: `file, line 7`."""
-        which = bisect_right(self._first, index) - 1
-        return f"{self._names[which]}, line {self._numbers[index]}"
+        name = self._names[bisect_right(self._first, index) - 1]
+        unit = "row" if name.suffix == ".parquet" else "line"
+        return f"{name}, {unit} {self._numbers[index]}"
 
     def _file(self, index: int) -> Path:
         return self._files[bisect_right(self._first, index) - 1]
@@ -131,11 +134,13 @@ class Lines:
 
 
 def unpack(path: Path, target: Path) -> Path:
-    """Writes the lines of a packed file, or the entries of a list in JSON, and returns `target`.
+    """Writes the lines of a packed file, or the entries of a list or table, and returns `target`.
 
     Raises:
-      DataError: it cannot be read or unpacked, or holds no list.
+      DataError: it cannot be read or unpacked, holds no list, or values that JSON does not have.
     """
+    if path.suffix == ".parquet":
+        return _unpack_table(path, target)
     packed = path.suffix == ".gz"
     with log.phase("data", f"unpacking {path}"):
         try:
@@ -150,6 +155,25 @@ def unpack(path: Path, target: Path) -> Path:
                     shutil.copyfileobj(source, out)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} cannot be unpacked: {error}") from error
+    return target
+
+
+def _unpack_table(path: Path, target: Path) -> Path:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow to be read; pip install pyarrow") from error
+    with log.phase("data", f"unpacking {path}"), open(target, "wb") as out:
+        try:
+            with parquet.ParquetFile(path) as table:
+                for rows in table.iter_batches():
+                    for row in rows.to_pylist():
+                        out.write(json.dumps(row).encode() + b"\n")
+        except TypeError as error:  # a date or bytes
+            raise DataError(f"{path} has values that JSON does not have: {error}") from error
+        except (OSError, ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} cannot be read as Parquet: {reason}") from error
     return target
 
 

@@ -19,9 +19,9 @@ from v4jax.config.data import SourceConfig
 from v4jax.errors import DataError
 from v4jax.tokenizer import Vocabulary
 from v4jax.training.data.example import Example, weigh_all
-from v4jax.training.data.files import Lines, decode, parse_object, read_range
+from v4jax.training.data.files import LINES, Lines, decode, parse_object, read_range
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", *LINES)
 # Size of a segment: some rows of tokens (a token of V4 has about four bytes), at least 1 MiB.
 ROWS_OF_A_SEGMENT, LEAST_SEGMENT_BYTES = 16, 2**20
 
