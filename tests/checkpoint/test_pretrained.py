@@ -27,7 +27,7 @@ def test_names():
     assert v4jax.load("nano").folder == PRETRAINED / "nano"
     random = v4jax.load("nano", seed=1)
     assert random.folder is None
-    with pytest.raises(ConfigError, match="seed must be an integer or None, got 'a'"):
+    with pytest.raises(ConfigError, match="seed must be an integer from 0 to 4294967295 or None"):
         v4jax.load("nano", seed="a")
 
 

@@ -58,10 +58,13 @@ def serve(folder: str) -> dict[str, np.ndarray]:
 def configure(folder: str, run: str, kind: str) -> TrainConfig:
     """Returns a run of one step on the text beside the model's folder."""
     text = Path(folder).with_name("text.txt")
+    source = SourceConfig("text", (str(text),))
+    # The text is read once by the host of row 0; the other has padding.
+    epochs = 1 if kind == "lora" else None
     return TrainConfig(
         model=folder,
         output=run,
-        data=DataConfig((SourceConfig("text", (str(text),)),), length=256, batch=2, shuffle=False),
+        data=DataConfig((source,), length=256, batch=2, shuffle=False, epochs=epochs),
         steps=1,
         numerics="float32",
         # A large epsilon: the first step of Adam is else the sign of each gradient, however small.

@@ -108,8 +108,11 @@ class Trainer:
         self._identity["model"] = digest_arrays(self.frozen.arrays | weights | biases, self.layout)
         self._changed = self._compare(allow_changed)
         self.loader = self._open_data(config.data)
+        self._data_steps = None  # after which the data end on every host, where that is needed
+        if config.data.epochs is not None and (config.steps is None or jax.process_count() > 1):
+            self._data_steps = self._count_steps()
         if config.steps is None:
-            config = self.config = dataclasses.replace(config, steps=self._count_steps())
+            config = self.config = dataclasses.replace(config, steps=self._data_steps)
         self.optimizer = build_optimizer(config.optimizer, self.model_config)
         self.rate = build_schedule(config.optimizer, config.steps)
         self.state = init_state(self.frozen, weights, biases, self.optimizer)
@@ -146,7 +149,7 @@ class Trainer:
             computing = None  # the step that the device may still compute
             while step < config.steps:
                 try:
-                    batches = self._next_batches()
+                    batches = self._next_batches(step)
                 except StopIteration:
                     self._settle(computing, progress)
                     raise self._data_ended(step) from None
@@ -179,6 +182,8 @@ class Trainer:
         evaluation = self.config.evaluation
         with contextlib.closing(self._open_data(evaluation.data)) as held_out:
             batches = list(itertools.islice(held_out, evaluation.batches))
+            most = max(gather_json(len(batches)))
+            batches += [held_out.padding] * (most - len(batches))
         with log.phase("evaluation") as phase:
             measure = evaluate_drafts if self.config.draft else evaluate_text
             found = measure(self._score, self.state, batches, self.layout)
@@ -259,9 +264,9 @@ class Trainer:
         return Loader(data, self.tokenizer, shard_index=index, shard_count=count)
 
     def _count_steps(self) -> int:
-        """Returns how many steps `data.epochs` make."""
+        """Returns how many steps `data.epochs` make on the host whose rows last longest."""
         with log.phase("data") as phase:
-            batches = self.loader.count()
+            batches = max(gather_json(self.loader.count()))
             steps = math.ceil(batches / self.config.optimizer.accumulate)
             epochs = self.config.data.epochs
             phase.note(f"data.epochs = {epochs} makes {batches:,} batches, {steps:,} steps")
@@ -271,18 +276,19 @@ class Trainer:
             )
         return steps
 
-    def _next_batches(self) -> Batch:
-        """Returns the batches of a step, stacked.
+    def _next_batches(self, step: int) -> Batch:
+        """Returns the batches of the step after `step`, stacked.
 
-        What is left at the end of the data is a step as well: padding is in place of what lacks.
-        Losses are means over targets, and padding has none.
+        What is left at the end of the data is a step as well: padding is in place of what lacks,
+        and of a host's rows that ended before those of another. Losses are means over targets, and
+        padding has none.
 
         Raises:
           StopIteration: nothing is left.
         """
         count = self.config.optimizer.accumulate
         batches = list(itertools.islice(self.loader, count))
-        if not batches:
+        if not batches and step >= (self._data_steps or 0):
             raise StopIteration
         batches += [self.loader.padding] * (count - len(batches))
         return put_batch(jax.tree.map(lambda *x: np.stack(x), *batches), self.layout)

@@ -67,13 +67,13 @@ class Loader:
         """Returns this host's rows of the next batch.
 
         Raises:
-          StopIteration: every record was read `epochs` times.
+          StopIteration: every record of this host was read `epochs` times; others may have more.
           DataError: a record is bad where that is fatal; the message names its place.
         """
         return next(self._iterator)
 
     def count(self) -> int:
-        """Returns how many batches `epochs` make from the beginning, by making them all.
+        """Returns how many batches `epochs` make on this host, by making them all.
 
         Raises:
           DataError: as `__next__`.
@@ -142,11 +142,6 @@ def _check_shards(config: DataConfig, shard_index: int, shard_count: int) -> Non
         raise ConfigError(
             f"data.batch must be a multiple of the number of hosts, {shard_count}, got "
             f"{config.batch}"
-        )
-    if config.epochs is not None and shard_count > 1:
-        raise ConfigError(
-            f"data.epochs must be None on {shard_count} hosts, which would end after different "
-            "numbers of batches; leave it out and stop by steps"
         )
 
 
