@@ -19,7 +19,7 @@ def test_decode_of_nano_on_a_mesh():
     plan = work("v6e-4", "expert=2,context=2", model="nano", context=16384, batch=2)
     compiled = compile.compile_step(plan)
     held = memory.count_bytes(plan)
-    # The step reads no weights of drafts. The compiler pads small arrays to whole tiles, so it needs
+    # The step reads no weights of drafts. The compiler pads small arrays to whole tiles: it needs
     # more than the bytes of the others.
     arguments = held.arguments - sum(held.drafts.values())
     assert arguments <= compiled.argument_bytes < 2 * arguments
