@@ -86,7 +86,7 @@ class Flags:
 def run(flags: Flags) -> int:
     """Runs the job and prints its summary."""
     from v4jax.cli import engine
-    from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch, run_together
+    from v4jax.inference import BatchJob, Shard, Summary, parse_shard, run_batch
 
     check_work(flags)
     shard = parse_shard(flags.shard) if flags.shard else Shard()
@@ -119,17 +119,34 @@ def run(flags: Flags) -> int:
         shard=shard,
     )
 
+    return carry_out(
+        job, run_batch, Summary, summary_file, lambda: engine.load_engine(config, mesh, options)
+    )
+
+
+def carry_out(
+    job: Any, run: Callable, kind: type, summary_file: str, load_engine: Callable[[], Any]
+) -> int:
+    """Runs a job on all hosts, prints and writes its summary; returns the exit status.
+
+    Args:
+      run: (job, load_engine) → summary.
+      kind: the class of summaries.
+      summary_file: empty: it is printed only.
+    """
+    from v4jax.inference import run_together
+
     def work(load_engine: Callable[[], Any]) -> dict[str, Any]:
-        outputs.check_apart(summary=summary_file, input=flags.input, output=output)
+        outputs.check_apart(summary=summary_file, input=job.input, output=job.output)
         if summary_file:
             outputs.check_writable("summary", summary_file)
-        summary = run_batch(job, load_engine)
+        summary = run(job, load_engine)
         print("\n".join(summary.lines()), flush=True)
         if summary_file:
             outputs.write(summary_file, json.dumps(summary.to_json(), indent=2) + "\n")
         return summary.to_json()
 
-    summary = Summary(**run_together(lambda: engine.load_engine(config, mesh, options), work))
+    summary = kind(**run_together(load_engine, work))
     return 1 if summary.documents and summary.failed == summary.documents else 0
 
 

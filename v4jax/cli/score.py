@@ -1,12 +1,8 @@
 """`v4jax score`: the log-probability and perplexity of given texts."""
 
 import dataclasses
-import json
-from collections.abc import Callable
-from typing import Any
 
-from v4jax.cli import outputs
-from v4jax.cli.batch import check_work, join
+from v4jax.cli.batch import carry_out, check_work, join
 from v4jax.cli.hosts import HostFlags
 from v4jax.config.inference import InferenceConfig
 
@@ -81,7 +77,6 @@ def run(flags: Flags) -> int:
         Shard,
         parse_shard,
         run_scores,
-        run_together,
     )
 
     check_work(flags)
@@ -109,15 +104,10 @@ def run(flags: Flags) -> int:
         scores=True,
     )
 
-    def work(load_engine: Callable[[], Any]) -> dict[str, Any]:
-        outputs.check_apart(summary=summary_file, input=flags.input, output=output)
-        if summary_file:
-            outputs.check_writable("summary", summary_file)
-        summary = run_scores(job, load_engine)
-        print("\n".join(summary.lines()), flush=True)
-        if summary_file:
-            outputs.write(summary_file, json.dumps(summary.to_json(), indent=2) + "\n")
-        return summary.to_json()
-
-    summary = ScoreSummary(**run_together(lambda: engine.load_engine(config, mesh, options), work))
-    return 1 if summary.documents and summary.failed == summary.documents else 0
+    return carry_out(
+        job,
+        run_scores,
+        ScoreSummary,
+        summary_file,
+        lambda: engine.load_engine(config, mesh, options),
+    )
